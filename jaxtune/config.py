@@ -1,0 +1,310 @@
+"""The whole configuration: typed, strict, one YAML file plus `section.key=value` overrides.
+
+Each section's docstring and field comments are the reference; `docs/config.md` is made from nothing else.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from jaxtune.errors import ConfigError, listing, nearest
+
+MAX_CONFIG_BYTES = 1 << 20
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, `"3"` is not a number, and inf and nan are nothing at all."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which model."""
+
+    path: str  # hub id, local Hugging Face directory, or a .gguf file
+    revision: str | None = None  # of a hub id: branch, tag or commit
+    tokenizer: str | None = None  # a directory or hub id, when the model's own is not the one to use
+    init: Literal["pretrained", "random"] = "pretrained"  # random: train from scratch
+    overrides: dict[str, Any] = {}  # Hugging Face config fields to change; only with init: random
+
+
+class TuneSection(Section):
+    """What is trained, and how. The names are PEFT's where PEFT has one."""
+
+    method: Literal["full", "freeze", "lora"] = "lora"
+    # lora
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16
+    dropout: Fraction = 0.0
+    targets: list[str] | str = ["q_proj", "v_proj"]  # names, one regex, or all-linear
+    exclude: list[str] | str | None = None  # names or one regex
+    use_rslora: bool = False  # scale alpha / sqrt(rank) in place of alpha / rank
+    init: Literal["default", "gaussian"] = "default"  # of A; B starts at zero
+    bias: Literal["none", "all", "lora_only"] = "none"
+    rank_pattern: dict[str, Positive] = {}  # module name or regex -> rank
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    layers: list[NonNegative] | NonNegative | None = None  # only these layers, counted from 0
+    modules_to_save: list[str] = []  # trained in full and saved with the adapter
+    adapter: str | None = None  # a PEFT directory to start from; its settings win
+    # freeze: everything trains but
+    freeze_embedding: bool = False
+    freeze_first: NonNegative = 0  # layers
+    freeze_last: NonNegative = 0  # layers
+    freeze_patterns: list[str] = []  # regexes over Hugging Face weight names, found anywhere in them
+    train_patterns: list[str] = []  # likewise; when given, nothing else trains
+
+    @model_validator(mode="after")
+    def _only_this_method(self):
+        for name, field in type(self).model_fields.items():
+            owner = "freeze" if name.startswith("freeze_") or name == "train_patterns" else "lora"
+            default = field.get_default(call_default_factory=True)
+            if name != "method" and owner != self.method and getattr(self, name) != default:
+                raise ValueError(f"{name} belongs to method {owner} and would do nothing with {self.method}")
+        return self
+
+
+class Columns(Section):
+    """The names that the data's columns have; null: absent."""
+
+    instruction: str = "instruction"
+    input: str | None = "input"
+    output: str = "output"
+    system: str | None = "system"  # alpaca and sharegpt: read when present
+    history: str | None = "history"  # alpaca: [[question, answer], ...], read when present
+    conversations: str = "conversations"  # sharegpt
+    messages: str = "messages"
+    text: str = "text"
+
+
+class DataSection(Section):
+    """What it learns from."""
+
+    path: str | list[str]  # .json or .jsonl, or several
+    format: Literal["alpaca", "sharegpt", "messages", "text"] = "alpaca"
+    columns: Columns = Columns()
+    system: str | None = None  # first message of every conversation that has none
+    template: str | None = None  # file of a Jinja chat template in place of the tokenizer's own
+    max_length: Annotated[int, Field(gt=1)] = 1024  # tokens of one sequence or pack
+    too_long: Literal["drop", "truncate", "error"] = "truncate"
+    train_on_prompt: bool = False  # the loss on every token, not on the assistant's turns alone
+    packing: bool = True  # several conversations in one sequence, each seeing only itself
+    shuffle: bool = True
+
+
+class TrainSection(Section):
+    """How long and how much at once."""
+
+    output_dir: str = "runs/default"
+    steps: Positive | None = None  # wins over epochs
+    epochs: Annotated[float, Field(gt=0)] = 3
+    batch_size: Positive = 8  # sequences (packs, when packing) of an optimiser step, all devices together
+    micro_batches: Positive = 1  # equal parts of the batch, one after another
+    seed: NonNegative = 0
+    max_bad_steps: Positive = 10  # stop after this many non-finite steps in a row
+
+
+class OptimSection(Section):
+    """How the weights move."""
+
+    name: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1.0e-4
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
+    warmup: Annotated[float, Field(ge=0)] = 0.03  # below 1: a share of all steps; else a number of steps
+    decay: Annotated[float, Field(gt=0)] = 0.1  # wsd: the decay's length, counted as warmup is
+    min_lr: Fraction = 0.0  # share of lr at the end
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999  # lion: 0.99 is usual
+    eps: Annotated[float, Field(gt=0)] = 1.0e-8
+    momentum: Fraction = 0.0  # sgd
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # not on norms and biases
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0  # null: no clipping
+
+
+Axis = Annotated[int, Field(ge=-1)]
+
+
+class MeshSection(Section):
+    """How many devices along each axis; -1 takes what is left of them."""
+
+    data: Axis = 1
+    fsdp: Axis = -1
+    tensor: Axis = 1
+
+    @model_validator(mode="after")
+    def _one_free_axis(self):
+        sizes = self.model_dump()
+        if 0 in sizes.values():
+            raise ValueError("an axis has size 0; allowed: 1 or more, or -1 for what is left")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"at most one axis may be -1, found {sizes}")
+        return self
+
+
+class PrecisionSection(Section):
+    """float32 on a CPU; on others bfloat16 is what the matmuls gain from."""
+
+    params: Literal["float32", "bfloat16"] = "float32"  # of the model's weights; adapters are float32
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class CheckpointSection(Section):
+    """What a kill cannot take."""
+
+    every: Positive = 100  # steps
+    keep: Annotated[int, Field(ge=2)] = 2
+    resume: Literal["auto", "never"] = "auto"  # never: refuse a directory that has a run in it
+
+
+class EvalSection(Section):
+    """Held-out data: a share of the rows, or a file."""
+
+    every: NonNegative = 0  # steps; 0: only at the end
+    fraction: Fraction = 0.0
+    path: str | list[str] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if self.path is not None and self.fraction > 0:
+            raise ValueError("eval.path and eval.fraction are both set; keep one")
+        return self
+
+
+class LogSection(Section):
+    """What is written beside the ledger."""
+
+    every: Positive = 10  # steps
+    tensorboard: bool = True
+
+
+class Config(Section):
+    """One run."""
+
+    model: ModelSection
+    tune: TuneSection = TuneSection()
+    data: DataSection
+    train: TrainSection = TrainSection()
+    optim: OptimSection = OptimSection()
+    mesh: MeshSection = MeshSection()
+    precision: PrecisionSection = PrecisionSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+    log: LogSection = LogSection()
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without aliases (their expansion has no bound) and without silent duplicate keys."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.YAMLError(f"line {mark.line + 1}: aliases are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: key {key!r} is not a string")
+            if key in seen:
+                raise yaml.YAMLError(f'line {key_node.start_mark.line + 1}: key "{key}" stands twice')
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 1e-4 as a string; everybody writes it and means a number.
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The YAML document in `text`; `where` names it in errors."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The configuration in a YAML file, with `section.key=value` overrides put over it.
+
+    Raises:
+        ConfigError: the file, a key or a value is wrong; the message names each.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path}: {path.stat().st_size} bytes; a config has at most {MAX_CONFIG_BYTES}")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error}") from None
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections ({listing(Config.model_fields, 20)}), found {tree!r:.80}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return make_config(tree, str(path))
+
+
+def make_config(tree: dict, where: str = "config") -> Config:
+    """The configuration that a plain dict of sections describes."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(item) for item in error.errors())
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
+
+
+def _apply_override(tree: dict, override: str) -> None:
+    key, equals, value = override.partition("=")
+    parts = key.split(".")
+    if not equals or len(parts) < 2 or not all(parts) or key.startswith("-"):
+        raise ConfigError(f'override "{override}": expected section.key=value, such as train.steps=100')
+    for part in parts[:-1]:
+        if tree.get(part) is None:
+            tree[part] = {}
+        tree = tree[part]
+        if not isinstance(tree, dict):
+            raise ConfigError(f'override "{override}": "{part}" is not a section')
+    tree[parts[-1]] = parse_yaml(value, f'override "{override}"')
+
+
+def _explain(item: dict) -> str:
+    """One pydantic error as `section.key: what is wrong; what is allowed`."""
+    path = [str(part) for part in item["loc"]]
+    where = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        section = _section_at(path[:-1])
+        allowed = list(section.model_fields) if section else []
+        return f"{where}: unknown key{nearest(path[-1], allowed)} Allowed here: {listing(allowed, 40)}"
+    if item["type"] == "missing":
+        return f"{where}: missing; this key has no default"
+    return f"{where}: {item['msg']}; found {item['input']!r:.80}"
+
+
+def _section_at(path: list[str]) -> type[BaseModel] | None:
+    section: type[BaseModel] = Config
+    for part in path:
+        field = section.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return None
+        section = field.annotation
+    return section
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to the same."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,51 @@
+"""Typed leaves of the parameter tree. `ops.py` is the only code that looks inside them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.models.weights import Tree
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRank:
+    """W + scale * (a b)^T, never formed. Axis 0 of each part is the layer where W is a stack.
+
+    base: [out, in] (of an embedding: [vocab, features], which `in` and `out` then name in this order)
+    a: [in, rank]; b: [rank, out]; scale: scalar. Layers of a stack that have a smaller rank, or none,
+    hold zeros in the columns of `a` and rows of `b` that they lack: both gradients are zero there.
+    """
+
+    base: Any
+    a: jax.Array
+    b: jax.Array
+    scale: jax.Array
+    dropout: float = field(default=0.0, metadata={"static": True})
+
+
+def is_leaf(value: Any) -> bool:
+    return isinstance(value, LowRank)
+
+
+def partition(params: Tree, mask: Tree) -> tuple[Tree, Tree]:
+    """(trainable, frozen): two trees of the same structure, with None where the other has the array.
+
+    mask: the tree of `params` with a bool for every array, the parts of typed leaves too.
+    """
+    trainable = jax.tree.map(lambda array, train: array if train else None, params, mask)
+    frozen = jax.tree.map(lambda array, train: None if train else array, params, mask)
+    return trainable, frozen
+
+
+def combine(trainable: Tree, frozen: Tree) -> Tree:
+    """The whole tree again."""
+    pick = lambda mine, other: other if mine is None else mine  # noqa: E731
+    return jax.tree.map(pick, trainable, frozen, is_leaf=lambda value: value is None)
+
+
+def count(tree: Tree) -> int:
+    """Numbers in the arrays of a tree."""
+    return sum(jnp.size(array) for array in jax.tree.leaves(tree))

@@ -1,0 +1,95 @@
+"""A weight is declared once: shape, logical axes, initial value and Hugging Face key.
+
+Modules hold a `Weight` where an array will stand; the tree of them drives loading, sharding,
+initialisation and export. The layout is Hugging Face's own ([out, in] for a linear map), so there is
+nothing to turn round between the two; the layers of a stack lie along a new axis 0.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = dict[str, Any]  # nested dicts of strings; the leaves are Weights, arrays, or leaves.py's types
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The declaration of one weight, or of the same weight in each layer of a stack."""
+
+    shape: tuple[int, ...]  # of one layer
+    axes: tuple[str | None, ...]  # logical axis of each dimension in `shape`; mesh.py maps them
+    key: str  # Hugging Face key; "{layer}" stands for the layer's number
+    init: str = "normal"  # normal | zeros | ones
+    layers: range | None = None  # the layers along axis 0
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        return self.shape if self.layers is None else (len(self.layers), *self.shape)
+
+    @property
+    def full_axes(self) -> tuple[str | None, ...]:
+        return self.axes if self.layers is None else ("layers", *self.axes)
+
+    @property
+    def keys(self) -> list[str]:
+        """The Hugging Face keys, in the order of axis 0."""
+        return [self.key] if self.layers is None else [self.key.format(layer=i) for i in self.layers]
+
+    def stacked(self, layers: range) -> "Weight":
+        return replace(self, layers=layers)
+
+
+def leaves_with_path(tree: Tree, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every leaf of nested dicts with its path, in the dicts' order; a typed leaf counts as one."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves_with_path(value, (*prefix, name))
+        else:
+            yield (*prefix, name), value
+
+
+def map_tree(function: Callable, tree: Tree, *rest: Tree) -> Tree:
+    """`function` of each leaf of nested dicts and of its counterparts in `rest`, which may be None."""
+    result = {}
+    for name, value in tree.items():
+        others = [None if other is None else other.get(name) for other in rest]
+        is_dict = isinstance(value, dict)
+        result[name] = map_tree(function, value, *others) if is_dict else function(value, *others)
+    return result
+
+
+def set_path(tree: Tree, path: Path, value: Any) -> None:
+    """Put `value` at `path`, making the dicts on the way."""
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+    tree[path[-1]] = value
+
+
+def path_key(seed: int, path: Path | str) -> jax.Array:
+    """A random key that depends on the seed and the path alone: any mesh and process count start alike."""
+    name = path if isinstance(path, str) else "/".join(path)
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
+def initial_value(weight: Weight, seed: int, std: float, dtype: Any) -> jax.Array:
+    """The initial array of a weight trained from scratch. Each layer has the key of its own name."""
+    if weight.init != "normal":
+        fill = {"zeros": jnp.zeros, "ones": jnp.ones}[weight.init]
+        return fill(weight.full_shape, dtype)
+    draws = [std * jax.random.normal(path_key(seed, key), weight.shape, jnp.float32) for key in weight.keys]
+    return (draws[0] if weight.layers is None else jnp.stack(draws)).astype(dtype)
+
+
+def init_params(weights: Tree, shardings: Tree, seed: int, std: float, dtype: Any) -> Tree:
+    """Random parameters for training from scratch, each made in its own shards."""
+
+    def make(weight: Weight, sharding) -> jax.Array:
+        draw = jax.jit(initial_value, static_argnums=(0, 1, 2, 3), out_shardings=sharding)
+        return draw(weight, seed, std, jnp.dtype(dtype))
+
+    return map_tree(make, weights, shardings)
