@@ -282,7 +282,7 @@ def _apply_override(tree: dict, override: str) -> None:
     tree[parts[-1]] = parse_yaml(value, f'override "{override}"')
 
 
-def _explain(item: dict) -> str:
+def _explain(item: Any) -> str:
     """One pydantic error as `section.key: what is wrong; what is allowed`."""
     path = [str(part) for part in item["loc"]]
     where = ".".join(path)

@@ -53,7 +53,7 @@ def leaves_with_path(tree: Tree, prefix: Path = ()) -> Iterator[tuple[Path, Any]
             yield (*prefix, name), value
 
 
-def map_tree(function: Callable, tree: Tree, *rest: Tree) -> Tree:
+def map_tree(function: Callable, tree: Tree, *rest: Tree | None) -> Tree:
     """`function` of each leaf of nested dicts and of its counterparts in `rest`, which may be None."""
     result = {}
     for name, value in tree.items():
