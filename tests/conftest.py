@@ -1,0 +1,140 @@
+"""What every test stands on: an environment without network, tiny models, the real model, the command line.
+
+A test that needs several devices runs the command in a process of its own, with `run_cli(..., devices=8)` or
+`run_python(code, devices=8)`: the number of fake CPU devices is fixed once JAX has started.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CACHE = REPOSITORY / ".cache"
+
+# Before anything imports jax. Compiled programs are kept: a second run of the suite compiles next to nothing.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # torch would start a thread for each core in each worker.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real data (huanhuan.json, the Qwen2.5 tokenizer) that may lie beside a checkout."""
+    path = REPOSITORY.parent / "shared"
+    if not path.is_dir():
+        pytest.skip(f"{path} is not there: it holds real data that is no part of the repository")
+    return path
+
+
+@dataclass(frozen=True)
+class SmolLM2:
+    """SmolLM2-135M-Instruct in three forms: one GGUF file and two Hugging Face directories in float32."""
+
+    gguf: Path
+    llama: Path
+    qwen2: Path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> SmolLM2:
+    """The pretrained model, fetched and converted once for a checkout; skips where it cannot be fetched."""
+    from filelock import FileLock
+
+    from tests.peer import write_smollm2
+
+    home = CACHE / "smollm2"
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / "lock"):
+        gguf = _fetch_gguf(home)
+        converted = home / "hf"
+        if not converted.exists():
+            write_smollm2(gguf, home / "hf.partial")
+            (home / "hf.partial").rename(converted)
+    return SmolLM2(gguf, converted / "llama", converted / "qwen2")
+
+
+def _fetch_gguf(home: Path) -> Path:
+    tool = [sys.executable, str(REPOSITORY / "tools" / "get_demo_model.py"), str(home)]
+    done = subprocess.run(tool, capture_output=True, text=True)
+    if done.returncode == 3:
+        pytest.skip(f"SmolLM2 cannot be fetched: {done.stderr.strip().splitlines()[-1]}")
+    done.check_returncode()
+    return Path(done.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """tiny_model(family, **settings) -> the directory of a random Hugging Face model of 2 layers; do not write in it.
+
+    The settings are those of tests/peer.py's write_tiny_model; the same ones give the same directory.
+    """
+    from tests.peer import write_tiny_model
+
+    made: dict[str, Path] = {}
+
+    def make(family: str = "qwen2", **settings) -> Path:
+        name = f"{family} {sorted(settings.items())}"
+        if name not in made:
+            made[name] = write_tiny_model(tmp_path_factory.mktemp(family), family, **settings)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """The tokenizer of every tiny model: byte-level BPE, ChatML."""
+    from tests.peer import tokenizer
+
+    return tokenizer()
+
+
+def child_environment(devices: int = 1, env: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment of a Python process that finds this checkout and sees `devices` CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path, **(env or {})}
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """run_python(code, *args, devices=1, env=None, cwd=None, timeout=300) -> the finished process, with its text."""
+
+    def run(code: str, *args, devices=1, env=None, cwd=None, timeout=300) -> subprocess.CompletedProcess:
+        return _run(["-c", code, *args], devices, env, cwd, timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_cli():
+    """run_cli(*args, devices=1, env=None, cwd=None, timeout=300, module="jaxtune.train") -> the finished process.
+
+    Runs `python -m MODULE ARGS`; check the process's returncode, stdout and stderr.
+    """
+
+    def run(*args, devices=1, env=None, cwd=None, timeout=300, module="jaxtune.train") -> subprocess.CompletedProcess:
+        return _run(["-m", module, *args], devices, env, cwd, timeout)
+
+    return run
+
+
+def _run(args, devices, env, cwd, timeout) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, args)]
+    environment = child_environment(devices, env)
+    return subprocess.run(command, env=environment, cwd=cwd, timeout=timeout, capture_output=True, text=True)
