@@ -1,0 +1,61 @@
+"""The operations on weights: the one place that looks at the type of a leaf."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.leaves import LowRank
+
+
+def linear(x: jax.Array, weight: Any, bias: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
+    """x W^T + bias, with the weights cast to x's dtype: [..., in] -> [..., out].
+
+    weight: [out, in], or a typed leaf of that shape. key: of the dropout on a low-rank path; None turns it off.
+    """
+    if isinstance(weight, LowRank):
+        dropped = dropout(x, weight.dropout, key)
+        low = (dropped @ weight.a.astype(x.dtype)) @ weight.b.astype(x.dtype)
+        y = linear(x, weight.base) + low * weight.scale.astype(x.dtype)
+    else:
+        y = jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+    return y if bias is None else y + bias.astype(x.dtype)
+
+
+def embed(ids: jax.Array, weight: Any, dtype: Any) -> jax.Array:
+    """Rows of the embedding: ids [...] -> [..., features] in `dtype`.
+
+    Ids outside the table do not raise in JAX: callers check them against the vocabulary beforehand.
+    """
+    if isinstance(weight, LowRank):
+        low = weight.a[ids].astype(dtype) @ weight.b.astype(dtype)
+        return embed(ids, weight.base, dtype) + low * weight.scale.astype(dtype)
+    return weight[ids].astype(dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """x with a share `rate` of its numbers zeroed and the rest scaled up; without a key, x."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last dimension, in float32 inside."""
+    wide = x.astype(jnp.float32)
+    scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return scaled.astype(x.dtype) * weight.astype(x.dtype)
+
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def split_keys(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+    """`count` keys of one, or as many times None."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
