@@ -1,0 +1,114 @@
+"""Tuning methods as transforms of the parameter tree: `resolve`, `layout`, then `apply`.
+
+    section = resolve(section)                   # an adapter's settings put in place
+    config, stacks = layout(section, config)     # before the weights are declared
+    model = Model.create(config, stacks)
+    params, mask = apply(section, params, model.weights, seed, sharding_of)
+
+Files in PEFT's format are peft_io.py's, merging is merge.py's.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.config import TuneSection
+from jaxtune.leaves import LowRank
+from jaxtune.models.config import ModelConfig
+from jaxtune.models.weights import Tree, Weight, map_tree
+from jaxtune.tune.full import FREEZE, FULL
+from jaxtune.tune.lora import LORA
+from jaxtune.tune.method import EMBEDDING, HEAD, Method, ShardingOf, declared, get_path, is_abstract
+from jaxtune.tune.peft_config import resolve
+
+METHODS: dict[str, Method] = {"full": FULL, "freeze": FREEZE, "lora": LORA}
+
+__all__ = ["METHODS", "apply", "layout", "resolve"]
+
+
+def layout(section: TuneSection, config: ModelConfig) -> tuple[ModelConfig, tuple[range, ...]]:
+    """The model's settings and stacks of layers that a method needs.
+
+    The head is untied where an adapter, or a full copy, of it or of the embedding trains: as in PEFT, the two
+    are separate from then on. Layers of one stack train the same weights; the layers below the first that
+    trains anything are a stack of their own, in which no gradient is computed.
+
+    Raises:
+        AdapterError: the section does not fit the model; the message names what is near.
+    """
+    section, method = resolve(section), METHODS[section.method]
+    if config.tied and method.separates:
+        apart = replace(config, tied=False)
+        weights = _declare(apart)
+        ends = {*get_path(weights, EMBEDDING).keys, *get_path(weights, HEAD).keys}
+        if ends & (method.trained(section, weights) | method.adapted(section, weights)):
+            config = apart
+    weights = _declare(config)
+    return config, _stacks(
+        weights, config.num_layers, method.trained(section, weights), method.adapted(section, weights)
+    )
+
+
+def apply(
+    section: TuneSection, params: Tree, weights: Tree, seed: int, sharding_of: ShardingOf | None = None
+) -> tuple[Tree, Tree]:
+    """(params with the method's leaves in place, mask of what trains).
+
+    params: arrays, traced arrays, or jax.ShapeDtypeStructs, for `weights` as declared after `layout`; where
+    `layout` untied the head, the head may be absent and is then the embedding: the same buffer while both are
+    frozen, else a copy. mask: the same structure with a bool for every array. New values depend on `seed` and
+    the Hugging Face module names alone.
+
+    Raises:
+        AdapterError: the section, or the adapter that it starts from, does not fit the model.
+    """
+    section, method = resolve(section), METHODS[section.method]
+    trained = method.trained(section, weights)
+    params = _with_head(params, weights, trained, sharding_of)
+    params = method.wrap(section, params, weights, seed, sharding_of)
+    return params, map_tree(lambda weight, leaf: _mask(weight, leaf, trained), weights, params)
+
+
+def _declare(config: ModelConfig) -> Tree:
+    from jaxtune.models.decoder import Model
+
+    return Model.create(config).weights
+
+
+def _stacks(weights: Tree, layers: int, trained: set[str], adapted: set[str]) -> tuple[range, ...]:
+    """Runs of layers that train the same weights, from declarations in one stack."""
+    stacked = [weight for _, weight in declared(weights) if weight.layers is not None]
+    names = [{weight.key: weight.key.format(layer=layer) for weight in stacked} for layer in range(layers)]
+    touched = [bool((trained | adapted) & set(keys.values())) for keys in names]
+    below = touched.index(True) if True in touched else layers
+    if set(get_path(weights, EMBEDDING).keys) & (trained | adapted):
+        below = 0  # the gradient of the embedding passes through every layer
+    kinds = [(i < below, {name for name, key in keys.items() if key in trained}) for i, keys in enumerate(names)]
+    starts = [i for i in range(layers) if i == 0 or kinds[i] != kinds[i - 1]]
+    return tuple(range(start, stop) for start, stop in zip(starts, [*starts[1:], layers]))
+
+
+def _with_head(params: Tree, weights: Tree, trained: set[str], sharding_of: ShardingOf | None) -> Tree:
+    """The tree with the untied head in it, where it is declared and absent."""
+    head: Weight | None = get_path(weights, HEAD)
+    if head is None or get_path(params, HEAD) is not None:
+        return params
+    embedding: Weight = get_path(weights, EMBEDDING)
+    value: Any = get_path(params, EMBEDDING)
+    if not is_abstract(params):
+        if trained & {*head.keys, *embedding.keys}:
+            value = jnp.copy(value)  # a trained array is given up at each step: the other one needs its own
+        if sharding_of is not None and head.axes != embedding.axes:
+            value = jax.device_put(value, sharding_of(head.full_shape, head.full_axes))
+    return {**params, HEAD[0]: {HEAD[1]: value}}
+
+
+def _mask(weight: Weight, leaf: Any, trained: set[str]) -> Any:
+    """Booleans in the leaf's own structure."""
+    if isinstance(leaf, LowRank):
+        return LowRank(base=False, a=True, b=True, scale=False, dropout=leaf.dropout)
+    trains = {key in trained for key in weight.keys}
+    assert len(trains) == 1, f"{weight.key}: part of a stack trains; layout() was not called"
+    return trains.pop()

@@ -1,0 +1,122 @@
+"""Names of modules as PEFT sees a Hugging Face model, and PEFT's rules for matching them. No arrays here.
+
+Source of the rules: peft 0.21, `tuners_utils.check_target_module_exists`, `other.get_pattern_key`,
+`other._set_trainable`.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from jaxtune.errors import AdapterError, nearest
+from jaxtune.models.weights import Tree
+from jaxtune.tune.method import declared
+
+T = TypeVar("T")
+ALL_LINEAR = "all-linear"
+LAYER_NUMBER = re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\.")
+
+
+@dataclass(frozen=True)
+class Modules:
+    """Full names, such as model.layers.0.self_attn.q_proj, by what the module is."""
+
+    linears: tuple[str, ...]  # without the head
+    embedding: str
+    head: str | None  # None: tied
+    others: tuple[str, ...]  # norms, and modules that hold modules
+
+    @property
+    def adaptable(self) -> list[str]:
+        """Those that a LoRA can sit on."""
+        return [self.embedding, *self.linears, *([self.head] if self.head else [])]
+
+    @property
+    def all(self) -> list[str]:
+        return [*self.adaptable, *self.others]
+
+    @classmethod
+    def of(cls, weights: Tree) -> "Modules":
+        linears: list[str] = []
+        others: list[str] = []
+        embedding, head = "", None
+        for path, weight in declared(weights):
+            names = [module_of(key) for key in weight.keys]
+            if path[-1] != "weight":
+                continue
+            if path[0] == "embed":
+                embedding = names[0]
+            elif path[0] == "head":
+                head = names[0]
+            else:
+                (linears if len(weight.shape) == 2 else others).extend(names)
+        holders = dict.fromkeys(holder for name in [embedding, *linears, *others] for holder in _holders(name))
+        return cls(tuple(linears), embedding, head, (*others, *holders))
+
+
+def module_of(key: str) -> str:
+    """model.norm.weight -> model.norm"""
+    return key.rpartition(".")[0]
+
+
+def _holders(name: str) -> list[str]:
+    """Every module around the named one, the model itself left out."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def last_names(names: Iterable[str]) -> list[str]:
+    """The distinct last parts of full names, in order."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """The nearest of module names to a name or regex that matched none."""
+    names = list(names)
+    return nearest(name, [*last_names(names), *names]) or nearest(re.sub(r".*[.\\*]", "", name), last_names(names))
+
+
+def compiled(pattern: str, where: str) -> re.Pattern:
+    """The regex, or an error that says where it stands."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise AdapterError(f'{where}: "{pattern}" is not a regular expression: {error}') from None
+
+
+def is_named(name: str, listed: list[str] | str) -> bool:
+    """PEFT's rule for targets and exclusions: a string is a regex over the whole name, a list has names or ends."""
+    if isinstance(listed, str):
+        return re.fullmatch(listed, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in listed)
+
+
+def is_saved(name: str, modules_to_save: Iterable[str]) -> bool:
+    """PEFT's rule for modules_to_save: any end of the name, so that `norm` is also `input_layernorm`."""
+    return any(name.endswith(entry) for entry in modules_to_save)
+
+
+def in_saved(name: str, modules_to_save: Iterable[str]) -> bool:
+    """PEFT's rule for what a target never touches: a module of modules_to_save, or one inside it."""
+    return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in modules_to_save)
+
+
+def in_layers(name: str, listed: list[str] | str, layers: list[int] | int | None) -> bool:
+    """PEFT's layers_to_transform: the first number in the name; a full name in the list needs no layer."""
+    if layers is None or isinstance(listed, str) or name in listed:
+        return True
+    found = LAYER_NUMBER.match(name)
+    wanted = [layers] if isinstance(layers, int) else layers
+    return found is not None and int(found["layer"]) in wanted
+
+
+def pattern_of(name: str, patterns: Iterable[str]) -> str | None:
+    """The first of rank_pattern's or alpha_pattern's keys that is a regex for the end of the name."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)), None)
+
+
+def by_pattern(name: str, patterns: dict[str, T], default: T) -> T:
+    """The value that the patterns give to a module."""
+    pattern = pattern_of(name, patterns)
+    return default if pattern is None else patterns[pattern]
