@@ -1,0 +1,44 @@
+"""Small files from strangers: JSON with limits, and names that must stay inside their directory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxtune.errors import UserError
+
+MAX_JSON_BYTES = 256 << 20  # a tokenizer.json has been seen at 33 MB, an index at 12 MB
+
+
+def read_json(path: Path, error: type[UserError]) -> dict[str, Any]:
+    """The JSON object in `path`, or `error` naming the file and what is wrong in it."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise error(f"{path}: {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read")
+        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror}") from None
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path}: not valid JSON: {problem}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"the number {name}")
+
+
+def inside(directory: Path, name: str, error: type[UserError], where: str) -> Path:
+    """The path of the file `name`, which must lie in `directory` itself, links followed.
+
+    A snapshot in the Hugging Face cache links to files of its own repository's cache; those are inside too.
+    """
+    bare = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    if not bare:
+        raise error(f"{where}: file name {name!r:.200}; allowed: a bare name, of a file in {directory}")
+    path, root = directory / name, directory.resolve()
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        root = root.parent.parent
+    if not path.resolve().is_relative_to(root):
+        raise error(f"{where}: {name} is a link to {path.resolve()}, outside {directory}; put the file itself there")
+    return path
