@@ -149,22 +149,18 @@ def tensor_size() -> int:
     return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
 
 
-def gather_layer(params: Tree, weights: Tree, config: ModelConfig) -> Tree:
-    """One layer's weights as they are used: whole along fsdp, still split along tensor.
+def gather(leaf: Any, weight: Weight, config: ModelConfig) -> Any:
+    """A weight as it is used, of one layer where it is of a stack: whole along fsdp, still split along tensor.
 
     Without this the compiler may move activations to the weights in place of weights to the activations.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
-        return params
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return leaf
     rules = {**weight_rules(mesh, config), "embed": ()}
-
-    def gather(leaf: Any, weight: Weight) -> Any:
-        if isinstance(leaf, LowRank):
-            out_axis, in_axis = weight.axes
-            a = jax.lax.with_sharding_constraint(leaf.a, spec((in_axis, "rank"), rules))
-            b = jax.lax.with_sharding_constraint(leaf.b, spec(("rank", out_axis), rules))
-            return replace(leaf, base=gather(leaf.base, weight), a=a, b=b)
-        return jax.lax.with_sharding_constraint(leaf, spec(weight.axes, rules))
-
-    return map_tree(gather, params, weights)
+    if isinstance(leaf, LowRank):
+        out_axis, in_axis = weight.axes
+        a = jax.lax.with_sharding_constraint(leaf.a, spec((in_axis, "rank"), rules))
+        b = jax.lax.with_sharding_constraint(leaf.b, spec(("rank", out_axis), rules))
+        return replace(leaf, base=gather(leaf.base, weight, config), a=a, b=b)
+    return jax.lax.with_sharding_constraint(leaf, spec(weight.axes, rules))

@@ -11,7 +11,7 @@ from jaxtune.leaves import combine
 from jaxtune.loss import cross_entropy
 from jaxtune.models.decoder import Model
 from jaxtune.models.weights import Tree
-from jaxtune.optim import clip, global_norm
+from jaxtune.optim import clip, descend, global_norm
 
 Batch = dict[str, jax.Array]  # tokens, targets, mask, positions, segments: each [micro-batches, rows, time]
 
@@ -74,14 +74,13 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         direction, moved = optimizer.update(clip(grads, norm, clip_norm), state["optimizer"], state["trainable"])
         lr = schedule(step)
-        updated = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), state["trainable"], direction)
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
         guard = {
             "bad_in_a_row": jnp.where(finite, 0, state["guard"]["bad_in_a_row"] + 1),
             "skipped": state["guard"]["skipped"] + ~finite,
         }
         new = {
-            "trainable": jax.tree.map(keep, updated, state["trainable"]),
+            "trainable": jax.tree.map(keep, descend(state["trainable"], direction, lr), state["trainable"]),
             "optimizer": jax.tree.map(keep, moved, state["optimizer"]),
             "guard": guard,
         }

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as _save
 
 from jaxtune import ops
-from jaxtune.mesh import constrain, gather_layer
+from jaxtune.mesh import constrain, gather
 from jaxtune.models.attention import attention
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.rope import cos_sin, rotate
@@ -178,7 +178,7 @@ class Model:
 
     def head(self, params: Tree) -> Any:
         """The leaf that turns hidden states into logits."""
-        return params["embed" if self.config.tied else "head"]["weight"]
+        return self._whole("embed" if self.config.tied else "head", params)
 
     def hidden(
         self,
@@ -194,7 +194,7 @@ class Model:
 
         key: of dropout; None turns it off. segments: 0 is padding; a token sees its own segment only.
         """
-        x = ops.embed(tokens_BT, params["embed"]["weight"], dtype)
+        x = ops.embed(tokens_BT, self._whole("embed", params), dtype)
         x = constrain(x, "batch", None, None)
         context, cache = self._context(positions_BT, segments_BT, cache)
         caches = []
@@ -218,6 +218,9 @@ class Model:
         k, v = (tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2))
         return Cache(k, v, jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
 
+    def _whole(self, name: str, params: Tree) -> Any:
+        return gather(params[name]["weight"], self.weights[name]["weight"], self.config)
+
     def _context(self, positions, segments, cache) -> tuple[Context, Cache | None]:
         c = self.config
         cos, sin = cos_sin(c.rope, c.head_dim, c.max_positions, positions)
@@ -237,7 +240,8 @@ class Model:
         @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*SAVED))
         def layer(x, inputs):
             params, window, cache, key = inputs
-            block = nnx.merge(self.block, nnx.State(gather_layer(params, declared, self.config)))
+            params = map_tree(partial(gather, config=self.config), params, declared)
+            block = nnx.merge(self.block, nnx.State(params))
             return block(x, context, window, cache, key)
 
         return jax.lax.scan(layer, x, (params, window, cache, keys))

@@ -1,0 +1,99 @@
+"""From a model section and a tuning section to a model with its parameters: what training, generation,
+export and the Python calls all start from.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxtune import tune
+from jaxtune.config import ModelSection, TuneSection
+from jaxtune.errors import ConfigError
+from jaxtune.hf_io import load_params, open_source, resolve_model
+from jaxtune.mesh import axes_sharding, check_model, shardings
+from jaxtune.models.config import ModelConfig
+from jaxtune.models.decoder import Model
+from jaxtune.models.families import read_config
+from jaxtune.models.weights import Tree, init_params
+from jaxtune.tokenizer import check_tokenizer, load_tokenizer
+
+FULL = TuneSection(method="full", rank=8)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as it lies on disk, before any weight is read."""
+
+    path: Path  # a directory or a .gguf file
+    config: ModelConfig
+    tokenizer: Any
+
+    @classmethod
+    def open(cls, section: ModelSection, template: str | None = None) -> "Source":
+        """Find the model, read its settings and its tokenizer, and check that the two fit."""
+        if section.overrides and section.init != "random":
+            raise ConfigError("model.overrides: the weights of a pretrained model fix its settings; set model.init: random")
+        path = resolve_model(section.path, section.revision)
+        config = read_config(path, section.overrides)
+        words = path if section.tokenizer is None else resolve_model(section.tokenizer, None)
+        tokenizer = load_tokenizer(words, template)
+        check_tokenizer(tokenizer, config.vocab_size)
+        return cls(path, config, tokenizer)
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A model, its parameters with a tuning method's leaves in place, and what of them trains."""
+
+    model: Model
+    params: Tree
+    mask: Tree
+    mesh: Mesh
+    source: Source
+
+    @property
+    def source_weights(self) -> Tree:
+        """The declarations of the model as it lies on disk, in the same stacks."""
+        return Model.create(self.source.config, self.model.stacks).weights
+
+
+def assemble(
+    source: Source,
+    section: TuneSection,
+    mesh: Mesh,
+    *,
+    init: str = "pretrained",
+    dtype: str = "float32",
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Assembled:
+    """Declare, load (or initialise) and wrap: every array is made in its own shards.
+
+    progress: called with (what, bytes done, bytes in all) while weights are read.
+
+    Raises:
+        MeshError, ModelError, AdapterError: what does not fit, by name, before any weight is read.
+    """
+    check_model(mesh, source.config)
+    config, stacks = tune.layout(section, source.config)
+    model = Model.create(config, stacks)
+    stored = Model.create(source.config, stacks).weights
+    where = shardings(mesh, config, stored)
+    if init == "random":
+        params = init_params(stored, where, seed, config.init_std, jnp.dtype(dtype))
+    else:
+        params = load_params(open_source(source.path), stored, where, jnp.dtype(dtype), progress)
+    params, mask = tune.apply(section, params, model.weights, seed, axes_sharding(mesh, config))
+    return Assembled(model, params, mask, mesh, source)
+
+
+def compute_dtype(asked: str) -> Any:
+    """`auto`: bfloat16 where the device gains from it; a CPU does not."""
+    if asked != "auto":
+        return jnp.dtype(asked)
+    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
