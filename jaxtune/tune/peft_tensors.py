@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxtune.errors import AdapterError, listing, nearest
-from jaxtune.models.weights import Path, Tree, Weight, map_tree
+from jaxtune.models.weights import Path, Tree, map_tree, set_path
 from jaxtune.tune.method import EMBEDDING, HEAD, declared, get_path, is_abstract, is_concrete, make
 from jaxtune.tune.names import module_of
 from jaxtune.tune.peft_config import CONFIG_NAME
@@ -122,7 +122,7 @@ def read_adapter(
     for key, path, row in copies:
         _check_copy(file, key, get_path(params, path), row)
     parts = {path: _read_parts(file, wanted, site, shardings) for path, site in plan.sites.items()}
-    return map_tree(lambda weight, array: _read_whole(file, wanted, weight, array), weights, params), parts
+    return _read_whole(file, wanted, params), parts
 
 
 def _zeros(site: Site) -> dict[str, jax.Array]:
@@ -142,13 +142,12 @@ def _read_parts(file: AdapterFile, wanted: list[Entry], site: Site, shardings) -
     return result
 
 
-def _read_whole(file: AdapterFile, wanted: list[Entry], weight: Weight, array: jax.Array) -> jax.Array:
-    mine = [entry for entry in wanted if entry.part is None and entry.key in _file_keys(weight)]
-    return _place(array.shape, array.sharding, _reader(file, mine, array.shape)) if mine else array
-
-
-def _file_keys(weight: Weight) -> set[str]:
-    return {PREFIX + name for key in weight.keys for name in (key, f"{module_of(key)}.base_layer.bias")}
+def _read_whole(file: AdapterFile, wanted: list[Entry], params: Tree) -> Tree:
+    result = map_tree(lambda array: array, params)
+    for path in dict.fromkeys(entry.path for entry in wanted if entry.part is None):
+        array, mine = get_path(params, path), [entry for entry in wanted if entry.path == path]
+        set_path(result, path, _place(array.shape, array.sharding, _reader(file, mine, array.shape)))
+    return result
 
 
 def _place(shape: tuple[int, ...], sharding: Any, read: Callable[[Index], np.ndarray]) -> jax.Array:

@@ -1,0 +1,163 @@
+"""Tiny transformers models as our trees, and random adapters on them. The peer is peft, on top of torch."""
+
+from functools import cache, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune import tune
+from jaxtune.config import TuneSection
+from jaxtune.leaves import LowRank
+from jaxtune.models.config import ModelConfig
+from jaxtune.models.decoder import Model
+from jaxtune.models.families import parse_config
+from jaxtune.models.weights import Tree, map_tree
+from jaxtune.tune.peft_config import SETTINGS
+from jaxtune.tune.plan import make_plan
+
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+TOKENS = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (2, 11))
+
+
+class Tuned(NamedTuple):
+    model: Model
+    params: Tree
+    mask: Tree
+    section: TuneSection
+
+
+@cache
+def peer_state(family: str, tied: bool, **settings):
+    """(transformers config, random state dict): no bias is zero and no norm is one."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **SIZES, tie_word_embeddings=tied, **settings)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                weight.normal_(mean=float("norm" in name), std=0.2)
+    return config, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def peer_model(family: str = "qwen2", tied: bool = True, **settings):
+    """A new transformers model of these weights."""
+    from transformers import AutoModelForCausalLM
+
+    config, state = peer_state(family, tied, **settings)
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def model_config(family: str = "qwen2", tied: bool = True, **settings) -> ModelConfig:
+    return parse_config(peer_state(family, tied, **settings)[0].to_dict())
+
+
+def base_params(weights: Tree, family: str = "qwen2", tied: bool = True, dtype=jnp.float32, **settings) -> Tree:
+    """The same weights in our tree; the head of a tied model is left out."""
+    state = peer_state(family, tied, **settings)[1]
+
+    def take(weight):
+        arrays = [state[key].numpy() for key in weight.keys]
+        return jnp.array(arrays[0] if weight.layers is None else np.stack(arrays), dtype)
+
+    return map_tree(take, {name: part for name, part in weights.items() if name != "head" or not tied})
+
+
+def tuned(section: TuneSection, family: str = "qwen2", tied: bool = True, seed: int = 0, **settings) -> Tuned:
+    """The model as the loop makes it: settings resolved, layers laid out, method applied."""
+    section = tune.resolve(section)
+    config, stacks = tune.layout(section, model_config(family, tied, **settings))
+    model = Model.create(config, stacks)
+    params = base_params(model.weights, family, tied, **settings)
+    return Tuned(model, *tune.apply(section, params, model.weights, seed), section)
+
+
+def randomised(made: Tuned) -> Tuned:
+    """Everything that trains moved by random amounts, padding left at zero: an adapter after training."""
+    sites = make_plan(made.section, made.model.weights).sites
+    random = np.random.default_rng(1)
+
+    def move(path, leaf, train):
+        if isinstance(leaf, LowRank):
+            lives = np.arange(leaf.a.shape[-1]) < np.array(sites[path].ranks)[:, None]
+            lives = lives if leaf.a.ndim == 3 else lives[0]
+            a, b = (jnp.array(random.normal(size=part.shape) * 0.3, jnp.float32) for part in (leaf.a, leaf.b))
+            return LowRank(leaf.base, a * lives[..., None, :], b * lives[..., :, None], leaf.scale, leaf.dropout)
+        return leaf + jnp.array(random.normal(size=leaf.shape) * 0.1, leaf.dtype) if train else leaf
+
+    return made._replace(params=map_with_path(move, made.params, made.mask))
+
+
+def map_with_path(function, tree: Tree, other: Tree, path: tuple = ()) -> Tree:
+    go = partial(map_with_path, function)
+    return {
+        name: go(value, other[name], (*path, name))
+        if isinstance(value, dict)
+        else function((*path, name), value, other[name])
+        for name, value in tree.items()
+    }
+
+
+def logits(model: Model, params: Tree, tokens: np.ndarray = TOKENS) -> np.ndarray:
+    """[batch, time, vocab] of ours."""
+    return np.asarray(_compiled(model.config, model.stacks)(params, tokens))
+
+
+@cache
+def _compiled(config: ModelConfig, stacks: tuple[range, ...]):
+    model = Model.create(config, stacks)
+
+    @jax.jit
+    def run(params, tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, _ = model.hidden(params, tokens, positions, jnp.ones_like(tokens))
+        return model.logits(params, hidden)
+
+    return run
+
+
+def peer_logits(model, tokens: np.ndarray = TOKENS) -> np.ndarray:
+    """[batch, time, vocab] of a torch model."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.numpy()
+
+
+def peer_adapter(section: TuneSection, family: str = "qwen2", tied: bool = True, **settings):
+    """peft's model for a section, with random numbers in everything that it trains."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    values = {theirs: getattr(section, ours) for theirs, ours in SETTINGS.items()}
+    values["modules_to_save"] = values["modules_to_save"] or None
+    start = {"default": True, "gaussian": "gaussian"}[section.init]
+    model = get_peft_model(
+        peer_model(family, tied, **settings), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=start, **values)
+    )
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight += torch.randn_like(weight) * 0.2
+    return model.eval()
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest difference, as a share of the largest logit."""
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
