@@ -162,7 +162,7 @@ def _activation(fields: Fields) -> str:
     return ACTIVATIONS[name]
 
 
-def _heads(fields: Fields) -> dict[str, int]:
+def _heads(fields: Fields) -> dict[str, Any]:
     heads, hidden = fields.whole("num_attention_heads"), fields.whole("hidden_size")
     kv_heads = fields.whole("num_key_value_heads", heads)
     head_dim = fields.whole("head_dim", 0, low=0)
@@ -177,7 +177,7 @@ def _heads(fields: Fields) -> dict[str, int]:
     return {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
 
 
-def _biases(fields: Fields, family: Family) -> dict[str, bool]:
+def _biases(fields: Fields, family: Family) -> dict[str, Any]:
     if family.qkv_bias is None:
         attention = fields.flag("attention_bias", False)
         biases = {"qkv_bias": attention, "out_bias": attention}

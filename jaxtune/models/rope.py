@@ -93,6 +93,7 @@ def _dynamic(rope: Rope, head_dim: int, max_positions: int, length: Any) -> Any:
 def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
     """Long wavelengths are stretched by `factor`, short ones kept, those between blended."""
     original = rope.original_max_positions
+    assert original is not None
     wavelength = np.float32(2 * math.pi) / plain
     low, high = rope.low_freq_factor, rope.high_freq_factor
     blend = (original / wavelength - low) / (high - low)
@@ -114,5 +115,6 @@ def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
 
 def _turning_dim(rope: Rope, head_dim: int, turns: float) -> float:
     """The dimension that makes this many turns in the original length."""
+    assert rope.original_max_positions is not None
     ratio = rope.original_max_positions / (turns * 2 * math.pi)
     return head_dim * math.log(ratio) / (2 * math.log(rope.theta))

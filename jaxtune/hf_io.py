@@ -1,0 +1,170 @@
+"""Weights from disk into sharded arrays, each process reading the bytes of its own shards only.
+
+Finding models is hub.py's work, writing them hf_write.py's; both are offered here too.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+
+from jaxtune.errors import ModelError, listing
+from jaxtune.hub import resolve_model
+from jaxtune.models.weights import Tree, Weight, leaves_with_path, map_tree
+from jaxtune.safetensors_io import Index, SafetensorsSource
+
+__all__ = ["WeightSource", "check_weights", "load_params", "open_source", "resolve_model"]
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+CHUNK_BYTES = 16 << 20  # of one read: what is held beside the arrays themselves
+
+Progress = Callable[[str, int, int], None]  # (weight, bytes done, bytes in all)
+
+
+class WeightSource(Protocol):
+    """Weights on disk, under their Hugging Face keys."""
+
+    where: str
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, key: str, index: Index) -> np.ndarray:
+        """The part of a weight that `index`, a slice for each dimension, takes."""
+        ...
+
+
+def open_source(path: Path) -> WeightSource:
+    """The weights of a Hugging Face directory or of a .gguf file. Only headers are read."""
+    if path.suffix == ".gguf":
+        from jaxtune.gguf_io import GGUFSource
+
+        return GGUFSource(path)
+    return SafetensorsSource(path)
+
+
+def load_params(
+    source: WeightSource, weights: Tree, shardings: Tree, dtype: Any, progress: Progress | None = None
+) -> Tree:
+    """The arrays of every declared weight, in its sharding and in `dtype`.
+
+    Raises:
+        ModelError: before anything is read, weights that are missing, unknown or of another shape, all
+            by name; while reading, a damaged file, or a weight with a number that is not finite.
+    """
+    check_weights(source, weights)
+    _check_tied_head(source, weights)
+    dtype = jnp.dtype(dtype)
+    plan = [_local_bytes(w, s, dtype) for w, s in _pairs(weights, shardings)]
+    done, total = 0, sum(plan)
+
+    def tick(key: str, count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(key, done, total)
+
+    return map_tree(lambda w, s: _load(source, w, s, dtype, tick), weights, shardings)
+
+
+def check_weights(source: WeightSource, weights: Tree) -> None:
+    """Every declared weight is there with its shape, and nothing else is."""
+    wanted = {key: weight.shape for _, weight in leaves_with_path(weights) for key in weight.keys}
+    missing = [key for key in wanted if key not in source.shapes]
+    wrong = [
+        f"{key} is {list(source.shapes[key])}, expected {list(shape)}"
+        for key, shape in wanted.items()
+        if key in source.shapes and source.shapes[key] != shape
+    ]
+    unknown = [key for key in source.shapes if key not in wanted and not _known_extra(key)]
+    problems = {"missing weights": missing, "unknown weights": unknown, "weights of another shape": wrong}
+    lines = [f"{len(names)} {what}: {listing(names)}" for what, names in problems.items() if names]
+    if lines:
+        raise ModelError(f"{source.where}: the weights are not those of its config\n  " + "\n  ".join(lines))
+
+
+def _known_extra(key: str) -> bool:
+    """A tied model may carry its head, and old files carry rotary frequencies; the model makes its own."""
+    return key == HEAD or key.endswith(".rotary_emb.inv_freq")
+
+
+def _check_tied_head(source: WeightSource, weights: Tree) -> None:
+    """A head beside a tied embedding must be the same numbers; otherwise the config is wrong about tying."""
+    declared = {key for _, weight in leaves_with_path(weights) for key in weight.keys}
+    if HEAD in declared or HEAD not in source.shapes:
+        return
+    same = source.shapes[HEAD] == source.shapes[EMBEDDING] and all(
+        np.array_equal(source.read(HEAD, rows), source.read(EMBEDDING, rows))
+        for rows in _row_chunks(source.shapes[HEAD], 4)
+    )
+    if not same:
+        raise ModelError(
+            f"{source.where}: {HEAD} differs from {EMBEDDING}, but config.json ties them;"
+            " set tie_word_embeddings to false in config.json"
+        )
+
+
+def _pairs(weights: Tree, shardings: Tree) -> list[tuple[Weight, Sharding]]:
+    return [(w, s) for (_, w), (_, s) in zip(leaves_with_path(weights), leaves_with_path(shardings), strict=True)]
+
+
+def _load(source: WeightSource, weight: Weight, sharding: Sharding, dtype: np.dtype, tick: Callable) -> jax.Array:
+    """One leaf. Devices that hold the same part share one read of it."""
+    parts: dict[tuple, np.ndarray] = {}
+
+    def part(index: Index) -> np.ndarray:
+        bounds = _bounds(index, weight.full_shape)
+        if bounds not in parts:
+            parts[bounds] = _read_part(source, weight, bounds, dtype, tick)
+        return parts[bounds]
+
+    # Waiting here frees the numpy buffers before those of the next leaf are made.
+    return jax.block_until_ready(jax.make_array_from_callback(weight.full_shape, sharding, part))
+
+
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) for each dimension
+
+
+def _bounds(index: Index, shape: tuple[int, ...]) -> Bounds:
+    return tuple(cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True))
+
+
+def _local_bytes(weight: Weight, sharding: Sharding, dtype: np.dtype) -> int:
+    """The bytes that this process reads of a weight, each part once."""
+    indices = sharding.addressable_devices_indices_map(weight.full_shape).values()
+    parts = {_bounds(index, weight.full_shape) for index in indices}
+    return dtype.itemsize * sum(int(np.prod([stop - start for start, stop in part])) for part in parts)
+
+
+def _read_part(source: WeightSource, weight: Weight, bounds: Bounds, dtype: np.dtype, tick: Callable) -> np.ndarray:
+    result = np.empty([stop - start for start, stop in bounds], dtype)
+    if weight.layers is None:
+        _fill(result, source, weight.key, bounds, tick)
+        return result
+    layers = weight.keys[slice(*bounds[0])]
+    for row, key in zip(result, layers, strict=True):
+        _fill(row, source, key, bounds[1:], tick)
+    return result
+
+
+def _fill(target: np.ndarray, source: WeightSource, key: str, bounds: Bounds, tick: Callable) -> None:
+    """Read a part of one weight into `target`, a piece at a time."""
+    start = bounds[0][0]
+    rest = tuple(slice(*cut) for cut in bounds[1:])
+    for (rows,) in _row_chunks(target.shape, 4):
+        piece = source.read(key, (slice(start + rows.start, start + rows.stop), *rest))
+        if not np.isfinite(piece).all():
+            raise ModelError(
+                f"{source.where}: {key} has numbers that are not finite (NaN or infinity); get a sound copy"
+            )
+        target[rows] = piece
+        tick(key, target[rows].nbytes)
+
+
+def _row_chunks(shape: tuple[int, ...], itemsize: int) -> list[tuple[slice]]:
+    """Slices of axis 0 whose pieces have about CHUNK_BYTES."""
+    row_bytes = max(1, itemsize * int(np.prod(shape[1:])))
+    step = max(1, CHUNK_BYTES // row_bytes)
+    return [(slice(start, min(start + step, shape[0])),) for start in range(0, shape[0], step)]

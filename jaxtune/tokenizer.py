@@ -1,0 +1,113 @@
+"""The model's tokenizer: loaded without torch and without running a repository's code, and checked.
+
+Rendering of conversations and masks is data/'s work; making one from a .gguf is gguf_tokenizer.py's.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from jaxtune.errors import ModelError
+from jaxtune.files import inside, read_json
+
+# What ends a turn in the templates in use; a template is searched for them, not run.
+END_OF_TURN = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_turn|>", "<end_of_turn>", "<|end|>", "<|eot|>"),
+    *("<|end_of_text|>", "<|endoftext|>", "</s>", "<EOT>"),
+)
+MAX_TEMPLATE_BYTES = 1 << 20
+
+
+def load_tokenizer(path: Path, template: str | None = None) -> Any:
+    """A transformers fast tokenizer, from a directory or a .gguf file.
+
+    template: a file of a Jinja chat template that takes the place of the tokenizer's own.
+
+    Raises:
+        ModelError: there is none, it needs code of its own, or it has no end-of-sequence token.
+    """
+    if path.suffix == ".gguf":
+        from jaxtune.gguf_tokenizer import read_gguf_tokenizer
+
+        tokenizer = read_gguf_tokenizer(path)
+    else:
+        tokenizer = _from_directory(path)
+    if template is not None:
+        tokenizer.chat_template = _read_template(Path(template).expanduser())
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{path}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    return tokenizer
+
+
+def _from_directory(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not (path / "tokenizer.json").exists() and not (path / "tokenizer_config.json").exists():
+        raise ModelError(
+            f"{path}: no tokenizer.json and no tokenizer_config.json; copy them there, or set model.tokenizer"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as problem:  # the library raises many kinds, its Rust side bare Exceptions
+        what = " ".join(str(problem).split())[:500]
+        raise ModelError(f"{path}: the tokenizer cannot be loaded without running code of its own: {what}") from None
+    if not tokenizer.is_fast:
+        raise ModelError(f"{path}: the tokenizer needs Python code of its own; one with a tokenizer.json is required")
+    return tokenizer
+
+
+def _read_template(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_TEMPLATE_BYTES:
+            raise ModelError(f"data.template {path}: larger than {MAX_TEMPLATE_BYTES} bytes")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ModelError(f"data.template {path}: cannot be read: {problem}") from None
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """One more than the largest token id."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Every token has a row in the embedding; rows without a token are padding and allowed.
+
+    Raises:
+        ModelError: in JAX an id past the end would be read as another row, without an error.
+    """
+    size = vocabulary_size(tokenizer)
+    if size > vocab_size:
+        names = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)[:4]
+        raise ModelError(
+            f"the tokenizer has ids up to {size - 1}, the model's embedding has {vocab_size} rows; without a row:"
+            f" {', '.join(f'{token!r} ({i})' for i, token in names)}; use the model's own tokenizer"
+        )
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id that fills up rows; it is masked everywhere, so any token does when the tokenizer has none for it."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def stop_ids(tokenizer: Any, path: Path | None = None) -> tuple[int, ...]:
+    """The ids that end a reply: the tokenizer's end, those of generation_config.json, the template's end of turn.
+
+    path: the model's directory; a .gguf has no generation_config.
+    """
+    ids = {tokenizer.eos_token_id, *_generation_ids(path)}
+    template = tokenizer.chat_template
+    texts = list(template.values()) if isinstance(template, dict) else [template or ""]
+    special = tokenizer.get_added_vocab()
+    ids |= {special[token] for token in END_OF_TURN if token in special and any(token in text for text in texts)}
+    return tuple(sorted(ids))
+
+
+def _generation_ids(path: Path | None) -> list[int]:
+    if path is None or not (path / "generation_config.json").exists():
+        return []
+    file = inside(path, "generation_config.json", ModelError, str(path))
+    found = read_json(file, ModelError).get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ModelError(f"{file}: eos_token_id is {found!r:.200}; expected a token id or a list of them")
+    return ids
