@@ -1,0 +1,49 @@
+"""Where jaxtune speaks to a person: one console for reports, stages, warnings and progress bars.
+
+It writes to stdout. A command whose stdout is its answer (generated text, say) moves it aside with
+`speak_on_stderr`. Without a terminal everything is plain, unwrapped lines, and nobody makes a bar.
+"""
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+# In a notebook plain text is what a reader can copy and a test can compare.
+console = Console(highlight=False, markup=False, force_jupyter=False)
+
+
+def speak_on_stderr() -> None:
+    """Leave stdout to the command's own answer."""
+    console.stderr = True
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Lines as they are: no markup is read in them, and none is broken."""
+    console.print(text, style=style, soft_wrap=True)
+
+
+def stage(text: str) -> None:
+    """What is being waited for from now on: `stage("Loading the model")`."""
+    say(f"{text} ...")
+
+
+def warn(text: str) -> None:
+    """Something that the user would want to know, though the work goes on."""
+    say(f"Warning: {text}", style="yellow")
+
+
+class Bar:
+    """A progress bar at the foot of the terminal; what is said meanwhile stands above it."""
+
+    def __init__(self, total: int, done: int = 0):
+        text = TextColumn("{task.completed}/{task.total}  {task.fields[summary]}", markup=False)
+        self._progress = Progress(BarColumn(bar_width=16), text, console=console)
+        self._task = self._progress.add_task("", total=total, completed=done, summary="")
+
+    def start(self) -> None:
+        self._progress.start()
+
+    def update(self, done: int, summary: str) -> None:
+        self._progress.update(self._task, completed=done, summary=summary)
+
+    def stop(self) -> None:
+        self._progress.stop()

@@ -1,0 +1,165 @@
+"""The files of a run's record: JSON lines that a kill cannot spoil, and TensorBoard events.
+
+What goes into them is metrics.py's business.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxtune.console import warn
+
+Row = dict[str, Any]
+
+
+class LineFile:
+    """A file of JSON lines. Each line is one write at a known offset: a kill tears the last line at most, and a
+    line that could not be written whole is written over by the next."""
+
+    def __init__(self, path: Path):
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        self._size = os.fstat(self._file).st_size
+
+    def append(self, row: Row) -> None:
+        self._write(self._size, json.dumps(row, allow_nan=False))
+
+    def amend(self, fields: Row) -> None:
+        """Add fields to the last line, by one write over its closing brace."""
+        self._write(self._size - len("}\n"), ", " + json.dumps(fields, allow_nan=False)[1:])
+
+    def _write(self, offset: int, text: str) -> None:
+        data = text.encode() + b"\n"
+        written = os.pwrite(self._file, data, offset)
+        if written != len(data):
+            os.ftruncate(self._file, self._size)
+            raise OSError(f"{written} of {len(data)} bytes fitted")
+        self._size = offset + len(data)
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
+
+
+def rewind(path: Path, step: int) -> list[Row]:
+    """Drop the lines after `step`, and a torn last line, from a file of JSON lines; return what is kept.
+
+    The file is replaced as a whole or not at all. A file that is not there, or is no regular one, has no lines.
+    """
+    if not path.is_file():
+        return []
+    kept, size = [], 0
+    with path.open("rb") as file:
+        for line in file:
+            row = _parse(line)
+            if row is None or row["step"] > step:
+                break
+            kept.append(row)
+            size += len(line)
+    if size != path.stat().st_size:
+        _cut(path, size)
+    return kept
+
+
+def _parse(line: bytes) -> Row | None:
+    """The object on a whole line; None for a torn one."""
+    with contextlib.suppress(ValueError):
+        row = json.loads(line)
+        if line.endswith(b"\n") and isinstance(row, dict) and isinstance(row.get("step"), int):
+            return row
+    return None
+
+
+def _cut(path: Path, size: int) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with path.open("rb") as old, partial.open("wb") as new:
+        new.write(old.read(size))
+        new.flush()
+        os.fsync(new.fileno())
+    partial.replace(path)
+
+
+class TensorBoard:
+    """Scalars in an events file, written at once: tensorboardX's own writer queues them to a thread, and waits
+    for ever when that thread has died of a full disk.
+
+    step: of the checkpoint that the run goes on from; TensorBoard hides what older files hold after it.
+    """
+
+    TAGS = {name: f"train/{name}" for name in ("loss", "lr", "grad_norm", "tokens_per_second")} | {
+        "eval_loss": "eval/loss"
+    }
+
+    def __init__(self, directory: Path, step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        directory.mkdir(exist_ok=True)
+        self._step = step
+        # The pid keeps two processes of the same second apart.
+        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}")
+        start = SessionLog(status=SessionLog.START)
+        self._writer.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+        self._writer.flush()
+
+    def append(self, row: Row) -> None:
+        self._step = row["step"]
+        self.amend(row)
+
+    def amend(self, fields: Row) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        for name, tag in self.TAGS.items():
+            if fields.get(name) is not None:
+                summary = scalar(tag, fields[name])
+                self._writer.write_event(Event(wall_time=time.time(), step=self._step, summary=summary))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Writer(Protocol):
+    def append(self, row: Row) -> None: ...
+    def amend(self, fields: Row) -> None: ...
+    def close(self) -> None: ...
+
+
+class Lenient:
+    """A writer whose errors are told once and then endured: a full disk must not stop the training."""
+
+    def __init__(self, path: Path, make: Callable[[Path], Writer]):
+        self._path, self._warned = path, False
+        self._writer: Writer | None = None
+        with self._enduring():
+            self._writer = make(path)
+
+    def append(self, row: Row) -> None:
+        with self._enduring():
+            if self._writer:
+                self._writer.append(row)
+
+    def amend(self, fields: Row) -> None:
+        with self._enduring():
+            if self._writer:
+                self._writer.amend(fields)
+
+    def close(self) -> None:
+        with self._enduring():
+            if self._writer:
+                self._writer.close()
+        self._writer = None
+
+    @contextlib.contextmanager
+    def _enduring(self):
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                warn(f"{self._path} cannot be written: {error.strerror or error}; training goes on without it")
+            self._warned = True
