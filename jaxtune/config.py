@@ -83,6 +83,15 @@ class Columns(Section):
     text: str = "text"
 
 
+# The columns that each format reads.
+DATA_COLUMNS = {
+    "alpaca": ("instruction", "input", "output", "system", "history"),
+    "sharegpt": ("conversations", "system"),
+    "messages": ("messages",),
+    "text": ("text",),
+}
+
+
 class DataSection(Section):
     """What it learns from."""
 
@@ -96,6 +105,17 @@ class DataSection(Section):
     train_on_prompt: bool = False  # the loss on every token, not on the assistant's turns alone
     packing: bool = True  # several conversations in one sequence, each seeing only itself
     shuffle: bool = True
+
+    @model_validator(mode="after")
+    def _only_this_format(self):
+        for name in ("system", "template", "train_on_prompt"):
+            if self.format == "text" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is for conversations and would do nothing with format text")
+        for name, field in Columns.model_fields.items():
+            if name not in DATA_COLUMNS[self.format] and getattr(self.columns, name) != field.default:
+                allowed = ", ".join(DATA_COLUMNS[self.format])
+                raise ValueError(f"columns.{name} is not read by format {self.format}, which reads {allowed}")
+        return self
 
 
 class TrainSection(Section):
@@ -125,6 +145,17 @@ class OptimSection(Section):
     momentum: Fraction = 0.0  # sgd
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # not on norms and biases
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0  # null: no clipping
+
+    @model_validator(mode="after")
+    def _nothing_unused(self):
+        adams = ("adamw", "adam")
+        users = {"beta1": (*adams, "lion"), "beta2": (*adams, "lion"), "eps": adams, "momentum": ("sgd",)}
+        phases = {"decay": ("wsd",), "min_lr": ("linear", "cosine", "wsd")}
+        for chosen, table in ((self.name, users), (self.schedule, phases)):
+            for name, owners in table.items():
+                if chosen not in owners and getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} belongs to {', '.join(owners)} and would do nothing with {chosen}")
+        return self
 
 
 Axis = Annotated[int, Field(ge=-1)]
