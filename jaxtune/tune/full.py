@@ -1,13 +1,12 @@
 """Methods that add nothing: everything trains, or everything but what is frozen by name."""
 
-import re
 from collections.abc import Iterable
 
 from jaxtune.config import TuneSection
-from jaxtune.errors import AdapterError, nearest
+from jaxtune.errors import AdapterError
 from jaxtune.models.weights import Tree
 from jaxtune.tune.method import EMBEDDING, Method, all_keys, declared, get_path
-from jaxtune.tune.names import compiled
+from jaxtune.tune.names import compiled, suggestion
 
 
 def train_all(section: TuneSection, weights: Tree) -> set[str]:
@@ -61,8 +60,7 @@ def _found(option: str, patterns: list[str], keys: list[str]) -> set[str]:
         regex = compiled(pattern, f"tune.{option}")
         matched = {key for key in keys if regex.search(key)}
         if not matched:
-            parts = list(dict.fromkeys(part for key in keys for part in key.split(".")))
-            hint = nearest(pattern, [*parts, *keys]) or nearest(re.sub(r".*[.\\*]", "", pattern), parts)
+            hint = suggestion(pattern, keys)
             raise AdapterError(
                 f'tune.{option}: "{pattern}" is found in no weight name{hint or "."} '
                 f"Names are like {keys[0]}, {keys[-1]}; a tied head has no name of its own"

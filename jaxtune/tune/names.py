@@ -72,9 +72,13 @@ def last_names(names: Iterable[str]) -> list[str]:
 
 
 def suggestion(name: str, names: Iterable[str]) -> str:
-    """The nearest of module names to a name or regex that matched none."""
+    """`; did you mean ...?` for a name or regex that matched none of `names`: near to its first unknown part."""
     names = list(names)
-    return nearest(name, [*last_names(names), *names]) or nearest(re.sub(r".*[.\\*]", "", name), last_names(names))
+    parts = list(dict.fromkeys(part for name in names for part in name.split(".")))
+    for piece in re.split(r"[^\w-]+", name):
+        if piece and piece not in parts and (hint := nearest(piece, parts)):
+            return hint
+    return nearest(name, names)
 
 
 def compiled(pattern: str, where: str) -> re.Pattern:

@@ -4,7 +4,6 @@ Source of the keys: peft 0.21, `LoraConfig` and `PeftConfigMixin`. Written are t
 since a PEFT older than 0.19 fails on a key that it does not know.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ from pydantic import ValidationError
 
 from jaxtune.config import TuneSection
 from jaxtune.errors import AdapterError, ConfigError, listing
+from jaxtune.files import inside, read_json
 from jaxtune.models.weights import Tree
 from jaxtune.tune.names import Modules, last_names
 from jaxtune.tune.plan import is_all_linear
 
 CONFIG_NAME = "adapter_config.json"
-MAX_BYTES = 1 << 20
 
 # PEFT's key -> ours
 SETTINGS = {
@@ -128,21 +127,12 @@ def _ordered(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, list) else value
 
 
-def _read_json(directory: Path) -> dict:
-    where = directory / CONFIG_NAME
-    if not where.is_file():
-        inside = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_NAME}"))
-        hint = f"; there is one in {listing(inside)}: name that directory" if inside else ""
+def _read_json(directory: Path) -> dict[str, Any]:
+    if not (directory / CONFIG_NAME).is_file():
+        within = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_NAME}"))
+        hint = f"; there is one in {listing(within)}: name that directory" if within else ""
         raise AdapterError(f"{directory}: not an adapter directory: no {CONFIG_NAME} in it{hint}")
-    try:
-        if where.stat().st_size > MAX_BYTES:
-            raise AdapterError(f"{where}: {where.stat().st_size} bytes; an adapter's config has at most {MAX_BYTES}")
-        tree = json.loads(where.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{where}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise AdapterError(f"{where}: expected an object with PEFT's keys, found {tree!r:.80}")
-    return tree
+    return read_json(inside(directory, CONFIG_NAME, AdapterError, str(directory)), AdapterError)
 
 
 def _refuse_options(tree: dict, where: Path) -> None:

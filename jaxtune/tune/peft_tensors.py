@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxtune.errors import AdapterError, listing, nearest
+from jaxtune.files import inside
 from jaxtune.models.weights import Path, Tree, map_tree, set_path
 from jaxtune.tune.method import EMBEDDING, HEAD, declared, get_path, is_abstract, is_concrete, make
 from jaxtune.tune.names import module_of
@@ -97,7 +98,7 @@ def open_adapter(directory: str | FilePath) -> AdapterFile:
             )
         raise AdapterError(f"{path}: missing; an adapter directory has {CONFIG_NAME} and {TENSORS_NAME}")
     try:
-        handle = safe_open(path, framework="np")
+        handle = safe_open(inside(path.parent, path.name, AdapterError, str(directory)), framework="np")
         return AdapterFile(path, {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}, handle)  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: not a safetensors file: {error}") from None
@@ -181,6 +182,8 @@ def _read_slice(file: AdapterFile, entry: Entry, ranges: list[range]) -> np.ndar
     if any(start >= stop for start, stop in bounds):
         return np.zeros([0] * len(bounds), np.float32)
     value: np.ndarray = file.read(entry.key, tuple(slice(*bound) for bound in bounds)).astype(np.float32)
+    if not np.isfinite(value).all():
+        raise AdapterError(f"{file.path}: {entry.key} has numbers that are not finite (NaN or infinity)")
     return value if entry.part is None else value.T
 
 
