@@ -1,7 +1,7 @@
 """What every test stands on: an environment without network, tiny models, the real model, the command line.
 
-A test that needs several devices runs the command in a process of its own, with `run_cli(..., devices=8)` or
-`run_python(code, devices=8)`: the number of fake CPU devices is fixed once JAX has started.
+There are eight fake CPU devices in every test process; arrays lie on the first unless a test says otherwise.
+A process of its own, with `run_cli` or `run_python`, has as many as the test asks for: one by default.
 """
 
 import os
@@ -19,6 +19,7 @@ CACHE = REPOSITORY / ".cache"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:

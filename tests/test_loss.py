@@ -1,0 +1,96 @@
+"""The chunked loss equals the plain one, and costs what it says."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtune import loss as loss_module
+from jaxtune.leaves import LowRank
+from jaxtune.loss import cross_entropy, token_losses
+
+BATCH, TIME, FEATURES, VOCAB = 4, 50, 16, 96
+
+
+@pytest.fixture
+def inputs():
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = jax.random.normal(keys[0], (BATCH, TIME, FEATURES))
+    head = jax.random.normal(keys[1], (VOCAB, FEATURES))
+    targets = jax.random.randint(keys[2], (BATCH, TIME), 0, VOCAB)
+    weights = (jax.random.uniform(keys[3], (BATCH, TIME)) < 0.4) * 0.01
+    return hidden, head, targets, weights
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK", 16)
+
+
+def plain(hidden, head, targets, weights):
+    logprobs = jax.nn.log_softmax(hidden @ head.T)
+    return -jnp.sum(jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0] * weights)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_loss_and_gradients_equal_the_plain_ones(inputs, parts):
+    hidden, head, targets, weights = inputs
+    ours = jax.jit(jax.value_and_grad(lambda h, w: cross_entropy(h, w, targets, weights, parts), argnums=(0, 1)))
+    expected = jax.value_and_grad(lambda h, w: plain(h, w, targets, weights), argnums=(0, 1))(hidden, head)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours(hidden, head), expected)
+
+
+def test_without_gradients_the_loss_is_the_same(inputs):
+    np.testing.assert_allclose(cross_entropy(*inputs), plain(*inputs), rtol=1e-6)
+
+
+def test_low_rank_head_gets_the_gradients_of_its_parts_alone(inputs):
+    hidden, head, targets, weights = inputs
+    a = jax.random.normal(jax.random.key(7), (FEATURES, 3))
+    b = jax.random.normal(jax.random.key(8), (3, VOCAB))
+    low = lambda a, b: LowRank(head, a, b, jnp.float32(2.0))
+    ours = jax.jit(jax.grad(lambda a, b: cross_entropy(hidden, low(a, b), targets, weights), argnums=(0, 1)))(a, b)
+    expected = jax.grad(lambda a, b: plain(hidden, head + 2 * (a @ b).T, targets, weights), argnums=(0, 1))(a, b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), ours, expected)
+
+
+def test_all_tokens_unsupervised_gives_zero_and_zero_gradients(inputs):
+    hidden, head, targets, weights = inputs
+    value, grad = jax.value_and_grad(lambda h: cross_entropy(h, head, targets, weights * 0))(hidden)
+    assert value == 0 and not grad.any()
+
+
+def test_every_token_supervised(inputs):
+    hidden, head, targets, _ = inputs
+    ones = jnp.ones((BATCH, TIME))
+    np.testing.assert_allclose(cross_entropy(hidden, head, targets, ones), plain(hidden, head, targets, ones), rtol=1e-6)
+
+
+def test_gradient_scales_with_the_cotangent(inputs):
+    hidden, head, targets, weights = inputs
+    once = jax.grad(lambda h: cross_entropy(h, head, targets, weights))(hidden)
+    thrice = jax.grad(lambda h: 3 * cross_entropy(h, head, targets, weights))(hidden)
+    np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
+
+
+def test_huge_logits_do_not_overflow():
+    logits = jnp.array([[1e30, 0.0], [-1e30, 0.0]])
+    np.testing.assert_allclose(token_losses(logits, jnp.array([0, 1])), [0.0, 0.0])
+
+
+def test_a_frozen_head_has_no_weight_gradient_and_the_whole_logits_never_exist(inputs):
+    hidden, head, targets, weights = inputs
+    grad = jax.jit(jax.grad(lambda h, w: cross_entropy(h, w, targets, weights)))
+    compiled = grad.lower(hidden, head).compile().as_text()
+    products = set(re.findall(r"f32\[([\d,]+)\]\S* dot\(", compiled))
+    assert products == {f"16,{VOCAB}", f"16,{FEATURES}"}  # a chunk's logits, and its gradient
+    assert f"{BATCH * TIME},{VOCAB}" not in compiled and f"{BATCH},{TIME},{VOCAB}" not in compiled
+
+
+def test_a_trained_head_has_one_weight_gradient_a_chunk(inputs):
+    hidden, head, targets, weights = inputs
+    grad = jax.jit(jax.grad(lambda h, w: cross_entropy(h, w, targets, weights), argnums=1))
+    products = re.findall(r"f32\[([\d,]+)\]\S* dot\(", grad.lower(hidden, head).compile().as_text())
+    assert f"{VOCAB},{FEATURES}" in products or f"{FEATURES},{VOCAB}" in products

@@ -1,0 +1,178 @@
+"""The same numbers on every mesh, with the collectives that each mesh should have and no others."""
+
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtune import tune
+from jaxtune.config import MeshSection, OptimSection, TuneSection
+from jaxtune.errors import MeshError
+from jaxtune.leaves import partition
+from jaxtune.mesh import axes_sharding, batch_shards, check_batch, check_model, check_sharded, make_mesh, shardings
+from jaxtune.models.config import ModelConfig, Rope
+from jaxtune.models.decoder import Model
+from jaxtune.models.weights import init_params
+from jaxtune.optim import make_optimizer, make_schedule
+from jaxtune.state import make_state
+from jaxtune.step import make_train_step
+
+HIDDEN, VOCAB, LAYERS, ROWS, TIME = 64, 512, 2, 16, 32
+CONFIG = ModelConfig("qwen2", VOCAB, HIDDEN, 128, LAYERS, 8, 2, 8, 256, tied=True, qkv_bias=True, rope=Rope(theta=1e4))
+LORA = TuneSection(method="lora", rank=4, dropout=0.1, targets="all-linear")
+FULL = TuneSection(method="full")
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4)]
+STEPS = 10
+
+
+def mesh_of(data, fsdp, tensor):
+    return make_mesh(MeshSection(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
+
+
+def batch(step):
+    """Two documents a row, 40 % of the tokens supervised."""
+    draw = np.random.default_rng(step)
+    tokens = draw.integers(0, VOCAB, (1, ROWS, TIME + 1)).astype(np.int32)
+    half = np.arange(TIME) % (TIME // 2)
+    return {
+        "tokens": tokens[..., :-1],
+        "targets": tokens[..., 1:],
+        "mask": (draw.random((1, ROWS, TIME)) < 0.4).astype(np.float32),
+        "positions": np.broadcast_to(half, (1, ROWS, TIME)).astype(np.int32),
+        "segments": np.broadcast_to(1 + (np.arange(TIME) >= TIME // 2), (1, ROWS, TIME)).astype(np.int32),
+    }
+
+
+def start(section, mesh):
+    """(compiled step, state, frozen, where batches go) of a random model on `mesh`."""
+    check_model(mesh, CONFIG)
+    config, stacks = tune.layout(section, CONFIG)
+    model = Model.create(config, stacks)
+    params = init_params(model.weights, shardings(mesh, config, model.weights), 0, 0.1, "float32")
+    params, mask = tune.apply(section, params, model.weights, 0, axes_sharding(mesh, config))
+    trainable, frozen = partition(params, mask)
+    optim = OptimSection(lr=1e-2, warmup=0.0)
+    optimizer = make_optimizer(optim, model.weights)
+    state, where = make_state(trainable, optimizer, mesh)
+    step = make_train_step(
+        model,
+        optimizer,
+        make_schedule(optim, STEPS),
+        clip_norm=1.0,
+        dtype=jnp.float32,
+        seed=0,
+        parts=batch_shards(mesh),
+    )
+    rows = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), None))
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+        compiled = jitted.lower(state, frozen, jax.device_put(batch(1), rows), jnp.int32(1)).compile()
+    return compiled, state, frozen, rows
+
+
+def losses(section, mesh):
+    compiled, state, frozen, rows = start(section, mesh)
+    result = []
+    for number in range(1, STEPS + 1):
+        state, metrics = compiled(state, frozen, jax.device_put(batch(number), rows), jnp.int32(number))
+        result.append(float(metrics["loss"]))
+    return result
+
+
+@pytest.fixture(scope="module", params=[FULL, LORA], ids=["full", "lora"])
+def one_device(request):
+    return request.param, losses(request.param, mesh_of(1, 1, 1))
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_ten_losses_equal_one_device_s(one_device, sizes):
+    section, expected = one_device
+    assert expected[-1] < expected[0]
+    np.testing.assert_allclose(losses(section, mesh_of(*sizes)), expected, rtol=1e-5)
+
+
+def collectives(section, sizes):
+    """How often each collective stands in the compiled step, scalars left out, and the shapes by collective."""
+    text = start(section, mesh_of(*sizes))[0].as_text()
+    found = re.findall(r"= (\(.*?\)|\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(", text)
+    shapes = {kind: [s for result, k in found if k == kind for s in re.findall(r"\[([\d,]+)\]", result)] for _, kind in found}
+    return {kind: Counter(of_kind) for kind, of_kind in shapes.items() if of_kind}
+
+
+def test_data_parallel_only_reduces_gradients():
+    found = collectives(FULL, (8, 1, 1))
+    assert set(found) == {"all-reduce"}
+    assert f"{VOCAB},{HIDDEN}" in found["all-reduce"]
+
+
+def test_data_parallel_lora_reduces_adapters_alone():
+    found = collectives(LORA, (8, 1, 1))
+    assert set(found) == {"all-reduce"}
+    largest = max(np.prod([int(n) for n in shape.split(",")]) for shape in found["all-reduce"])
+    assert largest == 128 * 4  # a or b of the widest matrix, of one layer
+
+
+def test_fsdp_gathers_weights_layer_by_layer_and_moves_no_activation():
+    found = collectives(FULL, (1, 8, 1))
+    assert set(found) <= {"all-gather", "all-reduce", "reduce-scatter"}
+    gathered = found["all-gather"]
+    assert f"128,{HIDDEN}" in gathered and f"{VOCAB},{HIDDEN}" in gathered
+    assert f"{LAYERS},128,{HIDDEN}" not in gathered  # one layer at a time
+    assert not any(f",{TIME}," in shape for kind in found.values() for shape in kind)
+
+
+def test_fsdp_shards_parameters_and_optimiser():
+    whole, split = (start(FULL, mesh_of(*sizes))[0].memory_analysis() for sizes in ((1, 1, 1), (1, 8, 1)))
+    assert split.argument_size_in_bytes < whole.argument_size_in_bytes / 7
+
+
+def test_tensor_parallel_reduces_activations_and_gathers_no_logits():
+    found = collectives(FULL, (1, 1, 8))
+    assert f"{ROWS},{TIME},{HIDDEN}" in found["all-reduce"]
+    assert not any(str(VOCAB) in shape.split(",")[-1:] for shape in found.get("all-gather", ()))
+
+
+def test_large_parameter_left_whole_is_an_error():
+    mesh = mesh_of(1, 8, 1)
+    split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("fsdp"), PartitionSpec()))
+    check_sharded({"w": jax.device_put(jnp.zeros((1024, 1024)), split)}, {"w": split})
+    with pytest.raises(MeshError, match="w.*is whole on each device"):
+        check_sharded({"w": jax.device_put(jnp.zeros((1024, 1024)), whole)}, {"w": split})
+
+
+def test_optimiser_moments_lie_with_their_weights():
+    mesh = mesh_of(1, 4, 2)
+    model = Model.create(CONFIG)
+    params = init_params(model.weights, shardings(mesh, CONFIG, model.weights), 0, 0.1, "float32")
+    state, _ = make_state(params, optax.scale_by_adam(), mesh)
+    jax.tree.map(lambda p, m: np.testing.assert_equal(p.sharding, m.sharding), params, state["optimizer"].mu)
+
+
+@pytest.mark.parametrize(
+    ("section", "devices", "message"),
+    [
+        ({"data": 3, "fsdp": -1}, 8, "8 devices are not divisible by 3"),
+        ({"data": 2, "fsdp": 2}, 8, "needs 4 devices, found 8"),
+        ({"data": 4, "fsdp": 4}, 8, "needs 16 devices, found 8"),
+    ],
+)
+def test_mesh_that_does_not_fit_the_devices_is_refused(section, devices, message):
+    with pytest.raises(MeshError, match=message):
+        make_mesh(MeshSection(**section), jax.devices()[:devices])
+
+
+def test_heads_that_the_tensor_axis_does_not_divide_are_refused_with_what_would_fit():
+    odd = ModelConfig("llama", VOCAB, 72, 96, 2, 9, 3, 8, 256)
+    with pytest.raises(MeshError, match="tensor = 2 does not divide the model's num_attention_heads 9.*1"):
+        check_model(mesh_of(1, 4, 2), odd)
+
+
+@pytest.mark.parametrize(("size", "micro"), [(12, 1), (16, 4), (9, 2)])
+def test_batch_that_does_not_fit_the_mesh_is_refused(size, micro):
+    with pytest.raises(MeshError, match=r"train\.batch_size"):
+        check_batch(mesh_of(8, 1, 1), size, micro)
