@@ -1,0 +1,157 @@
+"""Rows to tokens: templates applied, tokenised in batches, cut to length, counted.
+
+The result is three flat arrays, whatever the number of rows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from jaxtune.config import DataSection
+from jaxtune.data.chat import special_tokens, supervised_spans, token_mask
+from jaxtune.data.formats import Row
+from jaxtune.data.template import ChatTemplate
+from jaxtune.errors import DataError
+
+_CHUNK = 512  # rows that the tokenizer gets at once
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Conversations as tokens, end to end. The first token of each is never supervised: nothing comes before it."""
+
+    tokens: np.ndarray  # int32 [all tokens]
+    supervised: np.ndarray  # bool [all tokens]
+    starts: np.ndarray  # int64 [examples + 1]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [examples]"""
+        return np.diff(self.starts)
+
+    def take(self, indices: np.ndarray) -> "Examples":
+        """Only these examples, in this order."""
+        parts = [slice(self.starts[i], self.starts[i + 1]) for i in indices]
+        return join([(self.tokens[part], self.supervised[part]) for part in parts])
+
+
+def join(parts: list[tuple[np.ndarray, np.ndarray]]) -> Examples:
+    """Examples out of the (tokens, supervised) of each."""
+    starts = np.concatenate(([0], np.cumsum([len(tokens) for tokens, _ in parts], dtype=np.int64)))
+    tokens = np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _ in parts)])
+    return Examples(tokens, np.concatenate([np.zeros(0, bool), *(mask for _, mask in parts)]), starts.astype(np.int64))
+
+
+@dataclass
+class Lengths:
+    """What became of the rows. Those that are not dropped are the examples."""
+
+    rows: int = 0
+    too_long: list[tuple[int, str]] = field(default_factory=list)  # (tokens, file:line), whatever was done with them
+    dropped_long: int = 0  # longer than max_length
+    dropped_cut: int = 0  # truncated until nothing supervised was left
+    dropped_silent: int = 0  # without a supervised token from the start
+    truncated: int = 0  # and kept
+
+    @property
+    def dropped(self) -> int:
+        return self.dropped_long + self.dropped_cut + self.dropped_silent
+
+
+def encode(
+    rows: list[Row], section: DataSection, tokenizer: Any, template: ChatTemplate | None
+) -> tuple[Examples, Lengths]:
+    """The rows as tokens, at most section.max_length each.
+
+    template: of conversations; None for plain texts. Plain texts begin as the tokenizer begins a text (with its bos
+    token, if it adds one), end with its eos token, and are supervised throughout.
+
+    Raises:
+        DataError: a template fails, a row is too long under too_long: error, or no token at all is supervised.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError("the tokenizer gives no character offsets; a fast one (with a tokenizer.json) is needed")
+    counts, parts = Lengths(rows=len(rows)), []
+    encoded = _texts(rows, tokenizer) if template is None else _chats(rows, section, tokenizer, template)
+    for row, (tokens, mask) in zip(rows, encoded, strict=True):
+        mask[:1] = False
+        kept = _fit(tokens, mask, section, row.where, counts)
+        if kept is not None:
+            parts.append(kept)
+    _check(counts, section, bool(parts))
+    return join(parts), counts
+
+
+def _texts(rows: list[Row], tokenizer: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no eos token, with which each text of data.format: text ends")
+    for chunk in _chunked(iter(rows)):
+        for ids in tokenizer([row.text for row in chunk], **_TOKENISE)["input_ids"]:
+            if ids[-1:] != [tokenizer.eos_token_id]:
+                ids.append(tokenizer.eos_token_id)
+            yield np.asarray(ids, np.int32), np.ones(len(ids), bool)
+
+
+def _chats(rows: list[Row], section: DataSection, tokenizer: Any, template: ChatTemplate):
+    special = special_tokens(tokenizer)
+    answers = template.render(((row.where, row.messages or []) for row in rows), marks=not section.train_on_prompt)
+    for chunk in _chunked(zip(rows, answers)):
+        texts = [answer["text"] for _, answer in chunk]
+        batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, **_TOKENISE)
+        for (row, answer), ids, offsets in zip(chunk, batch["input_ids"], batch["offset_mapping"], strict=True):
+            if section.train_on_prompt:
+                spans = [(0, len(answer["text"]))]
+            else:
+                spans = supervised_spans(row.where, row.messages, answer, special)
+            yield np.asarray(ids, np.int32), token_mask(np.asarray(offsets, np.int64).reshape(-1, 2), spans)
+
+
+# verbose: no warning that a text is longer than the model's context; data.max_length is ours to check.
+_TOKENISE = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+
+
+def _chunked(items: Iterator[Any]) -> Iterator[list[Any]]:
+    while chunk := list(islice(items, _CHUNK)):
+        yield chunk
+
+
+def _fit(tokens, mask, section: DataSection, where: str, counts: Lengths) -> tuple[np.ndarray, np.ndarray] | None:
+    """The example as it will be trained on, or None; counted either way."""
+    if not mask.any():
+        counts.dropped_silent += 1
+        return None
+    if len(tokens) <= section.max_length:
+        return tokens, mask
+    counts.too_long.append((len(tokens), where))
+    tokens, mask = tokens[: section.max_length].copy(), mask[: section.max_length].copy()
+    if section.too_long != "truncate":
+        counts.dropped_long += 1
+    elif not mask.any():
+        counts.dropped_cut += 1
+    else:
+        counts.truncated += 1
+        return tokens, mask
+    return None
+
+
+def _check(counts: Lengths, section: DataSection, any_left: bool) -> None:
+    if counts.too_long and section.too_long == "error":
+        longest, where = max(counts.too_long, key=lambda item: item[0])
+        raise DataError(
+            f"{counts.too_long[0][1]}: {counts.too_long[0][0]} tokens, data.max_length is {section.max_length}; "
+            f"{len(counts.too_long)} of {counts.rows} rows are longer, the longest {longest} ({where}); "
+            "raise data.max_length, or set data.too_long to truncate or drop"
+        )
+    if not any_left:
+        raise DataError(
+            f"no supervised token in {counts.rows} rows: {counts.dropped_silent} have no assistant turn, "
+            f"{counts.dropped_long} are longer than data.max_length {section.max_length}, "
+            f"{counts.dropped_cut} have nothing supervised within it; there is nothing to learn from"
+        )

@@ -1,0 +1,129 @@
+"""What a person reads of the data before the first step: its numbers, and one example with its targets marked."""
+
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jaxtune.data.encode import Lengths
+from jaxtune.data.loader import Data, Dataset
+from jaxtune.errors import listing
+
+SHOWN = 400  # tokens of the example; a longer one is cut in the middle
+_STYLE = "bold green"
+
+
+def print_report(data: Data, console: Console) -> None:
+    """The whole report. Where nothing has to be said, nothing is."""
+    for source in data.sources:
+        counts = source.lengths
+        line = f"{listing(source.paths, 3)}: {counts.rows:,} rows, {_fate(counts, data.section.max_length)}"
+        _line(console, line, "yellow" if counts.dropped or counts.truncated else "")
+    console.print(_table(data))
+    _line(console, _steps(data.train))
+    for note in _notes(data):
+        _line(console, f"Note: {note}", "yellow")
+    _print_example(data, console)
+
+
+def _line(console: Console, text: str | Text, style: str = "") -> None:
+    console.print(Text(text) if isinstance(text, str) else text, style=style, soft_wrap=True)
+
+
+def _table(data: Data) -> Table:
+    """One column of numbers for each data set."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    sets = {"train": data.train} | ({"held out": data.eval} if data.eval else {})
+    for name in sets:
+        table.add_column(name, justify="right")
+    columns = [_numbers(part) for part in sets.values()]
+    for label in columns[0]:
+        table.add_row(label, *(column[label] for column in columns))
+    return table
+
+
+def _numbers(part: Dataset) -> dict[str, str]:
+    lengths, time = part.examples.lengths, part.shape[-1]
+    tokens = int(lengths.sum())
+    kind = "packs" if part.packing else "rows"
+    return {
+        "conversations": f"{len(lengths):,}",
+        "tokens": f"{tokens:,}",
+        "mean length": _number(tokens / len(lengths)),
+        "longest": f"{int(lengths.max()):,}",
+        "supervised": f"{np.count_nonzero(part.examples.supervised) / tokens:.1%}",
+        f"{kind} of {time:,} tokens": f"{part.rows:,}",
+        "padding": f"{1 - tokens / (part.rows * time):.1%}",
+    }
+
+
+def _steps(train: Dataset) -> str:
+    each, in_all = train.rows / train.batch_size, train.steps * train.batch_size / train.rows
+    return (
+        f"{train.steps:,} steps of {train.batch_size:,} sequences: {_number(each)} an epoch, {_number(in_all)} epochs"
+    )
+
+
+def _notes(data: Data) -> list[str]:
+    """What may be a mistake in the data."""
+    notes = []
+    for rows in (source.rows for source in data.sources):
+        if rows.unused:
+            names = (f'"{name}" (in {count:,} rows)' for name, count in sorted(rows.unused.items()))
+            notes.append(f"Columns that are not read: {listing(names)}; data.columns says which are.")
+        if rows.empty_answers:
+            notes.append(f"Empty assistant turns: {rows.empty_answers:,}; only their end is learnt.")
+    return notes + data.notes
+
+
+def _fate(counts: Lengths, max_length: int) -> str:
+    reasons = {
+        f"longer than {max_length} tokens": counts.dropped_long,
+        "cut before anything supervised": counts.dropped_cut,
+        "without a supervised token": counts.dropped_silent,
+    }
+    why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+    dropped = f"{counts.dropped:,} dropped ({why})" if why else "none dropped"
+    return f"{dropped}, {f'{counts.truncated:,}' if counts.truncated else 'none'} truncated"
+
+
+def _print_example(data: Data, console: Console) -> None:
+    """The first example that is learnt from."""
+    examples, coloured = data.train.examples, console.is_terminal and console.color_system is not None
+    coloured = coloured and not console.no_color
+    title = Text("\nOne example as the model sees it; the loss is on what stands ")
+    title.append("in bold green" if coloured else "between « and »", style=_STYLE if coloured else "")
+    _line(console, title.append(":"))
+    tokens, mask = examples.tokens[: examples.starts[1]], examples.supervised[: examples.starts[1]]
+    _line(console, marked(tokens, mask, data.tokenizer, coloured).append("\n"))
+
+
+def marked(tokens: np.ndarray, mask: np.ndarray, tokenizer: Any, coloured: bool, shown: int = SHOWN) -> Text:
+    """The text of the tokens, those with `mask` set in colour or between « and »; cut in the middle if long."""
+    text = Text()
+    if len(tokens) <= shown:
+        return _runs(text, tokens, mask, tokenizer, coloured)
+    half = shown // 2
+    _runs(text, tokens[:half], mask[:half], tokenizer, coloured)
+    text.append(f" [... {len(tokens) - 2 * half:,} tokens more ...] ", style="dim")
+    return _runs(text, tokens[-half:], mask[-half:], tokenizer, coloured)
+
+
+def _runs(text: Text, tokens: np.ndarray, mask: np.ndarray, tokenizer: Any, coloured: bool) -> Text:
+    """Append runs of tokens that are, or are not, supervised."""
+    edges: np.ndarray = np.flatnonzero(np.diff(mask.astype(np.int8))) + 1
+    for run, on in zip(np.split(tokens, edges), np.split(mask, edges)):
+        words = tokenizer.decode(run.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if on.any():
+            text.append(words if coloured else f"«{words}»", style=_STYLE if coloured else "")
+        else:
+            text.append(words, style="dim" if coloured else "")
+    return text
+
+
+def _number(value: float) -> str:
+    """With one decimal, unless that is 0."""
+    return f"{value:,.1f}".removesuffix(".0")

@@ -1,0 +1,207 @@
+"""The process in which chat templates are rendered: a program of its own, started by template.py.
+
+A template comes from strangers. jinja2's sandbox keeps it from Python; what the sandbox does not bound (loops
+in loops, strings of gigabytes) is bounded here by memory and length, and by template.py, which kills this
+process when its time is up. Nothing but jinja2 and the standard library is imported: it starts in 0.1 s.
+
+The environment is the one that transformers documents for chat templates: an immutable sandbox, trim_blocks and
+lstrip_blocks, loop controls, `tojson` that leaves HTML alone, `raise_exception`, `strftime_now`, and the block
+`{% generation %}` around what the assistant says. One thing differs: the clock stands still, because a run that
+is resumed on another day must see the same data.
+
+Protocol: JSON lines. In: {template, variables, memory} once, then lists of {messages, marks, limit} for
+conversations; or {messages, limit, prompt: true}. Out, for each line in, one line: {error} or the answer.
+"""
+
+import json
+import re
+import secrets
+import sys
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+
+TODAY = datetime(2024, 7, 26)  # the day that Llama 3's templates fall back on
+_NONCE = secrets.token_hex(8)  # no conversation can hold the marks
+_OPEN, _CLOSE = f"\ufdd0{_NONCE}\ufdd1", f"\ufdd1{_NONCE}\ufdd0"
+
+
+class Refused(Exception):
+    """What is wrong with a template or a conversation, in words."""
+
+
+class Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}`: its output, between marks while `environment.marking` is set."""
+
+    tags = {"generation"}
+    environment: Any  # jinja2's type does not know what `extend` adds
+
+    def __init__(self, environment: Any):
+        super().__init__(environment)
+        environment.extend(marking=False, has_marks=False)
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        self.environment.has_marks = True
+        return jinja2.nodes.CallBlock(self.call_method("_surround"), [], [], body).set_lineno(line)
+
+    def _surround(self, caller) -> str:
+        text = caller()
+        return f"{_OPEN}{text}{_CLOSE}" if self.environment.marking else text
+
+
+class Namespace(jinja2.utils.Namespace):
+    """`namespace(...)` without attributes that begin with an underscore."""
+
+    def __init__(*args, **kwargs):
+        self, *given = args  # so that a template may write namespace(self=...)
+        attributes = dict(*given, **kwargs)
+        for name in attributes:
+            _check_attribute(name)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name, value):
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"the attribute {name!r} of a namespace")
+
+
+class Dict:
+    """`dict(...)`, and nothing else of Python's class."""
+
+    def __call__(self, *args, **kwargs):
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args):
+        return dict.fromkeys(*args)
+
+
+def make_environment() -> Any:
+    """What a chat template may use."""
+    extensions = [Generation, jinja2.ext.loopcontrols]
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=extensions
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(raise_exception=_refuse, strftime_now=TODAY.strftime, dict=Dict(), namespace=Namespace)
+    return environment
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(message):
+    raise Refused(f"it says: {message}")
+
+
+class Renderer:
+    """One template."""
+
+    def __init__(self, source: str, variables: dict[str, Any]):
+        self.environment = make_environment()
+        self.template = self.environment.from_string(source)
+        self.variables = variables
+        self.has_marks: bool = self.environment.has_marks
+
+    def render(self, messages: list, prompt: bool, limit: int, marking: bool = False) -> str:
+        """The text of `messages`; with `prompt`, up to where the assistant begins to speak."""
+        pieces, length = [], 0
+        self.environment.marking = marking
+        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
+        for piece in self.template.generate(**{**self.variables, **given}):
+            pieces.append(piece)
+            length += len(piece)
+            if length > limit:
+                raise Refused(f"it gives more than {limit} characters")
+        return "".join(pieces)
+
+    def conversation(self, messages: list, marks: bool, limit: int) -> dict[str, Any]:
+        """The whole text and, if asked, where the assistant speaks: from marks, or from the turns' prefixes."""
+        text = self.render(messages, False, limit)
+        answer: dict[str, Any] = {"text": text}
+        if marks and self.has_marks:
+            answer["marks"] = self._marks(messages, text, limit)
+        elif marks:
+            said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            answer["turns"] = [self._turn(messages, i, text, limit) for i in said]
+        return answer
+
+    def _marks(self, messages: list, text: str, limit: int) -> list[tuple[int, int]]:
+        parts = re.split(f"({_OPEN}|{_CLOSE})", self.render(messages, False, 2 * limit, marking=True))
+        marks, position, starts = [], 0, []
+        for part in parts:
+            if part == _OPEN:
+                starts.append(position)
+            elif part == _CLOSE and starts:
+                marks.append((starts.pop(), position))
+            else:
+                position += len(part)
+        if "".join(part for part in parts if part not in (_OPEN, _CLOSE)) != text or starts:
+            raise Refused("what stands in {% generation %} is changed after the block, so it cannot be found again")
+        return marks
+
+    def _turn(self, messages: list, index: int, text: str, limit: int) -> list[int | None]:
+        """[message, end of the prompt before it, end of the text through it]; None: not a prefix of `text`."""
+        prompt = self.render(messages[:index], True, limit)
+        through = text if index + 1 == len(messages) else self.render(messages[: index + 1], False, limit)
+        return [index, *(len(part) if text.startswith(part) else None for part in (prompt, through))]
+
+
+def explain(error: BaseException) -> str:
+    """What went wrong in a template, in words."""
+    if isinstance(error, Refused):
+        return str(error)
+    if isinstance(error, jinja2.exceptions.TemplateSyntaxError):
+        return f"not a Jinja template: {error.message} (line {error.lineno})"
+    if isinstance(error, jinja2.exceptions.SecurityError):
+        return f"it tries what the sandbox forbids: {error}"
+    if isinstance(error, MemoryError):
+        return "it takes more memory than allowed"
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def _limit_memory(limit: int) -> None:
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    except (ImportError, ValueError, OSError):
+        pass  # the time limit holds there too
+
+
+def _answer(renderer: Renderer, request: dict) -> dict[str, Any]:
+    try:
+        if request.get("prompt"):
+            return {"text": renderer.render(request["messages"], True, request["limit"])}
+        return renderer.conversation(request["messages"], request["marks"], request["limit"])
+    except Exception as error:  # whatever a template does is the template's fault
+        return {"error": explain(error)}
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    write = lambda answer: print(json.dumps(answer), flush=True)  # noqa: E731, T201
+    first = json.loads(sys.stdin.readline())
+    _limit_memory(first["memory"])
+    try:
+        renderer = Renderer(first["template"], first["variables"])
+    except Exception as error:
+        write({"error": explain(error)})
+        return
+    write({"has_marks": renderer.has_marks})
+    for line in sys.stdin:
+        write([_answer(renderer, request) for request in json.loads(line)])
+
+
+if __name__ == "__main__":
+    main()
