@@ -13,11 +13,20 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxtune.errors import ModelError, listing
+from jaxtune.hf_write import check_target, write_model
 from jaxtune.hub import resolve_model
 from jaxtune.models.weights import Tree, Weight, leaves_with_path, map_tree
 from jaxtune.safetensors_io import Index, SafetensorsSource
 
-__all__ = ["WeightSource", "check_weights", "load_params", "open_source", "resolve_model"]
+__all__ = [
+    "WeightSource",
+    "check_target",
+    "check_weights",
+    "load_params",
+    "open_source",
+    "resolve_model",
+    "write_model",
+]
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 CHUNK_BYTES = 16 << 20  # of one read: what is held beside the arrays themselves

@@ -137,7 +137,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
     if "head_dim" in hf or family.defaults.get("head_dim") or config.head_dim * config.num_heads != config.hidden_size:
         hf["head_dim"] = config.head_dim
-    if ACTIVATIONS.get(hf.get("hidden_act", "silu")) != config.activation:
+    if ACTIVATIONS.get(hf.get("hidden_act", "")) != config.activation:
         names = {"gelu_tanh": "gelu_pytorch_tanh"}
         hf["hidden_act"] = names.get(config.activation, config.activation)
     if family.qkv_bias is None:

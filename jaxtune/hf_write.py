@@ -1,0 +1,232 @@
+"""A Hugging Face model directory out of parameters: sharded safetensors, config, tokenizer, generation config.
+
+It is written under a temporary name and renamed when it is whole. Reading is hf_io.py's work.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxtune.errors import ModelError, listing
+from jaxtune.files import inside, read_json
+from jaxtune.models.config import ModelConfig
+from jaxtune.models.families import to_hf
+from jaxtune.models.weights import Tree, Weight, leaves_with_path
+from jaxtune.safetensors_io import INDEX, SINGLE
+
+MARK = "written_by"  # in the metadata of each safetensors file, to know our own directories again
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+GENERATION = "generation_config.json"
+
+
+def write_model(
+    directory: Path,
+    params: Tree,
+    weights: Tree,
+    config: ModelConfig,
+    source: Path,
+    dtype: Any = "float32",
+    *,
+    tokenizer: Any = None,
+    max_shard_bytes: int = 4 << 30,
+) -> None:
+    """Write `params` as a model that transformers loads.
+
+    params: arrays in the structure of `weights`; adapters already merged.
+    source: the directory or .gguf that the model came from; its tokenizer and generation config go along.
+    tokenizer: written in place of the source's own.
+    max_shard_bytes: of one file; no more than that is copied to the host at once. In a run of several
+        processes all of them call this; the first writes.
+
+    Raises:
+        ModelError: `directory` holds something that is not a model that jaxtune wrote, or cannot be written.
+    """
+    check_target(directory)
+    first = jax.process_index() == 0
+    partial = directory.parent / f".{directory.name}.partial"
+    try:
+        if first:
+            _make_room(directory, partial, sum(size for *_, size in _tensors(weights, jnp.dtype(dtype).itemsize)))
+        _write_weights(partial if first else None, params, weights, jnp.dtype(dtype), max_shard_bytes)
+        if first:
+            _write_json(partial / "config.json", _config(config, jnp.dtype(dtype).name))
+            _write_tokenizer(partial, source, tokenizer)
+            _write_generation(partial, source, config)
+            _put_in_place(partial, directory)
+    except (OSError, SafetensorError) as problem:
+        raise ModelError(f"{directory}: cannot be written: {' '.join(str(problem).split())}") from None
+    finally:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(directory: Path) -> None:
+    """Refuse to write over anything but a model directory that `write_model` wrote, or an empty one."""
+    if not directory.exists() and not directory.is_symlink():
+        return
+    if not directory.is_dir() or directory.is_symlink():
+        raise ModelError(f"{directory}: is in the way; give another directory, or remove it")
+    names = {entry.name for entry in directory.iterdir()}
+    ours = {"config.json", INDEX, GENERATION, *TOKENIZER_FILES}
+    files = {name for name in names if name.endswith(".safetensors")}
+    strangers = sorted(names - ours - files) or sorted(n for n in files if not _is_marked(directory / n))
+    if strangers or (names and not files):
+        what = f"holds {listing(strangers or sorted(names))}, which jaxtune did not write"
+        raise ModelError(f"{directory}: {what}; give another directory, or empty it")
+
+
+def _is_marked(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="np") as handle:
+            return MARK in (handle.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def _config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """config.json, which says the dtype under the name that the original used; older readers know torch_dtype."""
+    hf = to_hf(config)
+    name = "dtype" if "dtype" in hf and "torch_dtype" not in hf else "torch_dtype"
+    return {**{key: value for key, value in hf.items() if key not in ("dtype", "torch_dtype")}, name: dtype}
+
+
+def _write_weights(directory: Path | None, params: Tree, weights: Tree, dtype: np.dtype, max_bytes: int) -> None:
+    """One file, or numbered files and their index. Without a directory the arrays are only gathered."""
+    plan = _plan(weights, dtype.itemsize, max_bytes)
+    arrays = {path: array for path, array in leaves_with_path(params)}
+    weight_map = {}
+    for number, shard in enumerate(plan, 1):
+        name = SINGLE if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
+        tensors = {key: _to_host(arrays[path], layer, dtype) for key, path, layer in shard}
+        if directory is not None:
+            save_file(tensors, directory / name, metadata={"format": "pt", MARK: "jaxtune"})
+        weight_map |= dict.fromkeys(tensors, name)
+        del tensors
+    if directory is not None and len(plan) > 1:
+        total = sum(size for _, _, _, size in _tensors(weights, dtype.itemsize))
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+Tensor = tuple[str, tuple[str, ...], int | None]  # (key, path of its leaf, layer along axis 0)
+
+
+def _tensors(weights: Tree, itemsize: int) -> Iterator[tuple[str, tuple[str, ...], int | None, int]]:
+    """(key, path, place along axis 0, bytes) of every tensor, layer by layer where leaves are stacks of layers."""
+    leaves: list[tuple[tuple[str, ...], Weight]] = list(leaves_with_path(weights))
+    rows = [
+        (key, path, None if weight.layers is None else place, itemsize * int(np.prod(weight.shape)), weight)
+        for path, weight in leaves
+        for place, key in enumerate(weight.keys)
+    ]
+    layered = sorted((row for row in rows if row[2] is not None), key=lambda row: row[4].layers[row[2]])
+    before = [row for row in rows if row[2] is None and "embed" in row[1]]
+    after = [row for row in rows if row[2] is None and "embed" not in row[1]]
+    for *row, _ in [*before, *layered, *after]:
+        yield tuple(row)
+
+
+def _plan(weights: Tree, itemsize: int, max_bytes: int) -> list[list[Tensor]]:
+    """The tensors of each file, in order; a file has more than max_bytes only when one tensor has."""
+    shards: list[list[Tensor]] = [[]]
+    filled = 0
+    for key, path, layer, size in _tensors(weights, itemsize):
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append((key, path, layer))
+        filled += size
+    return shards
+
+
+@jax.jit
+def _take(array: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+
+
+def _to_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray:
+    """One tensor in host memory, gathered from every process that holds a part."""
+    if layer is not None:
+        array = _take(array, layer)
+    if not array.is_fully_addressable:
+        from jax.experimental.multihost_utils import process_allgather
+
+        array = process_allgather(array, tiled=True)
+    return np.ascontiguousarray(np.asarray(array).astype(dtype, copy=False))
+
+
+def _write_tokenizer(directory: Path, source: Path, tokenizer: Any) -> None:
+    if tokenizer is None and source.suffix != ".gguf":
+        for name in TOKENIZER_FILES:
+            if (source / name).exists():
+                shutil.copyfile(inside(source, name, ModelError, str(source)), directory / name)
+        return
+    if tokenizer is None:
+        from jaxtune.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(source)
+    tokenizer.save_pretrained(directory)
+
+
+def _write_generation(directory: Path, source: Path, config: ModelConfig) -> None:
+    """The source's generation config, or one made of the token ids that its config has."""
+    if (source / GENERATION).exists():
+        found = read_json(inside(source, GENERATION, ModelError, str(source)), ModelError)
+    else:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        found = {name: config.hf[name] for name in names if config.hf.get(name) is not None}
+    _write_json(directory / GENERATION, found)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _old(directory: Path) -> Path:
+    return directory.parent / f".{directory.name}.old"
+
+
+def _make_room(directory: Path, partial: Path, need: int) -> None:
+    """An empty `partial` on a disk that has the room; what an earlier, killed write left is put right."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    if _old(directory).exists() and not directory.exists():
+        _old(directory).rename(directory)
+    for left in (partial, _old(directory)):
+        shutil.rmtree(left, ignore_errors=True)
+    free = shutil.disk_usage(directory.parent).free
+    if free < need:
+        raise ModelError(f"{directory}: the weights need {need >> 20} MiB, the disk has {free >> 20} MiB free")
+    partial.mkdir()
+
+
+def _put_in_place(partial: Path, directory: Path) -> None:
+    """Rename, after everything is on the disk; what was there before goes only then."""
+    allowed = 0o666 & ~_umask()
+    for file in [*partial.iterdir(), partial]:
+        if file.is_file():
+            file.chmod(allowed)  # safetensors writes for the owner alone
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    if directory.exists():
+        directory.rename(_old(directory))
+    partial.rename(directory)
+    shutil.rmtree(_old(directory), ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's; the only way to read it is to set it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
