@@ -22,7 +22,7 @@ from jaxtune.models.families import read_config
 from jaxtune.models.weights import Tree, init_params
 from jaxtune.tokenizer import check_tokenizer, load_tokenizer
 
-FULL = TuneSection(method="full", rank=8)
+FULL = TuneSection(method="full")
 
 
 @dataclass(frozen=True)
