@@ -41,8 +41,8 @@ class TuneSection(Section):
     method: Literal["full", "freeze", "lora"] = "lora"
     # lora
     rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] = 16
-    dropout: Fraction = 0.0
+    alpha: Annotated[float, Field(gt=0)] = 16  # the update is scaled by alpha / rank
+    dropout: Fraction = 0.0  # on the input of A
     targets: list[str] | str = ["q_proj", "v_proj"]  # names, one regex, or all-linear
     exclude: list[str] | str | None = None  # names or one regex
     use_rslora: bool = False  # scale alpha / sqrt(rank) in place of alpha / rank
@@ -96,15 +96,15 @@ class DataSection(Section):
     """What it learns from."""
 
     path: str | list[str]  # .json or .jsonl, or several
-    format: Literal["alpaca", "sharegpt", "messages", "text"] = "alpaca"
+    format: Literal["alpaca", "sharegpt", "messages", "text"] = "alpaca"  # of the rows
     columns: Columns = Columns()
     system: str | None = None  # first message of every conversation that has none
     template: str | None = None  # file of a Jinja chat template in place of the tokenizer's own
     max_length: Annotated[int, Field(gt=1)] = 1024  # tokens of one sequence or pack
-    too_long: Literal["drop", "truncate", "error"] = "truncate"
+    too_long: Literal["drop", "truncate", "error"] = "truncate"  # what happens to a conversation past max_length
     train_on_prompt: bool = False  # the loss on every token, not on the assistant's turns alone
     packing: bool = True  # several conversations in one sequence, each seeing only itself
-    shuffle: bool = True
+    shuffle: bool = True  # anew in each epoch, by seed and epoch alone
 
     @model_validator(mode="after")
     def _only_this_format(self):
@@ -121,12 +121,12 @@ class DataSection(Section):
 class TrainSection(Section):
     """How long and how much at once."""
 
-    output_dir: str = "runs/default"
+    output_dir: str = "runs/default"  # the run directory: one run each
     steps: Positive | None = None  # wins over epochs
     epochs: Annotated[float, Field(gt=0)] = 3
     batch_size: Positive = 8  # sequences (packs, when packing) of an optimiser step, all devices together
     micro_batches: Positive = 1  # equal parts of the batch, one after another
-    seed: NonNegative = 0
+    seed: NonNegative = 0  # of the data's order, first values and dropout
     max_bad_steps: Positive = 10  # stop after this many non-finite steps in a row
 
 
@@ -164,9 +164,9 @@ Axis = Annotated[int, Field(ge=-1)]
 class MeshSection(Section):
     """How many devices along each axis; -1 takes what is left of them."""
 
-    data: Axis = 1
-    fsdp: Axis = -1
-    tensor: Axis = 1
+    data: Axis = 1  # the batch is split, the weights are whole
+    fsdp: Axis = -1  # the batch and the weights are split; weights are gathered layer by layer
+    tensor: Axis = 1  # heads, MLP and vocabulary are split
 
     @model_validator(mode="after")
     def _one_free_axis(self):
@@ -189,7 +189,7 @@ class CheckpointSection(Section):
     """What a kill cannot take."""
 
     every: Positive = 100  # steps
-    keep: Annotated[int, Field(ge=2)] = 2
+    keep: Annotated[int, Field(ge=2)] = 2  # the latest ones
     resume: Literal["auto", "never"] = "auto"  # never: refuse a directory that has a run in it
 
 
@@ -197,8 +197,8 @@ class EvalSection(Section):
     """Held-out data: a share of the rows, or a file."""
 
     every: NonNegative = 0  # steps; 0: only at the end
-    fraction: Fraction = 0.0
-    path: str | list[str] | None = None
+    fraction: Fraction = 0.0  # of the rows of data, chosen by the seed
+    path: str | list[str] | None = None  # in the format and columns of data
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -211,7 +211,7 @@ class LogSection(Section):
     """What is written beside the ledger."""
 
     every: Positive = 10  # steps
-    tensorboard: bool = True
+    tensorboard: bool = True  # events in tensorboard/ of the run directory
 
 
 class Config(Section):

@@ -1,0 +1,62 @@
+"""docs/config.md says what jaxtune/config.py does."""
+
+import importlib.util
+import subprocess
+import sys
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from jaxtune.config import Config, OptimSection, Section, TuneSection
+
+
+@pytest.fixture(scope="module")
+def tool(repository):
+    spec = importlib.util.spec_from_file_location("config_docs", repository / "tools" / "config_docs.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_up_to_date(tool, repository):
+    text = (repository / "docs" / "config.md").read_text(encoding="utf-8")
+    assert text == tool.page(), "run python tools/config_docs.py"
+
+
+def test_every_key_of_every_section_has_a_row(tool):
+    text = tool.page()
+    for name, field in Config.model_fields.items():
+        body = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
+        for key in field.annotation.model_fields:
+            assert f"\n| `{key}` | " in body, f"{name}.{key}"
+
+
+def test_a_row_has_type_bounds_default_and_the_comment(tool):
+    fields, comments = OptimSection.model_fields, tool.read_comments(OptimSection)
+    assert comments.beside["clip_norm"] == "null: no clipping"
+    clip = tool.row("clip_norm", fields["clip_norm"], comments.beside["clip_norm"])
+    assert clip == "| `clip_norm` | number > 0 or null | `1.0` | null: no clipping |"
+
+
+def test_comments_on_lines_of_their_own_head_a_group(tool):
+    assert tool.read_comments(TuneSection).heading["rank"] == "lora"
+
+
+def test_types_are_told_in_words(tool):
+    assert tool.describe(list[str] | str | None) == "list of text or text or null"
+    assert tool.describe(dict[str, Annotated[int, Field(gt=0)]]) == "map to integer > 0"
+    assert tool.describe(Literal["a", "b"]) == "`a`, `b`"
+
+
+def test_a_bar_in_a_cell_does_not_end_the_cell(tool):
+    class Odd(Section):
+        either: str = "a|b"
+
+    assert tool.row("either", Odd.model_fields["either"], "x | y") == r"| `either` | text | `a\|b` | x \| y |"
+
+
+def test_check_tells_whether_the_page_would_change(repository):
+    command = [sys.executable, str(repository / "tools" / "config_docs.py"), "--check"]
+    assert subprocess.run(command).returncode == 0

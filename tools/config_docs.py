@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""Write docs/config.md, the reference of every configuration key, from the fields and comments of jaxtune/config.py.
+
+usage: config_docs.py [--check]
+
+With --check it writes nothing, and exits with 1 when the page is not what it would write.
+"""
+
+import argparse
+import ast
+import inspect
+import io
+import sys
+import tokenize
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PAGE = REPOSITORY / "docs" / "config.md"
+sys.path.insert(0, str(REPOSITORY))
+
+from jaxtune import config as source  # noqa: E402 - the checkout's own, wherever this is run from
+
+INTRODUCTION = """\
+# Configuration
+
+One YAML file describes a run; `section.key=value` on the command line goes over it:
+
+```
+python -m jaxtune.train --config configs/demo.yaml train.epochs=2 optim.lr=5e-4
+```
+
+Only `model.path` and `data.path` have no default. A key that is not below is an error, and so is a value of
+another type, or a key that the chosen method, format or optimiser would not use. The file is plain YAML without
+aliases. The run directory holds the configuration as it was resolved, in `config.yaml`.
+
+This page is made from `jaxtune/config.py` by `python tools/config_docs.py`.
+"""
+NAMES = {str: "text", int: "integer", float: "number", bool: "true, false", type(None): "null", Any: "anything"}
+SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+@dataclass
+class Comments:
+    """What the source says beside the fields of one class, by field name."""
+
+    beside: dict[str, str]
+    heading: dict[str, str]  # a comment on lines of its own starts a group at the field below it
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [INTRODUCTION]
+    for name, field in source.Config.model_fields.items():
+        parts.append(section(name, field.annotation))
+    return "\n".join(parts)
+
+
+def section(name: str, model: type[source.Section]) -> str:
+    """A heading, the docstring, a table for each group of fields, and then the sections inside this one."""
+    comments = read_comments(model)
+    lines = [f"## {name}", "", inspect.getdoc(model) or "", ""]
+    inner = []
+    for index, (key, field) in enumerate(model.model_fields.items()):
+        if key in comments.heading:
+            lines += ["", f"*{comments.heading[key]}*", ""]
+        if index == 0 or key in comments.heading:
+            lines += ["| key | value | default | |", "|---|---|---|---|"]
+        if _is_section(field.annotation):
+            inner.append((f"{name}.{key}", field.annotation))
+            lines.append(f"| `{key}` | section | | see [{name}.{key}](#{name}{key}) |")
+        else:
+            lines.append(row(key, field, comments.beside.get(key, "")))
+    lines += [""] + [section(*item) for item in inner]
+    return "\n".join(lines)
+
+
+def row(key: str, field: Any, comment: str) -> str:
+    default = "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
+    cells = [f"`{key}`", describe(field.annotation, field.metadata), default, comment]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def describe(annotation: Any, metadata: typing.Iterable = ()) -> str:
+    """A type and its bounds in words."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        text = describe(arguments[0], [bound for extra in arguments[1:] for bound in getattr(extra, "metadata", [])])
+    elif origin is Literal:
+        text = ", ".join(f"`{value}`" for value in arguments)
+    elif origin in (typing.Union, types.UnionType):
+        text = " or ".join(describe(argument) for argument in arguments)
+    elif origin is list:
+        text = f"list of {describe(arguments[0])}"
+    elif origin is dict:
+        text = f"map to {describe(arguments[1])}"
+    else:
+        text = NAMES[annotation]
+    bounds = [
+        f"{sign} {getattr(bound, name)}" for bound in metadata for name, sign in SIGNS.items() if hasattr(bound, name)
+    ]
+    return f"{text} {', '.join(bounds)}".strip()
+
+
+def read_comments(model: type) -> Comments:
+    """The comments in the source of a class, found with Python's own tokenizer."""
+    text = inspect.getsource(model)
+    fields = {node.lineno: node.target.id for node in ast.parse(text).body[0].body if isinstance(node, ast.AnnAssign)}
+    result, waiting = Comments({}, {}), []
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        number, comment = token.start[0], token.string.lstrip("# ")
+        if token.type == tokenize.COMMENT and number in fields:
+            result.beside[fields[number]] = comment
+        elif token.type == tokenize.COMMENT:
+            waiting.append(comment)
+        elif waiting and number in fields:
+            result.heading[fields[number]], waiting = " ".join(waiting), []
+    return result
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, source.Section)
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_yaml, value))}]"
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value) if value != "" else '""'
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    if parser.parse_args().check:
+        return 0 if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page() else 1
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
