@@ -17,7 +17,7 @@ from jaxtune.leaves import LowRank
 from jaxtune.models.weights import Path, Tree, Weight, leaves_with_path, map_tree, path_key, set_path
 from jaxtune.tune import peft_tensors
 from jaxtune.tune.method import Method, ShardingOf, is_abstract, make
-from jaxtune.tune.plan import Plan, Site, make_plan
+from jaxtune.tune.plan import Plan, make_plan
 
 
 def trained(section: TuneSection, weights: Tree) -> set[str]:
@@ -36,8 +36,7 @@ def wrap(section: TuneSection, params: Tree, weights: Tree, seed: int, sharding_
     plan = make_plan(section, weights)
     shardings = None if sharding_of is None else _shardings(plan, sharding_of)
     if section.adapter is None:
-        draw = lambda: {path: initial(site, section.init, seed) for path, site in plan.sites.items()}  # noqa: E731
-        parts = make(draw, shardings, is_abstract(params))
+        parts = fresh(plan, section.init, seed, shardings, is_abstract(params))
     else:
         params, parts = peft_tensors.read_adapter(section.adapter, plan, weights, params, shardings)
     result: Tree = {}
@@ -58,35 +57,43 @@ def _wide(plan: Plan, weight: Weight, array: Any) -> Any:
     return array.astype(jnp.float32)
 
 
-def initial(site: Site, init: str, seed: int) -> dict[str, jax.Array]:
-    """`a`, `b` and `scale` as PEFT starts them, so that the product is zero.
+def fresh(plan: Plan, init: str, seed: int, shardings: Any, abstract: bool) -> dict[Path, dict[str, Any]]:
+    """The adapters' first values as PEFT draws them, so that every product is zero.
 
     Linear: b = 0 and a uniform in +-1/sqrt(in), or normal with deviation 1/rank ("gaussian"). Embedding: a = 0
-    and b normal with deviation 1. Each layer draws from its own module name, row by row of the rank, so that
-    a layer's numbers depend neither on the stack it lies in nor on the largest rank there.
+    and b normal with deviation 1.
     """
-    in_size, out_size = site.in_out
-    ranks = np.array(site.ranks)[:, None, None]
-    draws = _draws(site, "normal" if site.is_embedding or init == "gaussian" else "uniform", seed)
-    if not site.is_embedding:
-        draws = draws / np.maximum(ranks, 1) if init == "gaussian" else draws / math.sqrt(in_size)
-    draws = jnp.where(np.arange(site.rank)[:, None] < ranks, draws, 0.0)
-    layers = len(site.ranks)
-    if site.is_embedding:
-        parts = {"a": jnp.zeros((layers, in_size, site.rank)), "b": draws}
+    parts = {}
+    for path, site in plan.sites.items():
+        keys = jnp.stack([path_key(seed, name) for name in site.modules])
+        ranks, scales = np.array(site.ranks), np.array(site.scales, np.float32)
+        kind = "embedding" if site.is_embedding else init
+        where = None if shardings is None else shardings[path]
+        sizes = (*site.in_out, site.rank)
+        stacked = site.weight.layers is not None
+        parts[path] = make(_initial, where, abstract, keys, ranks, scales, sizes=sizes, kind=kind, stacked=stacked)
+    return parts
+
+
+def _initial(keys, ranks, scales, *, sizes: tuple[int, int, int], kind: str, stacked: bool) -> dict[str, jax.Array]:
+    """`a`, `b` and `scale` of one leaf, from a key, a rank and a scale for each layer.
+
+    Drawn row by row of the rank, so that a layer's numbers do not depend on the largest rank of its stack.
+    """
+    in_size, out_size, rank = sizes
+    draw = partial(jax.random.uniform, minval=-1.0, maxval=1.0) if kind == "default" else jax.random.normal
+    shape = (rank, out_size if kind == "embedding" else in_size)
+    draws = jax.vmap(lambda key: draw(key, shape, jnp.float32))(keys)
+    ranks = ranks[:, None, None]
+    if kind != "embedding":
+        draws = draws / math.sqrt(in_size) if kind == "default" else draws / jnp.maximum(ranks, 1)
+    draws = jnp.where(jnp.arange(rank)[:, None] < ranks, draws, 0.0)
+    if kind == "embedding":
+        a, b = jnp.zeros((len(keys), in_size, rank)), draws
     else:
-        parts = {"a": draws.swapaxes(1, 2), "b": jnp.zeros((layers, site.rank, out_size))}
-    parts["scale"] = jnp.array(site.scales, jnp.float32)
-    return parts if site.weight.layers is not None else {name: part[0] for name, part in parts.items()}
-
-
-def _draws(site: Site, kind: str, seed: int) -> jax.Array:
-    """[layers, rank, features] of standard normal numbers, or of numbers uniform in [-1, 1)."""
-    in_size, out_size = site.in_out
-    shape = (site.rank, out_size if site.is_embedding else in_size)
-    draw = {"normal": partial(jax.random.normal), "uniform": partial(jax.random.uniform, minval=-1.0, maxval=1.0)}[kind]
-    keys = jnp.stack([path_key(seed, name) for name in site.modules])
-    return jax.vmap(lambda key: draw(key, shape, jnp.float32))(keys)
+        a, b = draws.swapaxes(1, 2), jnp.zeros((len(keys), rank, out_size))
+    parts = {"a": a, "b": b, "scale": scales}
+    return parts if stacked else {name: part[0] for name, part in parts.items()}
 
 
 LORA = Method(trained=trained, adapted=adapted, wrap=wrap, separates=True)

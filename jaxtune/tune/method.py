@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -61,11 +62,15 @@ def is_concrete(params: Tree) -> bool:
     return not is_abstract(params) and not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params))
 
 
-def make(function: Callable[[], Any], shardings: Any, abstract: bool) -> Any:
-    """The tree of arrays that `function` makes, each in its own shards; where `abstract`, their shapes alone."""
+def make(function: Callable, shardings: Any, abstract: bool, *arrays: Any, **settings: Any) -> Any:
+    """The tree that `function` makes of arrays and static settings, each array in its own shards.
+
+    Where `abstract`, the shapes alone. Calls with one function, settings and shapes are compiled once.
+    """
     if not abstract:
-        return jax.jit(function)() if shardings is None else jax.jit(function, out_shardings=shardings)()
-    shapes = jax.eval_shape(function)
+        where = {} if shardings is None else {"out_shardings": shardings}
+        return jax.jit(function, static_argnames=tuple(settings), **where)(*arrays, **settings)
+    shapes = jax.eval_shape(partial(function, **settings), *arrays)
     if shardings is None:
         return shapes
     return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)

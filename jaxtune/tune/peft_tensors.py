@@ -192,7 +192,7 @@ def _check_names(file: AdapterFile, wanted: list[Entry], weights: Tree) -> list[
     expected = {entry.key: entry.shape for entry in wanted}
     missing = [key for key in expected if key not in file.shapes]
     if missing:
-        raise AdapterError(f"{file.path}: {len(missing)} tensors are missing: {listing(missing)}")
+        raise AdapterError(f"{file.path}: missing tensors ({len(missing)}): {listing(missing)}")
     known = _base_keys(weights)
     copies, unknown = [], []
     for key in sorted(file.shapes.keys() - expected.keys()):
@@ -207,12 +207,14 @@ def _check_names(file: AdapterFile, wanted: list[Entry], weights: Tree) -> list[
             unknown.append(key)
     if unknown:
         hint = nearest(unknown[0], expected)
-        raise AdapterError(f"{file.path}: {len(unknown)} tensors have no place in the model: {listing(unknown)}{hint}")
+        raise AdapterError(
+            f"{file.path}: tensors without a place in the model ({len(unknown)}): {listing(unknown)}{hint}"
+        )
     wrong = [
         f"{key} {file.shapes[key]}, expected {shape}" for key, shape in expected.items() if file.shapes[key] != shape
     ]
     if wrong:
-        raise AdapterError(f"{file.path}: {len(wrong)} tensors have another shape than the model's: {listing(wrong)}")
+        raise AdapterError(f"{file.path}: tensors of another shape than the model's ({len(wrong)}): {listing(wrong)}")
     return copies
 
 

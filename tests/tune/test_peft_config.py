@@ -1,0 +1,202 @@
+"""adapter_config.json: everything that the newest peft writes is read, what we do not have is refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxtune import tune
+from jaxtune.config import TuneSection
+from jaxtune.errors import AdapterError, ConfigError
+from jaxtune.tune.peft_config import is_resolved, read_config, resolve, to_peft
+from tests.tune.support import tuned
+
+OURS = {
+    "rank": 4,
+    "alpha": 6,
+    "dropout": 0.25,
+    "targets": ["v_proj", "q_proj"],
+    "exclude": ["layers.0.self_attn.q_proj"],
+    "use_rslora": True,
+    "bias": "lora_only",
+    "rank_pattern": {"v_proj": 2},
+    "alpha_pattern": {"q_proj": 9.5},
+    "layers": [0, 1],
+    "modules_to_save": ["norm"],
+}
+
+
+def written(directory: Path, **changes) -> Path:
+    """A directory whose adapter_config.json is the newest peft's default one, with changes."""
+    from peft import LoraConfig
+
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    config.save_pretrained(directory)
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return directory
+
+
+def refused(directory: Path) -> str:
+    with pytest.raises(AdapterError) as error:
+        read_config(directory)
+    return str(error.value)
+
+
+def test_the_newest_peft_s_defaults_are_read(tmp_path):
+    section = read_config(written(tmp_path))
+    assert (
+        section.model_dump()
+        == TuneSection(rank=8, alpha=8, targets=["q_proj"], adapter=str(tmp_path), method="lora").model_dump()
+    )
+
+
+def test_a_config_of_2023_is_read(tmp_path):
+    old = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "enable_lora": None, "merge_weights": False}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**old, "lora_alpha": 4}))
+    section = read_config(tmp_path)
+    assert (section.rank, section.alpha, section.bias, section.use_rslora) == (2, 4, "none", False)
+
+
+def test_every_setting_survives_the_way_out_and_in(tmp_path):
+    section = TuneSection(**OURS)
+    tree = to_peft(section, tuned(section).model.weights, "base")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(tree))
+    expected = {**section.model_dump(), "targets": ["q_proj", "v_proj"], "adapter": str(tmp_path)}
+    assert read_config(tmp_path).model_dump() == expected
+
+
+def test_patterns_keep_the_order_in_which_they_are_tried():
+    patterns = {"v_proj": 2, "self_attn.*": 3}
+    section = TuneSection(rank_pattern=patterns, alpha_pattern=patterns)
+    tree = json.loads(json.dumps(to_peft(section, tuned(section).model.weights, None)))
+    assert list(tree["rank_pattern"]) == list(tree["alpha_pattern"]) == list(patterns)
+    assert list(tree) == sorted(tree)
+
+
+def test_all_linear_is_written_as_the_names_that_it_means():
+    section = TuneSection(targets="all-linear", layers=[1])
+    tree = to_peft(section, tuned(section, "llama", tied=False).model.weights, None)
+    names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert tree["target_modules"] == names and tree["layers_to_transform"] == [1]
+
+
+@pytest.mark.parametrize(("alpha", "kind"), [(32, int), (32.0, int), (2.5, float)])
+def test_a_whole_alpha_is_written_as_an_integer(alpha, kind):
+    section = TuneSection(alpha=alpha)
+    assert type(to_peft(section, tuned(section).model.weights, None)["lora_alpha"]) is kind
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"fan_in_fan_out": True},
+        {"layer_replication": [[0, 2]]},
+        {"trainable_token_indices": [1]},
+        {"megatron_config": {"a": 1}},
+        {"target_parameters": ["x"]},
+        {"use_qalora": True},
+        {"use_bdlora": {"x": 1}},
+        {"alora_invocation_tokens": [1]},
+        {"arrow_config": {"x": 1}},
+        {"ensure_weight_tying": True},
+        {"kasa_config": {"beta": 1e-4}},
+        {"a_key_of_tomorrow": 0},
+        {"a_key_of_tomorrow": 0.5},
+    ],
+    ids=str,
+)
+def test_an_option_that_we_do_not_have_is_refused_by_name(tmp_path, changes):
+    ((name, value),) = changes.items()
+    message = refused(written(tmp_path, **changes))
+    assert f"{name} = {value!r}" in message and "adapter_config.json" in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"inference_mode": False, "task_type": None, "revision": "abc", "auto_mapping": {"x": "y"}},
+        {"base_model_name_or_path": "somewhere/else", "peft_version": "9.9", "runtime_config": {"x": 1}},
+        {"a_key_of_tomorrow": None, "another": False, "third": [], "fourth": {}},
+        {"layers_pattern": "layers", "layers_to_transform": [0]},
+        {"layers_pattern": [], "layers_to_transform": []},
+        {"exclude_modules": [], "modules_to_save": []},
+        {"init_lora_weights": False},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
+        {"init_lora_weights": "orthogonal"},
+    ],
+    ids=str,
+)
+def test_an_option_without_effect_on_the_adapter_is_accepted(tmp_path, changes):
+    assert read_config(written(tmp_path, **changes)).targets == ["q_proj"]
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", 1.5])
+def test_an_adapter_that_changed_its_base_is_refused(tmp_path, init):
+    message = refused(written(tmp_path, init_lora_weights=init))
+    assert f"init_lora_weights {init!r}" in message and "base" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"peft_type": "IA3"}, ["peft_type 'IA3'", "'LORA'"]),
+        ({"peft_type": None}, ["peft_type None"]),
+        ({"r": 0}, ["r:", "greater than 0", "found 0"]),
+        ({"r": "8"}, ["r:", "found '8'"]),
+        ({"lora_alpha": -1}, ["lora_alpha:"]),
+        ({"lora_dropout": 1.0}, ["lora_dropout:"]),
+        ({"bias": "some"}, ["bias:", "found 'some'"]),
+        ({"rank_pattern": {"q_proj": 0}}, ["rank_pattern:"]),
+        ({"target_modules": None}, ["target_modules is empty"]),
+        ({"target_modules": 3}, ["target_modules:"]),
+        ({"layers_pattern": "blocks"}, ["layers_pattern 'blocks'"]),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_named(tmp_path, changes, words):
+    message = refused(written(tmp_path, **changes))
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", ["not valid JSON"]), ("[]", ["expected a JSON object"]), ('{"r": NaN}', ["not valid JSON"])],
+)
+def test_a_damaged_config_is_named(tmp_path, text, words):
+    (tmp_path / "adapter_config.json").write_text(text)
+    assert all(word in refused(tmp_path) for word in words)
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    assert str(tmp_path / "nowhere") in refused(tmp_path / "nowhere")
+
+
+def test_an_adapter_one_directory_deeper_is_pointed_out(tmp_path):
+    written(tmp_path / "french")
+    assert "there is one in french" in refused(tmp_path)
+
+
+def test_the_adapter_s_settings_win(tmp_path):
+    section = TuneSection(adapter=str(written(tmp_path, r=3, lora_alpha=5)))
+    assert not is_resolved(section)
+    resolved = resolve(section)
+    assert (resolved.rank, resolved.alpha, resolved.targets) == (3, 5, ["q_proj"])
+    assert is_resolved(resolved) and resolve(resolved) == resolved
+
+
+def test_a_setting_that_agrees_with_the_adapter_s_may_stand_beside_it(tmp_path):
+    written(tmp_path, r=3, target_modules=["v_proj", "q_proj"])
+    resolve(TuneSection(adapter=str(tmp_path), rank=3, targets=["q_proj", "v_proj"]))
+
+
+@pytest.mark.parametrize("where", ["resolve", "layout"])
+def test_settings_that_contradict_the_adapter_s_are_all_named(tmp_path, where):
+    section = TuneSection(adapter=str(written(tmp_path, r=3)), rank=4, alpha=8, dropout=0.5)
+    with pytest.raises(ConfigError) as error:
+        resolve(section) if where == "resolve" else tune.layout(section, None)
+    assert "tune.rank: 4, the adapter has 3" in str(error.value)
+    assert "tune.dropout: 0.5, the adapter has 0.0" in str(error.value)
+    assert "alpha" not in str(error.value)
