@@ -37,6 +37,12 @@ class CheckpointError(UserError):
     """A run directory or a checkpoint in it."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint could not be written: no fault in what the user asked for, but the run cannot go on."""
+
+    exit_code = 1
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """`; did you mean "x"?` for the closest of `allowed`, or an empty string."""
     close = get_close_matches(name, list(allowed), n=1, cutoff=0.6)
