@@ -6,9 +6,8 @@ It is written under a temporary name and renamed when it is whole. Reading is hf
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,8 @@ from jaxtune.errors import ModelError, listing
 from jaxtune.files import inside, read_json
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.families import to_hf
-from jaxtune.models.weights import Tree, Weight, leaves_with_path
+from jaxtune.models.weights import Path as WeightPath
+from jaxtune.models.weights import Tree, leaves_with_path
 from jaxtune.safetensors_io import INDEX, SINGLE
 
 MARK = "written_by"  # in the metadata of each safetensors file, to know our own directories again
@@ -58,7 +58,7 @@ def write_model(
     partial = directory.parent / f".{directory.name}.partial"
     try:
         if first:
-            _make_room(directory, partial, sum(size for *_, size in _tensors(weights, jnp.dtype(dtype).itemsize)))
+            _make_room(directory, partial, sum(t.num_bytes for t in _tensors(weights, jnp.dtype(dtype).itemsize)))
         _write_weights(partial if first else None, params, weights, jnp.dtype(dtype), max_shard_bytes)
         if first:
             _write_json(partial / "config.json", _config(config, jnp.dtype(dtype).name))
@@ -102,63 +102,70 @@ def _config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     return {**{key: value for key, value in hf.items() if key not in ("dtype", "torch_dtype")}, name: dtype}
 
 
+class Tensor(NamedTuple):
+    """One tensor of the files, and where it is in the parameters."""
+
+    key: str
+    path: WeightPath
+    place: int | None  # along axis 0 of its leaf
+    layer: int | None
+    num_bytes: int
+
+
 def _write_weights(directory: Path | None, params: Tree, weights: Tree, dtype: np.dtype, max_bytes: int) -> None:
     """One file, or numbered files and their index. Without a directory the arrays are only gathered."""
-    plan = _plan(weights, dtype.itemsize, max_bytes)
-    arrays = {path: array for path, array in leaves_with_path(params)}
-    weight_map = {}
+    plan = _plan(_tensors(weights, dtype.itemsize), max_bytes)
+    leaves = dict(leaves_with_path(params))
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(plan, 1):
         name = SINGLE if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
-        tensors = {key: _to_host(arrays[path], layer, dtype) for key, path, layer in shard}
+        arrays = {tensor.key: _to_host(leaves[tensor.path], tensor.place, dtype) for tensor in shard}
         if directory is not None:
-            save_file(tensors, directory / name, metadata={"format": "pt", MARK: "jaxtune"})
-        weight_map |= dict.fromkeys(tensors, name)
-        del tensors
+            save_file(arrays, directory / name, metadata={"format": "pt", MARK: "jaxtune"})
+        weight_map |= dict.fromkeys(arrays, name)
+        del arrays
     if directory is not None and len(plan) > 1:
-        total = sum(size for _, _, _, size in _tensors(weights, dtype.itemsize))
+        total = sum(tensor.num_bytes for shard in plan for tensor in shard)
         _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-Tensor = tuple[str, tuple[str, ...], int | None]  # (key, path of its leaf, layer along axis 0)
+def _tensors(weights: Tree, itemsize: int) -> list[Tensor]:
+    """Every tensor: the embedding, then layer by layer, where leaves are stacks of layers, then the rest."""
+    tensors = []
+    for path, weight in leaves_with_path(weights):
+        num_bytes = itemsize * int(np.prod(weight.shape))
+        if weight.layers is None:
+            tensors.append(Tensor(weight.key, path, None, None, num_bytes))
+            continue
+        for place, (layer, key) in enumerate(zip(weight.layers, weight.keys, strict=True)):
+            tensors.append(Tensor(key, path, place, layer, num_bytes))
+    last = max((tensor.layer for tensor in tensors if tensor.layer is not None), default=0) + 1
+    order = {"embed": -1}
+    return sorted(tensors, key=lambda t: order.get(t.path[0], last) if t.layer is None else t.layer)
 
 
-def _tensors(weights: Tree, itemsize: int) -> Iterator[tuple[str, tuple[str, ...], int | None, int]]:
-    """(key, path, place along axis 0, bytes) of every tensor, layer by layer where leaves are stacks of layers."""
-    leaves: list[tuple[tuple[str, ...], Weight]] = list(leaves_with_path(weights))
-    rows = [
-        (key, path, None if weight.layers is None else place, itemsize * int(np.prod(weight.shape)), weight)
-        for path, weight in leaves
-        for place, key in enumerate(weight.keys)
-    ]
-    layered = sorted((row for row in rows if row[2] is not None), key=lambda row: row[4].layers[row[2]])
-    before = [row for row in rows if row[2] is None and "embed" in row[1]]
-    after = [row for row in rows if row[2] is None and "embed" not in row[1]]
-    for *row, _ in [*before, *layered, *after]:
-        yield tuple(row)
-
-
-def _plan(weights: Tree, itemsize: int, max_bytes: int) -> list[list[Tensor]]:
+def _plan(tensors: list[Tensor], max_bytes: int) -> list[list[Tensor]]:
     """The tensors of each file, in order; a file has more than max_bytes only when one tensor has."""
     shards: list[list[Tensor]] = [[]]
     filled = 0
-    for key, path, layer, size in _tensors(weights, itemsize):
-        if shards[-1] and filled + size > max_bytes:
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.num_bytes > max_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append((key, path, layer))
-        filled += size
+        shards[-1].append(tensor)
+        filled += tensor.num_bytes
     return shards
 
 
 @jax.jit
-def _take(array: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+def _take(array: jax.Array, place: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(array, place, keepdims=False)
 
 
-def _to_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray:
+def _to_host(array: jax.Array, place: int | None, dtype: np.dtype) -> np.ndarray:
     """One tensor in host memory, gathered from every process that holds a part."""
-    if layer is not None:
-        array = _take(array, layer)
+    if place is not None:
+        array = _take(array, place)
     if not array.is_fully_addressable:
         from jax.experimental.multihost_utils import process_allgather
 
