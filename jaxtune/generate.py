@@ -1,0 +1,200 @@
+"""Generation with a key/value cache: one compiled prefill, then one compiled loop that draws a token at a time.
+
+Works on token ids; words are text.py's, drawing a token is sampling.py's.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtune.console import warn
+from jaxtune.errors import ConfigError, ModelError
+from jaxtune.mesh import batch_shards, spec, weight_rules
+from jaxtune.models.decoder import Cache, Model
+from jaxtune.models.weights import Tree
+from jaxtune.sampling import GREEDY, Knobs, Sampling, draw
+
+SMALLEST_BUCKET = 64
+CHUNK = 32  # tokens drawn before the host looks at them, when nobody watches; Ctrl-C waits for as many
+CACHE_AXES = (None, "batch", None, "kv_heads", None)
+
+
+def bucket(length: int) -> int:
+    """`length` rounded up to 64, 96, 128, 192, 256, 384, ...: few programs, and at most a third of it padding."""
+    size = SMALLEST_BUCKET
+    while size < length:
+        if size * 3 // 2 >= length:
+            return size * 3 // 2
+        size *= 2
+    return size
+
+
+def left_padded(prompts: Sequence[Sequence[int]], rows: int, time: int) -> dict[str, np.ndarray]:
+    """tokens, positions and segments, each [rows, time] int32, with the prompts at the right end.
+
+    Padding, whole rows of it too, is segment 0; a prompt's positions start at its first token.
+    """
+    arrays = {name: np.zeros((rows, time), np.int32) for name in ("tokens", "positions", "segments")}
+    for row, prompt in enumerate(prompts):
+        start = time - len(prompt)
+        arrays["tokens"][row, start:] = prompt
+        arrays["positions"][row, start:] = np.arange(len(prompt))
+        arrays["segments"][row, start:] = 1
+    return arrays
+
+
+class Generator:
+    """The compiled programs that draw tokens from one model. Parameters are given at each call, so that a model
+    in training can be asked without compiling again."""
+
+    def __init__(self, model: Model, mesh: Mesh, dtype: Any, stop: tuple[int, ...]):
+        """dtype: of the computation and the cache. stop: token ids that end a row."""
+        self.model, self.mesh, self.dtype, self.stop = model, mesh, jnp.dtype(dtype), stop
+        self._prefill = jax.jit(self._first, static_argnames=("columns", "kind"))
+        self._decode = jax.jit(self._more, static_argnames="kind", donate_argnames="state")
+
+    def stream(
+        self,
+        params: Tree,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        chunk: int = 1,
+    ) -> Iterator[list[list[int]]]:
+        """New tokens of each prompt as they come, at most `chunk` at a time; the stop token is not among them.
+
+        A row ends at a stop token, after `max_new_tokens`, or where the model's positions end, which is said.
+        chunk: 1 to CHUNK; more at a time means fewer waits for the device.
+
+        Raises:
+            ConfigError, ModelError: an empty prompt, one longer than the model's positions, no token asked for.
+        """
+        rooms = self._rooms(prompts, max_new_tokens)
+        return self._stream(params, prompts, rooms, sampling, chunk, max_new_tokens)
+
+    def tokens(
+        self, params: Tree, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = GREEDY
+    ) -> list[list[int]]:
+        """The new tokens of each prompt, all at once."""
+        result: list[list[int]] = [[] for _ in prompts]
+        for pieces in self.stream(params, prompts, max_new_tokens, sampling, CHUNK):
+            for row, piece in zip(result, pieces):
+                row.extend(piece)
+        return result
+
+    def _rooms(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+        """How many tokens each row may draw."""
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens {max_new_tokens}; allowed: 1 or more")
+        c = self.model.config
+        # Dynamic scaling goes beyond the positions that the model was trained with; that is its purpose.
+        positions = int(c.max_positions * c.rope.factor) if c.rope.type == "dynamic" else c.max_positions
+        for prompt in prompts:
+            if not prompt:
+                raise ConfigError("the prompt has no token; give it some text")
+            if len(prompt) >= positions:
+                raise ModelError(
+                    f"the prompt has {len(prompt)} tokens; the model has {positions} positions, for the prompt and "
+                    "the answer together: shorten it"
+                )
+        return [min(max_new_tokens, positions - len(prompt)) for prompt in prompts]
+
+    def _stream(self, params, prompts, rooms, sampling, chunk, asked) -> Iterator[list[list[int]]]:
+        shards = batch_shards(self.mesh)
+        rows = -(-len(prompts) // shards) * shards
+        time = bucket(max(map(len, prompts)))
+        inputs = left_padded(prompts, rows, time)
+        left = np.array([*rooms, *[0] * (rows - len(prompts))], np.int32)
+        knobs = {**sampling.knobs, "stop": np.array(self.stop, np.int32)}
+        columns = bucket(time + max(rooms))
+        with jax.set_mesh(self.mesh):
+            state, drawn = self._prefill(params, inputs, left, knobs, columns=columns, kind=sampling.kind)
+        counts = [0] * len(prompts)
+        ended = [False] * len(prompts)
+        while True:
+            yield self._new_tokens(np.asarray(drawn), rooms, counts, ended)
+            if all(ended):
+                break
+            with jax.set_mesh(self.mesh):
+                steps = np.int32(chunk)
+                state, drawn = self._decode(params, state=state, steps=steps, knobs=knobs, kind=sampling.kind)
+        cut = [len(p) for p, room, count in zip(prompts, rooms, counts) if count == room < asked]
+        if cut:
+            warn(f"the answer to a prompt of {max(cut)} tokens was cut where the model's positions end")
+
+    def _new_tokens(self, drawn: np.ndarray, rooms: list[int], counts: list[int], ended: list[bool]) -> list[list[int]]:
+        """The tokens in `drawn` [steps, rows] that belong to each row's answer; updates `counts` and `ended`."""
+        result: list[list[int]] = [[] for _ in rooms]
+        for row, room in enumerate(rooms):
+            for token in drawn[:, row].tolist():
+                if ended[row] or token < 0:
+                    break
+                if token in self.stop:
+                    ended[row] = True
+                else:
+                    result[row].append(token)
+                    counts[row] += 1
+                    ended[row] = counts[row] == room
+        return result
+
+    def _first(self, params, inputs, left, knobs: Knobs, columns: int, kind: str):
+        """Prefill: the loop's state after the first drawn token, and that token as [1, rows]."""
+        cache = self.model.empty_cache(left.shape[0], columns, self.dtype)
+        tokens, positions, segments = (inputs[name] for name in ("tokens", "positions", "segments"))
+        hidden, cache = self.model.hidden(params, tokens, positions, segments, self.dtype, cache=cache)
+        token = draw(self.model.logits(params, hidden[:, -1]), knobs, kind, jnp.int32(0))
+        state = {
+            "cache": self._placed(cache),
+            "token": token,
+            "position": positions[:, -1] + 1,
+            "left": _left(left, token, knobs),
+            "count": jnp.int32(1),
+        }
+        return state, token[None]
+
+    def _more(self, params, state, steps, knobs: Knobs, kind: str):
+        """Up to `steps` tokens more, fewer when every row has ended: the state, and [CHUNK, rows] with -1 below."""
+        drawn = jnp.full((CHUNK, state["token"].shape[0]), -1, jnp.int32)
+
+        def goes_on(carry):
+            index, state, _ = carry
+            return (index < steps) & jnp.any(state["left"] > 0)
+
+        def body(carry):
+            index, state, drawn = carry
+            state = self._one(params, state, knobs, kind)
+            return index + 1, state, drawn.at[index].set(state["token"])
+
+        _, state, drawn = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, drawn))
+        return state, drawn
+
+    def _one(self, params, state, knobs: Knobs, kind: str):
+        segments = jnp.ones_like(state["token"])[:, None]
+        inputs = state["token"][:, None], state["position"][:, None], segments
+        hidden, cache = self.model.hidden(params, *inputs, self.dtype, cache=state["cache"])
+        token = draw(self.model.logits(params, hidden[:, 0]), knobs, kind, state["count"])
+        return {
+            "cache": self._placed(cache),
+            "token": token,
+            "position": state["position"] + 1,
+            "left": _left(state["left"], token, knobs),
+            "count": state["count"] + 1,
+        }
+
+    def _placed(self, cache: Cache) -> Cache:
+        """The cache split as its rows and heads are, so that each step finds it where the last one left it."""
+        rules = weight_rules(self.mesh, self.model.config)
+        pin = partial(jax.lax.with_sharding_constraint, shardings=spec(CACHE_AXES, rules))
+        k, v = (tuple(map(pin, arrays)) for arrays in (cache.k, cache.v))
+        segments = jax.lax.with_sharding_constraint(cache.segments, spec(("batch", None), rules))
+        return Cache(k, v, segments, cache.length)
+
+
+def _left(left: jax.Array, token: jax.Array, knobs: Knobs) -> jax.Array:
+    """How many tokens each row may still draw after this one."""
+    return jnp.where(jnp.isin(token, knobs["stop"]), 0, jnp.maximum(left - 1, 0))

@@ -1,0 +1,92 @@
+"""Drawing the next token from logits. The filters and their order are those of transformers' logits warpers:
+temperature, then top-k, then top-p.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.errors import ConfigError
+
+Knobs = dict[str, Any]  # numbers that a compiled function takes: changing them compiles nothing anew
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. temperature 0 takes the likeliest one, always the same.
+
+    seed: of the draws; the same seed and prompts give the same text.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None  # only the k likeliest tokens
+    top_p: float | None = None  # only the likeliest tokens that hold together at least this probability
+    seed: int = 0
+
+    def __post_init__(self):
+        _check("temperature", self.temperature, "0 or more", 0 <= self.temperature < math.inf)
+        _check("top_k", self.top_k, "1 or more", self.top_k is None or self.top_k >= 1)
+        _check("top_p", self.top_p, "above 0, at most 1", self.top_p is None or 0 < self.top_p <= 1)
+        _check("seed", self.seed, "0 to 2**32 - 1", 0 <= self.seed < 2**32)
+        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+            raise ConfigError("top_k and top_p do nothing at temperature 0; set temperature, for example to 0.7")
+
+    @property
+    def kind(self) -> str:
+        """Which program draws: greedy | plain | filtered."""
+        if self.temperature == 0:
+            return "greedy"
+        return "plain" if self.top_k is None and self.top_p is None else "filtered"
+
+    @property
+    def knobs(self) -> Knobs:
+        return {
+            "temperature": np.float32(self.temperature),
+            "top_k": np.int32(min(self.top_k or 2**31 - 1, 2**31 - 1)),
+            "top_p": np.float32(self.top_p or 1.0),
+            "seed": np.uint32(self.seed),
+        }
+
+
+def _check(name: str, value: Any, allowed: str, is_good: bool) -> None:
+    if not is_good:
+        raise ConfigError(f"{name} {value}; allowed: {allowed}")
+
+
+GREEDY = Sampling()
+
+
+def draw(logits: jax.Array, knobs: Knobs, kind: str, count: jax.Array) -> jax.Array:
+    """One token for each row of logits [B, vocab] in float32: [B] int32.
+
+    count: how many tokens were drawn before. A row's draw depends on the seed, the count and the row's number,
+    not on how many rows there are.
+    """
+    if kind == "greedy":
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / knobs["temperature"]
+    if kind == "filtered":
+        logits = top_p(top_k(logits, knobs["top_k"]), knobs["top_p"])
+    key = jax.random.fold_in(jax.random.key(knobs["seed"]), count)
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
+    """logits [B, vocab] with all but the k largest of each row at -inf; those equal to the k-th stay."""
+    vocab = logits.shape[-1]
+    smallest = jnp.sort(logits, axis=-1)[:, jnp.maximum(vocab - k, 0)]
+    return jnp.where(logits < smallest[:, None], -jnp.inf, logits)
+
+
+def top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+    """logits [B, vocab] with the unlikeliest tokens, of together at most 1 - p, at -inf; one always stays."""
+    order = jnp.argsort(logits, axis=-1)
+    below = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1), axis=-1)
+    cut = (below <= 1 - p) & (p < 1)
+    cut = cut.at[:, -1].set(False)
+    return jnp.where(jnp.take_along_axis(cut, jnp.argsort(order, axis=-1), axis=-1), -jnp.inf, logits)

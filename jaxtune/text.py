@@ -1,0 +1,71 @@
+"""Between text and token ids, for generation: prompts in, and text that comes piece by piece out.
+
+How training data becomes tokens is data/'s work; a chat template is rendered by the same sandbox there, so that
+a conversation is asked as it was learnt.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from jaxtune.data.template import open_template
+from jaxtune.errors import DataError
+
+Messages = list[dict[str, str]]
+ROLES = ("system", "user", "assistant")
+BROKEN = "\ufffd"  # what a decoder puts for bytes that are no character, or not yet one
+
+
+def encode_prompt(tokenizer: Any, prompt: str | Messages, system: str | None = None) -> list[int]:
+    """The token ids that a model is asked with.
+
+    prompt: plain text, encoded as the tokenizer does it; or messages (role and content), which go through the
+    chat template up to the point where the assistant begins. system: the first message where there is none.
+
+    Raises:
+        DataError: not messages, no chat template, or one that refuses these messages.
+    """
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    _check_messages(prompt)
+    if system is not None and all(message["role"] != "system" for message in prompt):
+        prompt = [{"role": "system", "content": system}, *prompt]
+    with open_template(tokenizer) as template:
+        return list(tokenizer(template.prompt(prompt), add_special_tokens=False)["input_ids"])
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"expected a text, or a list of messages; found {messages!r:.80}")
+    for message in messages:
+        fits = isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
+        if not fits:
+            raise DataError(
+                f'expected messages such as {{"role": "user", "content": "Hello"}}, with a role out of '
+                f"{', '.join(ROLES)}; found {message!r:.80}"
+            )
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """The text of an answer, without special tokens."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def text_pieces(tokenizer: Any, pieces: Iterable[list[int]]) -> Iterator[str]:
+    """The text of token ids that arrive in pieces, as soon as whole characters are known.
+
+    The pieces joined are `decode` of all ids. A character that several tokens spell comes with the last of
+    them; bytes that never become one come at the end, as they would from `decode`.
+    """
+    # The window begins with tokens whose text is out already: some decoders write a token as what precedes it asks.
+    window: list[int] = []
+    shown, known = "", 0  # the text of the first `known` tokens in the window
+    for ids in pieces:
+        window.extend(ids)
+        text = decode(tokenizer, window)
+        if len(text) > len(shown) and not text.endswith(BROKEN):
+            yield text[len(shown) :]
+            window = window[known:]
+            shown, known = decode(tokenizer, window), len(window)
+    rest = decode(tokenizer, window)[len(shown) :]
+    if rest:
+        yield rest
