@@ -323,8 +323,9 @@ def _nested(arrays: Arrays) -> Tree:
 def _own(arrays: Arrays) -> Arrays:
     """Copies that nobody else can overwrite.
 
-    Orbax copies from a device to the host before `save` returns, but on a CPU that copy is a view of the
-    very buffers that the next step is given to write into.
+    Orbax copies from a device to the host before `save` returns, but on a CPU it takes a view of the very
+    buffers that are given to the next step. jax 0.10 then has that step write elsewhere, which takes the same
+    memory as a copy and is promised nowhere.
     """
     held = {path: array for path, array in arrays.items() if isinstance(array, jax.Array)}
     if not any(device.platform == "cpu" for array in held.values() for device in array.devices()):
