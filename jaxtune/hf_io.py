@@ -29,7 +29,8 @@ __all__ = [
 ]
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-CHUNK_BYTES = 16 << 20  # of one read: what is held beside the arrays themselves
+ALIGNMENT = 64  # bytes; XLA's on a CPU
+CHUNK_BYTES = 4 << 20  # of one read: what is held beside the arrays themselves
 
 Progress = Callable[[str, int, int], None]  # (weight, bytes done, bytes in all)
 
@@ -89,7 +90,7 @@ def check_weights(source: WeightSource, weights: Tree) -> None:
     ]
     unknown = [key for key in source.shapes if key not in wanted and not _known_extra(key)]
     problems = {"missing weights": missing, "unknown weights": unknown, "weights of another shape": wrong}
-    lines = [f"{len(names)} {what}: {listing(names)}" for what, names in problems.items() if names]
+    lines = [f"{what} ({len(names)}): {listing(names)}" for what, names in problems.items() if names]
     if lines:
         raise ModelError(f"{source.where}: the weights are not those of its config\n  " + "\n  ".join(lines))
 
@@ -148,7 +149,7 @@ def _local_bytes(weight: Weight, sharding: Sharding, dtype: np.dtype) -> int:
 
 
 def _read_part(source: WeightSource, weight: Weight, bounds: Bounds, dtype: np.dtype, tick: Callable) -> np.ndarray:
-    result = np.empty([stop - start for start, stop in bounds], dtype)
+    result = _aligned([stop - start for start, stop in bounds], dtype)
     if weight.layers is None:
         _fill(result, source, weight.key, bounds, tick)
         return result
@@ -156,6 +157,14 @@ def _read_part(source: WeightSource, weight: Weight, bounds: Bounds, dtype: np.d
     for row, key in zip(result, layers, strict=True):
         _fill(row, source, key, bounds[1:], tick)
     return result
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array at an address that a CPU device uses as it is: no second copy, whose pages would count too."""
+    num_bytes = dtype.itemsize * int(np.prod(shape))
+    raw = np.empty(num_bytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def _fill(target: np.ndarray, source: WeightSource, key: str, bounds: Bounds, tick: Callable) -> None:

@@ -18,7 +18,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # Pages of a mapped file count as this process's memory until it is unmapped.
-MAPPED_BYTES = 32 << 20
+MAPPED_BYTES = 8 << 20
 
 Index = tuple[slice, ...]
 
