@@ -1,16 +1,34 @@
 """What comes out of a run: the adapter or model that training ends with, and the exports made from it later.
 
-File formats are peft_io.py's and hf_io.py's; merging is tune/merge.py's.
+File formats are peft_io.py's and hf_write.py's; merging is tune/merge.py's.
 """
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from jaxtune.assemble import Assembled
+import numpy as np
+
+from jaxtune.api import LoadedModel
+from jaxtune.assemble import Assembled, Source
 from jaxtune.config import TuneSection
+from jaxtune.console import stage
+from jaxtune.errors import ConfigError, ModelError
+from jaxtune.hf_write import write_model
+from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, open_run
+from jaxtune.mesh import single_device_mesh
+from jaxtune.models.config import ModelConfig
 from jaxtune.models.weights import Tree
+from jaxtune.tokenizer import load_tokenizer
+from jaxtune.tune.merge import merged
 from jaxtune.tune.peft_io import save_adapter
 
-ADAPTER, MODEL = "adapter", "model"
+FORMATS = ("peft", "hf")
+# Largest logit difference between the run and its export, as a share of the largest logit. In float32 only the
+# order of additions differs; narrower types round every weight, and a wrong export is off by far more than that.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
+PROBE_ROWS, PROBE_LENGTH = 4, 64
 
 
 def result_directory(run_dir: Path, section: TuneSection) -> Path:
@@ -31,8 +49,105 @@ def write_result(
     if section.method == "lora":
         save_adapter(directory, section, assembled.model.weights, params, base_model)
     else:
-        from jaxtune.hf_io import write_model
-
-        model, source = assembled.model, assembled.source
-        write_model(directory, params, model.weights, model.config, source.path, dtype)
+        _write_model(directory, assembled, params, dtype)
     return directory
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how far its logits are from the run's."""
+
+    directory: Path
+    difference: float  # the largest one
+    largest: float  # logit of the run, by size
+    tolerance: float  # share of `largest` that `difference` may be
+    step: int | None  # of the checkpoint that it was made from; None: the run has finished
+
+
+def export_run(run_dir: str | Path, out: str | Path, format: str, dtype: str = "float32") -> Exported:
+    """Write the model of a run to the new directory `out`, as a PEFT adapter or as a merged Hugging Face model.
+
+    dtype: float32 | bfloat16 | float16, of a merged model's weights; an adapter is float32. What was written is
+    read again and compared with the run; only then does it get its name. A run that has not finished gives the
+    model of its last valid checkpoint.
+
+    Raises:
+        ConfigError: an unknown format or dtype, or peft for a run that trained no adapter.
+        ModelError: `out` is there already, or what was written gives other logits than the run.
+    """
+    out = Path(out).expanduser()
+    _check_request(out, format, dtype)
+    stage(f"Reading the run {run_dir}")
+    opened = open_run(run_dir, "float32", single_device_mesh())
+    config, step, method = opened.run, opened.step, opened.section.method
+    if format == "peft" and method != "lora":
+        raise ConfigError(f"{run_dir}: trained with tune.method {method}, so it has no adapter; take the format hf")
+    probe = probe_tokens(opened.assembled.model.config)
+    expected = LoadedModel(opened).logits(probe)
+    unchecked = out.parent / f".{out.name}.unchecked"
+    shutil.rmtree(unchecked, ignore_errors=True)
+    try:
+        stage(f"Writing {out}")
+        _write(unchecked, opened, format, dtype)
+        del opened
+        stage("Reading it again")
+        again = open_adapter(config, unchecked, "float32") if format == "peft" else open_model(unchecked)
+        found = LoadedModel(again).logits(probe)
+        report = _compare(out, expected, found, TOLERANCE["float32" if format == "peft" else dtype], step)
+        unchecked.rename(out)
+    finally:
+        shutil.rmtree(unchecked, ignore_errors=True)
+    return report
+
+
+def probe_tokens(config: ModelConfig) -> np.ndarray:
+    """Token ids to compare two models on: random ones, which reach more of the embedding than a text does."""
+    length = min(PROBE_LENGTH, config.max_positions)
+    return np.random.default_rng(0).integers(0, config.vocab_size, (PROBE_ROWS, length))
+
+
+def _check_request(out: Path, format: str, dtype: str) -> None:
+    for name, value, allowed in (("format", format, FORMATS), ("dtype", dtype, TOLERANCE)):
+        if value not in allowed:
+            raise ConfigError(f"{name} {value!r}; allowed: {', '.join(allowed)}")
+    if format == "peft" and dtype != "float32":
+        raise ConfigError(f"dtype {dtype} is of a merged model; an adapter is float32")
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise ModelError(f"{out}: is there already; give a new directory, or remove it")
+
+
+def _write(directory: Path, opened: Opened, format: str, dtype: str) -> None:
+    assembled = opened.assembled
+    if format == "peft":
+        base = opened.run.model.path
+        save_adapter(directory, opened.section, assembled.model.weights, assembled.params, base)
+    else:
+        _write_model(directory, assembled, merged(assembled.params), dtype)
+
+
+def _write_model(directory: Path, assembled: Assembled, params: Tree, dtype: str) -> None:
+    model, source = assembled.model, assembled.source
+    write_model(directory, params, model.weights, model.config, source.path, dtype, tokenizer=_own_tokenizer(source))
+
+
+def _own_tokenizer(source: Source) -> Any:
+    """The tokenizer, where it is not just that which lies with the model and goes along as it is."""
+    try:
+        plain = load_tokenizer(source.path)
+    except ModelError:  # there is none
+        return source.tokenizer
+    mine, theirs = ((t.backend_tokenizer.to_str(), t.chat_template) for t in (source.tokenizer, plain))
+    return None if mine == theirs else source.tokenizer
+
+
+def _compare(out: Path, expected: np.ndarray, found: np.ndarray, tolerance: float, step: int | None) -> Exported:
+    """The report, or ModelError when what was written is not the run's model."""
+    if expected.shape != found.shape:
+        raise ModelError(f"{out}: logits {found.shape}, of the run {expected.shape}; nothing was kept")
+    difference, largest = float(np.abs(expected - found).max()), float(np.abs(expected).max())
+    if not difference <= tolerance * largest:
+        raise ModelError(
+            f"{out}: what was written gives other logits than the run: the largest difference is {difference:.3g}, "
+            f"allowed {tolerance:g} of the largest logit, {largest:.3g}; nothing was kept"
+        )
+    return Exported(out, difference, largest, tolerance, step)

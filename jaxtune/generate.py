@@ -39,7 +39,8 @@ def left_padded(prompts: Sequence[Sequence[int]], rows: int, time: int) -> dict[
 
     Padding, whole rows of it too, is segment 0; a prompt's positions start at its first token.
     """
-    arrays = {name: np.zeros((rows, time), np.int32) for name in ("tokens", "positions", "segments")}
+    names = ("tokens", "positions", "segments")
+    arrays: dict[str, np.ndarray] = {name: np.zeros((rows, time), np.int32) for name in names}
     for row, prompt in enumerate(prompts):
         start = time - len(prompt)
         arrays["tokens"][row, start:] = prompt
@@ -144,9 +145,9 @@ class Generator:
 
     def _first(self, params, inputs, left, knobs: Knobs, columns: int, kind: str):
         """Prefill: the loop's state after the first drawn token, and that token as [1, rows]."""
-        cache = self.model.empty_cache(left.shape[0], columns, self.dtype)
+        empty = self.model.empty_cache(left.shape[0], columns, self.dtype)
         tokens, positions, segments = (inputs[name] for name in ("tokens", "positions", "segments"))
-        hidden, cache = self.model.hidden(params, tokens, positions, segments, self.dtype, cache=cache)
+        hidden, cache = self.model.hidden(params, tokens, positions, segments, self.dtype, cache=empty)
         token = draw(self.model.logits(params, hidden[:, -1]), knobs, kind, jnp.int32(0))
         state = {
             "cache": self._placed(cache),
@@ -186,8 +187,9 @@ class Generator:
             "count": state["count"] + 1,
         }
 
-    def _placed(self, cache: Cache) -> Cache:
+    def _placed(self, cache: Cache | None) -> Cache:
         """The cache split as its rows and heads are, so that each step finds it where the last one left it."""
+        assert cache is not None
         rules = weight_rules(self.mesh, self.model.config)
         pin = partial(jax.lax.with_sharding_constraint, shardings=spec(CACHE_AXES, rules))
         k, v = (tuple(map(pin, arrays)) for arrays in (cache.k, cache.v))

@@ -1,0 +1,160 @@
+"""The Python calls, for notebooks and scripts: `jaxtune.load_model` and `jaxtune.train`.
+
+They do what the commands do, with the same parts; nothing is decided here.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtune.config import Config, load_config, make_config
+from jaxtune.errors import ConfigError, DataError, ModelError
+from jaxtune.generate import Generator, bucket
+from jaxtune.loading import Opened, open_model
+from jaxtune.mesh import batch_shards
+from jaxtune.models.config import ModelConfig
+from jaxtune.models.weights import Tree
+from jaxtune.sampling import Sampling
+from jaxtune.text import Messages, decode, encode_prompt, text_pieces
+from jaxtune.tokenizer import stop_ids
+
+Prompt = str | Messages
+
+
+class LoadedModel:
+    """A model with its parameters, ready to be asked. `load_model` makes one.
+
+    params: the parameter tree. config: the model's settings. tokenizer: of transformers' kind. system: put before
+    messages that have no system message; of a run, the one that its conversations had, else None.
+    """
+
+    def __init__(self, opened: Opened):
+        assembled = opened.assembled
+        self.params: Tree = assembled.params
+        self.config: ModelConfig = assembled.model.config
+        self.tokenizer: Any = assembled.source.tokenizer
+        self.system, self.step, self.mesh = opened.system, opened.step, assembled.mesh
+        self._model, self._dtype = assembled.model, opened.dtype
+        stop = stop_ids(self.tokenizer, assembled.source.path)
+        self._generator = Generator(assembled.model, assembled.mesh, opened.dtype, stop)
+        self._logits = jax.jit(self._all_logits)
+
+    def logits(self, token_ids: Any) -> np.ndarray:
+        """What the model expects after each token: [batch, time] of ids -> [batch, time, vocab] in float32.
+
+        A model that was loaded in float32 computes in float32 throughout, also where the device would round the
+        factors of a product to fewer bits.
+
+        Raises:
+            DataError: not [batch, time] of whole numbers, an id outside the vocabulary, or more than the
+                model's positions.
+        """
+        ids = self._checked(token_ids)
+        shards = batch_shards(self.mesh)
+        rows, time = -(-ids.shape[0] // shards) * shards, bucket(ids.shape[1])
+        tokens, segments = np.zeros((2, rows, time), np.int32)
+        tokens[: ids.shape[0], : ids.shape[1]] = ids
+        segments[: ids.shape[0], : ids.shape[1]] = 1
+        precision = "highest" if self._dtype == np.float32 else None
+        with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
+            logits = self._logits(self.params, tokens, segments)
+        return np.asarray(logits)[: ids.shape[0], : ids.shape[1]]
+
+    def generate(
+        self,
+        prompt: Prompt | list[str] | list[Messages],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stream: bool = False,
+    ) -> Any:
+        """The model's answer: the new text alone.
+
+        prompt: a text, which is continued as it is; or messages ({"role": "user", "content": "..."}), which go
+        through the chat template; or a list of either, which are answered together and give a list.
+        temperature: 0 takes the likeliest token each time; above that, `seed` decides. stream: give an iterator
+        of pieces of the text as they come, never splitting a character.
+
+        Raises:
+            UserError: a setting, the messages or the prompt's length is wrong.
+        """
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        prompts, is_batch = _as_batch(prompt)
+        ids = [encode_prompt(self.tokenizer, one, self.system) for one in prompts]
+        if stream:
+            if is_batch:
+                raise ConfigError("stream gives the text of one prompt; found a list of them")
+            return self._stream(ids, max_new_tokens, sampling)
+        rows = self._generator.tokens(self.params, ids, max_new_tokens, sampling)
+        texts = [decode(self.tokenizer, row) for row in rows]
+        return texts if is_batch else texts[0]
+
+    def _stream(self, ids: list[list[int]], max_new_tokens: int, sampling: Sampling) -> Iterator[str]:
+        pieces = self._generator.stream(self.params, ids, max_new_tokens, sampling)
+        return text_pieces(self.tokenizer, (rows[0] for rows in pieces))
+
+    def _checked(self, token_ids: Any) -> np.ndarray:
+        ids = np.asarray(token_ids)
+        if ids.ndim != 2 or 0 in ids.shape or not np.issubdtype(ids.dtype, np.integer):
+            raise DataError(f"token_ids: expected whole numbers [batch, time]; found {ids.dtype} {list(ids.shape)}")
+        outside = ids[(ids < 0) | (ids >= self.config.vocab_size)]
+        if outside.size:
+            raise DataError(f"token_ids: {outside[0]} is outside the vocabulary, 0 to {self.config.vocab_size - 1}")
+        if ids.shape[1] > self.config.max_positions and self.config.rope.type != "dynamic":
+            raise ModelError(f"token_ids: {ids.shape[1]} tokens; the model has {self.config.max_positions} positions")
+        return ids.astype(np.int32)
+
+    def _all_logits(self, params: Tree, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+        positions = jax.numpy.arange(tokens.shape[1]) * segments
+        hidden, _ = self._model.hidden(params, tokens, positions, segments, self._dtype)
+        return self._model.logits(params, hidden)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: str = "float32",
+    mesh: Any = None,
+) -> LoadedModel:
+    """A model, from a Hugging Face directory, a .gguf file, a hub id, an export, or a run directory of jaxtune.
+
+    adapter: a PEFT directory to put on it. dtype: float32 | bfloat16 | auto, of the weights and the computation.
+    mesh: None, one device; sizes of its axes, such as {"fsdp": 8}; or a jax Mesh with axes data, fsdp, tensor.
+    A run that has not finished gives the model of its last valid checkpoint, and says so.
+
+    Raises:
+        UserError: of the kind that fits; the message names what is wrong.
+    """
+    return LoadedModel(open_model(path, adapter, dtype, mesh))
+
+
+def train(config: Config | dict | str | Path) -> list[dict]:
+    """Train as `jaxtune train` does, and give the rows of the run's metrics.jsonl.
+
+    config: a Config, its sections as a dict, or the path of a YAML file. A run that was stopped goes on; one that
+    has finished gives its rows again.
+
+    Raises:
+        UserError: of the kind that fits; the message names what is wrong.
+        SystemExit: 143, when SIGTERM stopped the run after a save.
+    """
+    if isinstance(config, str | Path):
+        config = load_config(config)
+    elif isinstance(config, dict):
+        config = make_config(config)
+    from jaxtune import loop
+
+    return loop.train(config)
+
+
+def _as_batch(prompt: Any) -> tuple[list, bool]:
+    """(prompts, whether a list of them was given)."""
+    if isinstance(prompt, list) and prompt and all(isinstance(one, str | list) for one in prompt):
+        return prompt, True
+    return [prompt], False

@@ -1,0 +1,222 @@
+"""The command `jaxtune`: train, generate, chat, export. What they do is elsewhere; this file reads the command line
+and turns what can go wrong into one line and an exit code.
+
+Exit codes: 0 done, 2 the input is wrong, 130 stopped by Ctrl-C, 143 stopped by SIGTERM after a save, 1 a failure.
+
+Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/jaxtune/xla, so that a second start
+is quick; JAX_ENABLE_COMPILATION_CACHE=false turns that off.
+
+JAX takes seconds to import, so the commands import what they need when they run.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+import jaxtune
+from jaxtune.errors import UserError
+
+app = typer.Typer(
+    help="Fine-tune and train decoder language models in JAX: Hugging Face files in, Hugging Face files out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str | None, typer.Option(help="Hub id, Hugging Face directory or .gguf file.", metavar="MODEL")]
+Adapter = Annotated[str | None, typer.Option(help="PEFT adapter directory to put on --model.", metavar="DIR")]
+Run = Annotated[str | None, typer.Option(help="Run directory of jaxtune, in place of --model.", metavar="DIR")]
+System = Annotated[str | None, typer.Option(help="System message; a run has the one of its data.")]
+NewTokens = Annotated[int, typer.Option(help="The answer's length at most, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token each time.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of together this probability.")]
+Seed = Annotated[int, typer.Option(help="Of the draws.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 where the device gains from it.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"jaxtune {jaxtune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="YAML file; docs/config.md lists its keys.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+) -> None:
+    """Train as a YAML file says. The same command again goes on with a run that was stopped."""
+    with _one_line_errors():
+        from jaxtune.config import load_config
+
+        settings = load_config(config, overrides or [])
+        _keep_compiled_programs()
+        from jaxtune import loop
+
+        loop.train(settings)
+
+
+@app.command()
+def generate(
+    model: Model = None,
+    adapter: Adapter = None,
+    run: Run = None,
+    prompt: Annotated[str | None, typer.Option(help="Plain text to continue.")] = None,
+    message: Annotated[str | None, typer.Option(help="What the user says, for the chat template.")] = None,
+    system: System = None,
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+) -> None:
+    """Answer once. The text alone goes to stdout, as it comes."""
+    _one_of(prompt=prompt, message=message)
+    if system is not None and message is None:
+        raise typer.BadParameter("--system goes with --message; a plain --prompt has no system message")
+    with _one_line_errors():
+        asked = _load(model, adapter, run, dtype)
+        words = prompt if message is None else [{"role": "user", "content": message}]
+        asked.system = asked.system if system is None else system
+        pieces = asked.generate(words, max_new_tokens, temperature, top_k, top_p, seed, stream=True)
+        for piece in pieces:
+            _write(piece)
+        _write("\n")
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    adapter: Adapter = None,
+    run: Run = None,
+    system: System = None,
+    max_new_tokens: NewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk with a model, over several turns. /reset begins anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
+    with _one_line_errors():
+        from jaxtune.chat import Chat
+        from jaxtune.sampling import Sampling
+
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        asked = _load(model, adapter, run, dtype)
+        asked.system = asked.system if system is None else system
+        Chat(asked, sampling, max_new_tokens, _write).talk()
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Option(help="Run directory.")],
+    out: Annotated[Path, typer.Option(help="Directory to make.")],
+    format: Annotated[str, typer.Option(help="peft: the adapter; hf: a whole model, merged.", metavar="peft|hf")],
+    dtype: Annotated[str, typer.Option(help="Of a merged model: float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Write a run's model as files that others read, and compare them with the run."""
+    with _one_line_errors():
+        _keep_compiled_programs()
+        from jaxtune.console import say
+        from jaxtune.export import export_run
+
+        done = export_run(run, out, format, dtype)
+        if done.step is not None:
+            say(f"The run has not finished; this is its checkpoint of step {done.step}")
+        say(
+            f"{done.directory}: the largest logit difference against the run is {done.difference:.2e} "
+            f"(allowed: {done.tolerance:g} of the largest logit, {done.largest:.2f})"
+        )
+
+
+def _load(model: str | None, adapter: str | None, run: str | None, dtype: str):
+    _one_of(model=model, run=run)
+    _keep_compiled_programs()
+    from jaxtune.api import load_model
+    from jaxtune.console import speak_on_stderr
+    from jaxtune.loading import require_run
+
+    speak_on_stderr()
+    if run is not None:
+        require_run(run)
+    return load_model(run or model or "", adapter=adapter, dtype=dtype)
+
+
+def _one_of(**options: str | None) -> None:
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if len(given) != 1:
+        names = " or ".join(f"--{name}" for name in options)
+        found = " and ".join(given) or "neither"
+        raise typer.BadParameter(f"give {names}, one of them; found {found}")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _keep_compiled_programs() -> None:
+    """Before JAX is imported: where it keeps compiled programs, unless the environment says so already."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "jaxtune" / "xla"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What a person can put right, or did on purpose, ends with one message and its exit code."""
+    try:
+        yield
+    except UserError as error:
+        _leave(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _leave("Stopped by Ctrl-C.", 130)
+    except BrokenPipeError:
+        # Nobody reads on; without this, Python's own flush at the end would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        _leave(
+            f"Out of memory: {first[:300]}\nWhat needs less: a smaller train.batch_size, more train.micro_batches, a "
+            "smaller data.max_length, precision.params: bfloat16, tune.method: lora, or more devices in mesh",
+            1,
+        )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or (
+        type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
+    )
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)  # noqa: T201 - the console may be on stdout
+    raise SystemExit(code)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script. arguments: in place of the command line's."""
+    app(arguments, prog_name="jaxtune")
+
+
+if __name__ == "__main__":
+    main()

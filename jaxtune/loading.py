@@ -1,0 +1,158 @@
+"""From a path to a model ready to be asked: a model directory, a .gguf, a hub id, an export, or a run of ours.
+
+Training does not pass through here; assemble.py is what both stand on.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from pydantic import ValidationError
+
+from jaxtune import checkpoint
+from jaxtune.assemble import FULL, Assembled, Source, assemble, compute_dtype
+from jaxtune.config import Config, MeshSection, ModelSection, TuneSection, load_config
+from jaxtune.console import warn
+from jaxtune.errors import AdapterError, CheckpointError, ConfigError, MeshError, ModelError
+from jaxtune.leaves import combine, partition
+from jaxtune.mesh import make_mesh, single_device_mesh
+from jaxtune.models.weights import Tree
+from jaxtune.tune.peft_config import CONFIG_NAME
+
+ADAPTER, MODEL, CHECKPOINTS, CONFIG = "adapter", "model", "checkpoints", "config.yaml"
+DTYPES = ("float32", "bfloat16", "auto")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with its parameters, and what is known of the run that it comes from."""
+
+    assembled: Assembled
+    section: TuneSection  # of the parameters as they are here
+    dtype: Any  # of the weights and the computation
+    config: Config | None = None  # of the run
+    step: int | None = None  # the checkpoint's, where the run has not finished
+
+    @property
+    def run(self) -> Config:
+        """The configuration of the run that it comes from."""
+        assert self.config is not None
+        return self.config
+
+    @property
+    def system(self) -> str | None:
+        """The system line that the run's conversations had."""
+        return None if self.config is None else self.config.data.system
+
+
+def open_model(
+    path: str | Path, adapter: str | Path | None = None, dtype: str = "float32", mesh: Mesh | dict | None = None
+) -> Opened:
+    """Load a model from wherever `path` says, onto `mesh`.
+
+    path: a Hugging Face directory, a .gguf file, a hub id, an exported model, or a run directory.
+    adapter: a PEFT directory to put on it. dtype: float32 | bfloat16 | auto (bfloat16 where the device gains from
+    it); adapters stay float32. mesh: None, one device; or sizes of axes, such as {"fsdp": 8}; or a mesh.
+
+    Raises:
+        UserError: of the kind that fits; the message names what is wrong.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    kind, places = compute_dtype(dtype), as_mesh(mesh)
+    if is_run(path):
+        if adapter is not None:
+            raise AdapterError(f"{path} is a run, with weights of its own; give its base model with adapter {adapter}")
+        return open_run(path, kind.name, places)
+    if (Path(path) / CONFIG_NAME).is_file() and not (Path(path) / "config.json").is_file():
+        raise ModelError(f"{path}: a PEFT adapter, not a model; give its base model, and this directory as adapter")
+    section = FULL if adapter is None else TuneSection(method="lora", adapter=str(adapter))
+    source = Source.open(ModelSection(path=str(path)))
+    return Opened(assemble(source, section, places, dtype=kind.name), section, kind)
+
+
+def as_mesh(mesh: Mesh | dict | None) -> Mesh:
+    """The mesh that a person asked for."""
+    if mesh is None:
+        return single_device_mesh()
+    if isinstance(mesh, Mesh):
+        missing = [axis for axis in MeshSection.model_fields if axis not in mesh.shape]
+        if missing:
+            raise MeshError(f"mesh: no axis {', '.join(missing)}; found {', '.join(mesh.shape)}")
+        return mesh
+    try:
+        section = MeshSection.model_validate(mesh)
+    except ValidationError as error:
+        found = error.errors()[0]
+        where = ".".join(["mesh", *map(str, found["loc"])])
+        raise MeshError(f"{where}: {found['msg']}; axes are {', '.join(MeshSection.model_fields)}") from None
+    return make_mesh(section)
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether `path` is a directory that training writes to."""
+    directory = Path(path).expanduser()
+    return (directory / CONFIG).is_file() and not (directory / "config.json").exists()
+
+
+def require_run(path: str | Path) -> Path:
+    """The directory of a run, or CheckpointError."""
+    if not is_run(path):
+        raise CheckpointError(f"{path}: not a run: no {CONFIG} in it; give the train.output_dir of a run")
+    return Path(path).expanduser()
+
+
+def open_run(path: str | Path, dtype: str, mesh: Mesh) -> Opened:
+    """The model of a run: what it ended with or, while it has not ended, its last valid checkpoint, which is said.
+
+    Raises:
+        CheckpointError: not a run, or one that has saved nothing yet.
+    """
+    directory = require_run(path)
+    config = load_config(directory / CONFIG)
+    kind = jnp.dtype(dtype)
+    if config.tune.method == "lora" and (directory / ADAPTER).is_dir():
+        return open_adapter(config, directory / ADAPTER, dtype, mesh)
+    if config.tune.method != "lora" and (directory / MODEL).is_dir():
+        source = Source.open(ModelSection(path=str(directory / MODEL)))
+        return Opened(assemble(source, FULL, mesh, dtype=dtype), FULL, kind, config)
+    step = checkpoint.latest_valid(directory / CHECKPOINTS)
+    if step is None:
+        raise CheckpointError(
+            f"{path}: this run has not finished and has no checkpoint yet; let it train, or take its base model, "
+            f"{config.model.path}"
+        )
+    warn(f"{path}: this run has not finished; this is its checkpoint of step {step}")
+    return Opened(_restored(directory, config, step, dtype, mesh), config.tune, kind, config, step)
+
+
+def open_adapter(config: Config, adapter: Path, dtype: str, mesh: Mesh | None = None) -> Opened:
+    """The base model of a run with this adapter on it."""
+    section = TuneSection(method="lora", adapter=str(adapter))
+    assembled = _assemble(config, section, dtype, single_device_mesh() if mesh is None else mesh)
+    return Opened(assembled, section, jnp.dtype(dtype), config)
+
+
+def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh) -> Assembled:
+    """The run's base model, with the run's template, under this section."""
+    source = Source.open(config.model, config.data.template)
+    return assemble(source, section, mesh, init=config.model.init, dtype=dtype, seed=config.train.seed)
+
+
+def _restored(directory: Path, config: Config, step: int, dtype: str, mesh: Mesh) -> Assembled:
+    """The run's model with what a checkpoint holds in place of the first values."""
+    # What trains has the type that the checkpoint has it in: an adapter float32, a whole model the run's own.
+    loaded = dtype if config.tune.method == "lora" else config.precision.params
+    assembled = _assemble(config, config.tune, loaded, mesh)
+    trainable, frozen = partition(assembled.params, assembled.mask)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainable)
+    saved = checkpoint.restore(directory / CHECKPOINTS, step, {"trainable": shapes}, partial=True)
+    params = combine(saved["trainable"], frozen)
+    return replace(assembled, params=params if loaded == dtype else _cast(params, dtype))
+
+
+def _cast(params: Tree, dtype: str) -> Tree:
+    return jax.tree.map(lambda array: array.astype(dtype), params)
