@@ -1,0 +1,156 @@
+"""Tokenizers are loaded without running anybody's code, and must fit the model's embedding."""
+
+import json
+import shutil
+
+import pytest
+from transformers import AutoTokenizer
+
+from jaxtune.errors import ModelError
+from jaxtune.tokenizer import check_tokenizer, load_tokenizer, pad_id, stop_ids, vocabulary_size
+
+
+@pytest.fixture
+def directory(tiny_tokenizer, tmp_path):
+    tiny_tokenizer.save_pretrained(tmp_path / "words")
+    return tmp_path / "words"
+
+
+def edit(directory, name="tokenizer_config.json", drop=(), **fields):
+    path = directory / name
+    values = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({k: v for k, v in {**values, **fields}.items() if k not in drop}))
+    return directory
+
+
+def test_a_directory_gives_the_tokenizer_that_transformers_gives(directory):
+    ours, theirs = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    text = "<|im_start|>user\nWhat is 42?  小主\n<|im_end|>"
+    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    assert ours.chat_template == theirs.chat_template
+
+
+def test_a_template_file_takes_the_place_of_the_tokenizers_own(directory, tmp_path):
+    (tmp_path / "t.jinja").write_text("{{ messages[0].content }}!")
+    tokenizer = load_tokenizer(directory, str(tmp_path / "t.jinja"))
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Ho"}], tokenize=False) == "Ho!"
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe", b"x" * (2 << 20)])
+def test_a_template_that_cannot_be_read_is_named(directory, tmp_path, content):
+    if content is not None:
+        (tmp_path / "t.jinja").write_bytes(content)
+    with pytest.raises(ModelError, match=r"data\.template .*t\.jinja"):
+        load_tokenizer(directory, str(tmp_path / "t.jinja"))
+
+
+def test_a_directory_without_a_tokenizer_says_so(tmp_path):
+    with pytest.raises(ModelError, match=r"no tokenizer\.json .* set model\.tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": {"type": "None"}}', '{"version": "1.0"}'])
+def test_a_damaged_tokenizer_is_one_message(directory, content):
+    (directory / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match="cannot be loaded") as refusal:
+        load_tokenizer(directory)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_tokenizer_without_an_end_is_refused(directory):
+    edit(directory, drop=("eos_token",))
+    (directory / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(ModelError, match="no end-of-sequence token; set eos_token"):
+        load_tokenizer(directory)
+
+
+MARKING = "open({marker!r}, 'w')\nclass Own:\n    pass\n"
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "config.json"])
+def test_code_in_a_repository_is_never_run(directory, tmp_path, where, monkeypatch):
+    marker = tmp_path / "marker"
+    for name in ("tokenization_own", "configuration_own", "modeling_own"):
+        (directory / f"{name}.py").write_text(MARKING.format(marker=str(marker)))
+    own = {"AutoTokenizer": ["tokenization_own.Own", "tokenization_own.Own"], "AutoConfig": "configuration_own.Own"}
+    fields = {"tokenizer_class": "Own"} if where == "tokenizer_config.json" else {"model_type": "own"}
+    edit(directory, where, auto_map=own, **fields)
+    monkeypatch.chdir(directory)
+    try:
+        load_tokenizer(directory)
+    except ModelError as refusal:
+        assert "code of its own" in str(refusal)  # noqa: PT017 - loading it without the code is as good
+    assert not marker.exists()
+
+
+def test_the_embedding_must_have_a_row_for_every_token(tiny_tokenizer):
+    size = vocabulary_size(tiny_tokenizer)
+    check_tokenizer(tiny_tokenizer, size)
+    check_tokenizer(tiny_tokenizer, size + 64)
+    with pytest.raises(ModelError) as refusal:
+        check_tokenizer(tiny_tokenizer, size - 1)
+    token = tiny_tokenizer.convert_ids_to_tokens(size - 1)
+    assert f"ids up to {size - 1}, the model's embedding has {size - 1} rows" in str(refusal.value)
+    assert repr(token) in str(refusal.value)
+
+
+def test_an_added_token_past_the_end_counts(tiny_tokenizer, directory):
+    tokenizer = load_tokenizer(directory)
+    size = vocabulary_size(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(ModelError, match="<new>"):
+        check_tokenizer(tokenizer, size)
+
+
+def test_without_a_padding_token_the_end_fills_up(directory):
+    assert pad_id(load_tokenizer(directory)) == 0
+    edit(directory, drop=("pad_token",))
+    tokenizer = load_tokenizer(directory)
+    assert pad_id(tokenizer) == tokenizer.eos_token_id
+
+
+def test_a_reply_ends_at_the_tokenizers_end_the_configs_ends_and_the_templates_end_of_turn(directory):
+    tokenizer = load_tokenizer(directory)
+    assert stop_ids(tokenizer) == (2,)
+    edit(directory, "generation_config.json", eos_token_id=[0, 2, 7])
+    assert stop_ids(tokenizer, directory) == (0, 2, 7)
+    edit(directory, "generation_config.json", eos_token_id=9)
+    assert stop_ids(tokenizer, directory) == (2, 9)
+    edit(directory, eos_token="<|endoftext|>")
+    assert stop_ids(load_tokenizer(directory)) == (0, 2)
+
+
+def test_an_end_of_turn_that_the_template_does_not_use_is_none(directory):
+    edit(directory, eos_token="<|endoftext|>")
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    assert stop_ids(load_tokenizer(directory)) == (0,)
+
+
+@pytest.mark.parametrize("ids", ["2", [1, "2"], -1, 2.5, True])
+def test_ends_that_are_no_ids_are_refused(directory, ids):
+    edit(directory, "generation_config.json", eos_token_id=ids)
+    with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id"):
+        stop_ids(load_tokenizer(directory), directory)
+
+
+@pytest.mark.real
+def test_the_tokenizer_of_qwen2_5_loads_and_ends_its_turns(shared, tmp_path):
+    shutil.copytree(shared / "assets" / "qwen2.5-tokenizer", tmp_path / "qwen")
+    tokenizer = load_tokenizer(tmp_path / "qwen")
+    assert stop_ids(tokenizer) == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    assert tokenizer.decode(pad_id(tokenizer)) == "<|endoftext|>"
+    check_tokenizer(tokenizer, 151936)
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+from pathlib import Path
+from jaxtune.tokenizer import load_tokenizer
+print(load_tokenizer(Path(sys.argv[1]))("hello")["input_ids"])
+"""
+
+
+def test_no_torch_is_needed(directory, run_python):
+    done = run_python(WITHOUT_TORCH, directory)
+    assert done.stdout.strip() == str(load_tokenizer(directory)("hello")["input_ids"]), done.stderr
