@@ -60,6 +60,12 @@ class Checkpointer:
         if jax.process_index() == 0:
             _clean(self.directory)
 
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
     def due(self, step: int) -> bool:
         """Whether the configuration asks for a save after this step."""
         return step % self.every == 0
@@ -228,12 +234,12 @@ def problems(directory: Path, step: int, read: bool = True) -> list[str]:
         return [str(error)]
     if manifest["step"] != step:
         return [f"it is the checkpoint of step {manifest['step']}"]
-    checks = (_problem(home / name, *expected, read) for name, expected in manifest["files"].items())
+    checks = (_problem(home, name, size, digest, read) for name, (size, digest) in manifest["files"].items())
     return [problem for problem in checks if problem]
 
 
-def _problem(path: Path, size: int, digest: str, read: bool) -> str | None:
-    name = path.relative_to(path.parents[1])
+def _problem(home: Path, name: str, size: int, digest: str, read: bool) -> str | None:
+    path = home / name
     try:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes of {size}"

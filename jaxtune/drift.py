@@ -1,0 +1,158 @@
+"""What may change between a run's start and its resumption: fields of the configuration, and files that it reads.
+
+Nothing is decided here about directories; rundir.py asks.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtune.config import Config
+from jaxtune.errors import CheckpointError
+
+REFUSE = "refuse"  # it would alter the tree of weights, or which batch a step sees
+LOG = "log"  # the steps that follow differ, as the user wishes; said as a warning
+ALLOW = "allow"  # it changes where, when or how, never what is computed (but for rounding); said
+
+# Every field of the configuration has to choose.
+RULES = {
+    "model.path": REFUSE,
+    "model.revision": REFUSE,
+    "model.tokenizer": REFUSE,
+    "model.init": REFUSE,
+    "model.overrides": REFUSE,
+    "tune.method": REFUSE,
+    "tune.rank": REFUSE,
+    "tune.alpha": REFUSE,
+    "tune.dropout": REFUSE,
+    "tune.targets": REFUSE,
+    "tune.exclude": REFUSE,
+    "tune.use_rslora": REFUSE,
+    "tune.init": REFUSE,
+    "tune.bias": REFUSE,
+    "tune.rank_pattern": REFUSE,
+    "tune.alpha_pattern": REFUSE,
+    "tune.layers": REFUSE,
+    "tune.modules_to_save": REFUSE,
+    "tune.adapter": REFUSE,
+    "tune.freeze_embedding": REFUSE,
+    "tune.freeze_first": REFUSE,
+    "tune.freeze_last": REFUSE,
+    "tune.freeze_patterns": REFUSE,
+    "tune.train_patterns": REFUSE,
+    "data.path": REFUSE,
+    "data.format": REFUSE,
+    "data.columns": REFUSE,
+    "data.system": REFUSE,
+    "data.template": REFUSE,
+    "data.max_length": REFUSE,
+    "data.too_long": REFUSE,
+    "data.train_on_prompt": REFUSE,
+    "data.packing": REFUSE,
+    "data.shuffle": REFUSE,
+    "train.output_dir": ALLOW,  # the directory was moved
+    "train.steps": LOG,  # the batch of a step stays; the schedule stretches
+    "train.epochs": LOG,
+    "train.batch_size": REFUSE,
+    "train.micro_batches": ALLOW,
+    "train.seed": REFUSE,
+    "train.max_bad_steps": ALLOW,
+    "optim.name": REFUSE,  # its state is another tree
+    "optim.lr": LOG,
+    "optim.schedule": LOG,
+    "optim.warmup": LOG,
+    "optim.decay": LOG,
+    "optim.min_lr": LOG,
+    "optim.beta1": LOG,
+    "optim.beta2": LOG,
+    "optim.eps": LOG,
+    "optim.momentum": REFUSE,  # from or to 0 its state is another tree
+    "optim.weight_decay": LOG,
+    "optim.clip_norm": LOG,
+    "mesh.data": ALLOW,
+    "mesh.fsdp": ALLOW,
+    "mesh.tensor": ALLOW,
+    "precision.params": REFUSE,
+    "precision.compute": LOG,
+    "checkpoint.every": ALLOW,
+    "checkpoint.keep": ALLOW,
+    "checkpoint.resume": ALLOW,
+    "eval.every": ALLOW,
+    "eval.fraction": REFUSE,  # the rows that are left to train on
+    "eval.path": LOG,
+    "log.every": ALLOW,
+    "log.tensorboard": ALLOW,
+}
+
+ABSENT = "absent"  # an entry that a mapping does not have
+WHOLE_BYTES = 1 << 30  # a file up to this size is read whole
+BLOCK, STRIDE = 1 << 12, 1 << 20  # of a larger one, the first BLOCK of every STRIDE
+
+
+@dataclass(frozen=True)
+class Change:
+    """A field that has another value than when the run was last started."""
+
+    key: str
+    old: Any
+    new: Any
+
+    @property
+    def rule(self) -> str:
+        return RULES[".".join(self.key.split(".")[:2])]
+
+    def __str__(self) -> str:
+        return f"{self.key}: was {_shown(self.old)}, now {_shown(self.new)}"
+
+
+def changes(old: Config, new: Config) -> list[Change]:
+    """Every field that differs, a mapping's entries one by one."""
+    before, after = (dict(_fields(config.model_dump())) for config in (old, new))
+    keys = [*before, *(key for key in after if key not in before)]
+    pairs = ((key, before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys)
+    return [Change(key, old, new) for key, old, new in pairs if old != new]
+
+
+def _fields(tree: dict[str, Any], prefix: str = ""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a model's or adapter's weights and settings: of a directory, or of a .gguf file.
+
+    Every file's name and size counts, and its bytes: all of them up to 1 GiB, and of a larger file 4 KiB of each
+    MiB, which an edit of any tensor but a small one does not miss. Tokenizers do not count: the data's own
+    fingerprint shows what they do. Dates and places do not either: a copy is the same model.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    endings = (".safetensors", ".safetensors.index.json", "config.json")
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.name.endswith(endings))
+    digest = hashlib.sha256()
+    try:
+        for file in files:
+            digest.update(f"{file.name if path.is_dir() else ''} {file.stat().st_size}\n".encode())
+            _add(digest, file)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def _add(digest: Any, path: Path) -> None:
+    size = path.stat().st_size
+    block, stride = (STRIDE, STRIDE) if size <= WHOLE_BYTES else (BLOCK, STRIDE)
+    with path.open("rb", buffering=0) as file:
+        for start in range(0, size, stride):
+            file.seek(start)
+            digest.update(file.read(block))

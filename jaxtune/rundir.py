@@ -1,0 +1,250 @@
+"""Whose run directory it is: new, this run's, or somebody else's; one live process in it at a time.
+
+run.json is the mark of a run: the configuration and the fingerprints that it began with, what was changed
+since, and whether it is finished. config.yaml beside it is for people. What a step writes is metrics.py's and
+checkpoint.py's business.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from jaxtune import __version__
+from jaxtune.config import Config, dump_config, make_config
+from jaxtune.console import say, warn
+from jaxtune.drift import LOG, REFUSE, Change, changes, fingerprint
+from jaxtune.errors import CheckpointError, listing
+from jaxtune.files import read_json
+from jaxtune.signals import StopSignal
+
+__all__ = ["Run", "StopSignal", "open_run"]
+
+RECORD, CONFIG, LOCK, CHECKPOINTS = "run.json", "config.yaml", "run.lock", "checkpoints"
+TRACES = ("ledger.jsonl", CHECKPOINTS, "adapter", "model")  # something was trained here
+PARTIAL = ".partial"
+
+
+class Run:
+    """A run directory that this process holds until the end of a `with` statement.
+
+    begun: steps were taken here before. finished: the result was written, and the configuration asks for no
+    more; there is nothing to do.
+    """
+
+    def __init__(self, directory: Path, config: Config, record: dict[str, Any], found: list[Change], lock: int):
+        self.directory, self.checkpoints = directory, directory / CHECKPOINTS
+        self.begun = _begun(directory)
+        self._config, self._record, self._changes, self._lock = config, record, found, lock
+        longer = {"train.steps", "train.epochs"} & {change.key for change in found}
+        result = directory / ("adapter" if config.tune.method == "lora" else "model")
+        self.finished = bool(record.get("finished")) and result.is_dir() and not longer
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.close(self._lock)
+
+    def check(self, data: str, model: Path, total_steps: int | None = None) -> None:
+        """Compare what the run reads with what it began with, and write the configuration that holds from now on.
+
+        data: the training data's fingerprint; model: where the base model lies; total_steps: of the whole run.
+
+        Raises:
+            CheckpointError: the data, the model or the adapter to start from has other contents, or the run is
+                longer already than it is to be.
+        """
+        prints = {"data": data, "model": fingerprint(model)}
+        if self._config.tune.adapter is not None:
+            prints["adapter"] = fingerprint(Path(self._config.tune.adapter).expanduser())
+        before = self._record.get("fingerprints")
+        if self.begun and before is not None:
+            self._compare(before, prints)
+            self._compare_length(total_steps)
+        log = self._record.get("changes", [])
+        if self.begun and self._changes:
+            log = [*log, [str(change) for change in self._changes]]
+        self._write(fingerprints=prints, changes=log, finished=False)
+
+    def _compare(self, before: dict[str, str], now: dict[str, str]) -> None:
+        names = {
+            "data": f"the training data ({listing(_paths(self._config))})",
+            "model": f"the base model ({self._config.model.path})",
+            "adapter": f"the adapter to start from ({self._config.tune.adapter})",
+        }
+        changed = [names[name] for name in now if before.get(name) != now[name]]
+        if changed:
+            raise CheckpointError(
+                f"{self.directory}: {' and '.join(changed)} changed since this run began; "
+                "bring the old files back, or choose another train.output_dir for a new run"
+            )
+
+    def _compare_length(self, total_steps: int | None) -> None:
+        names = [path.name for path in self.checkpoints.iterdir()] if self.checkpoints.is_dir() else []
+        done = max((int(name) for name in names if name.isdecimal()), default=0)
+        if total_steps is not None and total_steps < done:
+            raise CheckpointError(
+                f"{self.directory}: {total_steps} steps are asked for, and {done} are done; "
+                "raise train.steps or train.epochs, or choose another train.output_dir for a new run"
+            )
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says about the run that it is of."""
+        return {key: self._record.get(key) for key in ("jaxtune", "config", "fingerprints", "changes")}
+
+    def finish(self) -> None:
+        """The result is written: the same command has nothing to do from now on."""
+        self._write(finished=True)
+
+    def _write(self, **fields: Any) -> None:
+        self._record = {"jaxtune": __version__, **self._record, "config": self._config.model_dump(), **fields}
+        with _told(self.directory):
+            _replace(self.directory / RECORD, json.dumps(self._record, indent=1, ensure_ascii=False))
+            _replace(self.directory / CONFIG, dump_config(self._config))
+
+
+def open_run(config: Config) -> Run:
+    """Take `train.output_dir` for a new run or to go on with its run, or say why not.
+
+    Nothing that was there is written over: a directory with other things in it is refused, and one with a run
+    is when `config` would alter its weights or data. What else was changed is printed.
+
+    Raises:
+        CheckpointError: the directory cannot be used; the message says what is there and what to do.
+    """
+    directory = Path(config.train.output_dir).expanduser()
+    with _told(directory):
+        _require_ours(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(directory)
+    try:
+        with _told(directory):
+            _require_ours(directory)
+            return _open(directory, config, lock)
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def _open(directory: Path, config: Config, lock: int) -> Run:
+    begun, record = _begun(directory), _read_record(directory)
+    if begun and config.checkpoint.resume == "never":
+        raise CheckpointError(
+            f"{directory}: there is a run in it, and checkpoint.resume is never; "
+            "choose another train.output_dir, or set checkpoint.resume: auto to go on with it"
+        )
+    found = changes(_old_config(directory, record), config) if begun else []
+    _refuse(directory, found)
+    run = Run(directory, config, record if begun else {}, found, lock)
+    if not begun:
+        run._write()
+    _announce(run, found, record)
+    return run
+
+
+def _refuse(directory: Path, found: list[Change]) -> None:
+    refused = [str(change) for change in found if change.rule == REFUSE]
+    if refused:
+        lines = "\n".join(f"  {line}" for line in refused)
+        raise CheckpointError(
+            f"{directory}: the run in it has another configuration:\n{lines}\n"
+            "These would alter its weights or its data. Put them back to go on with it, or choose another "
+            "train.output_dir for a new run."
+        )
+
+
+def _announce(run: Run, found: list[Change], record: dict[str, Any]) -> None:
+    for change in found:
+        (warn if change.rule == LOG else say)(f"{change}")
+    if run.finished:
+        say(f"{run.directory}: this run is finished; raise train.steps or train.epochs to train for longer")
+    elif run.begun:
+        say(f"{run.directory}: going on with the run in it")
+        if record.get("jaxtune") != __version__:
+            warn(f"the run began under jaxtune {record.get('jaxtune')}; this is {__version__}")
+
+
+def _old_config(directory: Path, record: dict[str, Any]) -> Config:
+    return make_config(record.get("config", {}), str(directory / RECORD))
+
+
+def _read_record(directory: Path) -> dict[str, Any]:
+    path = directory / RECORD
+    return read_json(path, CheckpointError) if path.exists() else {}
+
+
+def _begun(directory: Path) -> bool:
+    """Whether a step was taken in this directory."""
+    for path in (directory / name for name in TRACES):
+        if path.is_dir() and any(path.iterdir()):
+            return True
+        if path.is_file() and path.stat().st_size:
+            return True
+    return False
+
+
+def _require_ours(directory: Path) -> None:
+    """Refuse a directory with something in it that is no run. Hidden files are nobody's business here."""
+    if not directory.exists():
+        return
+    names = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+    ours = {LOCK, RECORD + PARTIAL, CONFIG + PARTIAL}
+    if RECORD not in names and set(names) - ours:
+        raise CheckpointError(
+            f"{directory}: there are other things in it ({listing(names)}) and no {RECORD}; "
+            "allowed: a new or empty directory, or that of a run; choose another train.output_dir"
+        )
+
+
+def _take_lock(directory: Path) -> int:
+    """A file handle that holds the directory until it is closed or the process is dead."""
+    handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            warn(f"{directory}: this file system has no locks; never start two runs in this directory")
+            return handle
+        holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
+        os.close(handle)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        raise CheckpointError(
+            f"{directory}: another process trains in it ({holder or 'it has not said which'}); "
+            "wait for it or stop it, or choose another train.output_dir"
+        ) from None
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return handle
+
+
+@contextlib.contextmanager
+def _told(directory: Path):
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or directory
+        raise CheckpointError(
+            f"train.output_dir {directory}: cannot be used: {where}: {error.strerror}; "
+            "choose a directory that you may write to"
+        ) from None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _paths(config: Config) -> list[str]:
+    return [config.data.path] if isinstance(config.data.path, str) else config.data.path

@@ -1,0 +1,131 @@
+"""What a run may change when it goes on, decided for every field; and fingerprints that see every edit."""
+
+import pytest
+from pydantic import BaseModel
+
+from jaxtune import drift
+from jaxtune.config import Config, make_config
+from jaxtune.drift import ALLOW, LOG, REFUSE, RULES, changes, fingerprint
+from jaxtune.errors import CheckpointError
+
+BASE = {"model": {"path": "m"}, "data": {"path": "d.json"}}
+
+
+def config(**sections):
+    return make_config({**BASE, **{name: {**BASE.get(name, {}), **fields} for name, fields in sections.items()}})
+
+
+def fields_of_the_schema():
+    for section, field in Config.model_fields.items():
+        assert issubclass(field.annotation, BaseModel)
+        for name in field.annotation.model_fields:
+            yield f"{section}.{name}"
+
+
+def test_every_field_of_the_configuration_has_chosen_and_no_other_has():
+    assert sorted(RULES) == sorted(fields_of_the_schema())
+    assert set(RULES.values()) == {REFUSE, LOG, ALLOW}
+
+
+def test_what_makes_the_tree_or_the_data_is_refused():
+    for key, rule in RULES.items():
+        if key.split(".")[0] in ("model", "tune", "data"):
+            assert rule == REFUSE, key
+    for key in ("train.seed", "train.batch_size", "optim.name", "precision.params", "eval.fraction"):
+        assert RULES[key] == REFUSE
+
+
+def test_equal_configurations_have_no_changes():
+    assert changes(config(), config(train={"epochs": 3.0})) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "line", "rule"),
+    [
+        ({"train": {"seed": 7}}, "train.seed: was 0, now 7", REFUSE),
+        ({"model": {"path": "other"}}, "model.path: was m, now other", REFUSE),
+        ({"data": {"path": ["a", "ü"]}}, 'data.path: was d.json, now ["a", "ü"]', REFUSE),
+        ({"data": {"columns": {"output": "answer"}}}, "data.columns.output: was output, now answer", REFUSE),
+        ({"tune": {"rank_pattern": {"q_proj": 4}}}, "tune.rank_pattern.q_proj: was absent, now 4", REFUSE),
+        ({"optim": {"lr": 2e-4}}, "optim.lr: was 0.0001, now 0.0002", LOG),
+        ({"train": {"steps": 50}}, "train.steps: was null, now 50", LOG),
+        ({"mesh": {"data": 2}}, "mesh.data: was 1, now 2", ALLOW),
+        ({"train": {"output_dir": "moved"}}, "train.output_dir: was runs/default, now moved", ALLOW),
+    ],
+)
+def test_a_change_is_told_as_a_line_and_has_its_fields_rule(sections, line, rule):
+    (change,) = changes(config(), config(**sections))
+    assert (str(change), change.rule) == (line, rule)
+
+
+def test_an_entry_that_is_null_is_not_an_entry_that_is_absent():
+    old, new = config(model={"overrides": {}}), config(model={"overrides": {"rope": None}})
+    assert [str(change) for change in changes(old, new)] == ["model.overrides.rope: was absent, now null"]
+
+
+@pytest.fixture
+def model(tmp_path):
+    home = tmp_path / "model"
+    home.mkdir()
+    (home / "model.safetensors").write_bytes(bytes(range(256)) * 64)
+    (home / "config.json").write_text("{}")
+    (home / "tokenizer.json").write_text("{}")
+    return home
+
+
+def test_a_copy_elsewhere_is_the_same_model(model, tmp_path):
+    before = fingerprint(model)
+    model.rename(tmp_path / "moved")
+    (tmp_path / "moved" / "model.safetensors").touch()
+    (tmp_path / "moved" / "README.md").write_text("about")
+    (tmp_path / "moved" / "tokenizer.json").write_text("another")
+    assert fingerprint(tmp_path / "moved") == before
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda home: flip(home / "model.safetensors", -1),
+        lambda home: flip(home / "model.safetensors", 9000),
+        lambda home: (home / "config.json").write_text('{"rope_theta": 5}'),
+        lambda home: (home / "model.safetensors").rename(home / "model-1.safetensors"),
+        lambda home: (home / "more.safetensors").write_bytes(b""),
+        lambda home: (home / "config.json").unlink(),
+    ],
+)
+def test_any_edit_of_weights_or_settings_is_another_model(model, edit):
+    before = fingerprint(model)
+    edit(model)
+    assert fingerprint(model) != before
+
+
+def test_a_large_file_is_sampled_all_over(model, monkeypatch):
+    monkeypatch.setattr(drift, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(drift, "BLOCK", 4)
+    monkeypatch.setattr(drift, "STRIDE", 1024)
+    before = fingerprint(model)
+    flip(model / "model.safetensors", 15 * 1024 + 3)
+    assert fingerprint(model) != before
+    flip(model / "model.safetensors", 15 * 1024 + 3)
+    flip(model / "model.safetensors", 15 * 1024 + 5)  # between two blocks: what a sample cannot see
+    assert fingerprint(model) == before
+
+
+def test_a_gguf_file_is_its_bytes_whatever_its_name(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF and more")
+    (tmp_path / "b.gguf").write_bytes(b"GGUF and more")
+    assert fingerprint(tmp_path / "a.gguf") == fingerprint(tmp_path / "b.gguf")
+    flip(tmp_path / "b.gguf", 7)
+    assert fingerprint(tmp_path / "a.gguf") != fingerprint(tmp_path / "b.gguf")
+
+
+def test_a_file_that_cannot_be_read_is_named(model):
+    (model / "gone.safetensors").symlink_to(model / "nowhere")
+    with pytest.raises(CheckpointError, match=r"gone\.safetensors: cannot be read: No such file"):
+        fingerprint(model)

@@ -1,0 +1,327 @@
+"""A run directory is new, this run's or refused; and nothing in it is written over by mistake."""
+
+import json
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from jaxtune.config import load_config, make_config
+from jaxtune.errors import CheckpointError, UserError
+from jaxtune.rundir import open_run
+
+HOLD = """
+import sys, time
+from jaxtune.config import load_config
+from jaxtune.rundir import open_run
+with open_run(load_config(sys.argv[1])) as run:
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def model(tmp_path):
+    home = tmp_path / "model"
+    home.mkdir()
+    (home / "model.safetensors").write_bytes(b"weights")
+    return home
+
+
+@pytest.fixture
+def settings(tmp_path, model):
+    """A function: the configuration of a run in tmp_path/run, with some fields changed."""
+
+    def make(**sections):
+        base = {
+            "model": {"path": str(model)},
+            "data": {"path": "d.json"},
+            "train": {"output_dir": str(tmp_path / "run")},
+        }
+        return make_config({**base, **{name: {**base.get(name, {}), **fields} for name, fields in sections.items()}})
+
+    return make
+
+
+def take_steps(config, model, data="data", step=100, finish=False):
+    """What training leaves behind."""
+    with open_run(config) as run:
+        run.check(data, model)
+        (run.directory / "ledger.jsonl").write_text('{"step": 1}\n')
+        (run.checkpoints / str(step)).mkdir(parents=True, exist_ok=True)
+        if finish:
+            (run.directory / "adapter").mkdir()
+            (run.directory / "adapter" / "adapter_config.json").write_text("{}")
+            run.finish()
+
+
+def tree(directory):
+    return {
+        p.relative_to(directory): p.read_bytes() for p in directory.rglob("*") if p.is_file() and p.name != "run.lock"
+    }
+
+
+def test_a_new_run_has_its_resolved_configuration_written_down(tmp_path, settings):
+    config = settings()
+    with open_run(config) as run:
+        assert (run.directory, run.checkpoints) == (tmp_path / "run", tmp_path / "run" / "checkpoints")
+        assert not run.begun and not run.finished
+    assert load_config(tmp_path / "run" / "config.yaml") == config
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_the_same_command_goes_on(tmp_path, settings, model, capsys):
+    take_steps(settings(), model)
+    with open_run(settings()) as run:
+        assert run.begun and not run.finished
+        run.check("data", model, total_steps=100)
+    assert f"{tmp_path / 'run'}: going on with the run in it" in capsys.readouterr().out
+
+
+def test_a_finished_run_says_so_and_does_nothing(tmp_path, settings, model, capsys):
+    take_steps(settings(), model, finish=True)
+    before = tree(tmp_path / "run")
+    with open_run(settings()) as run:
+        assert run.finished
+    assert tree(tmp_path / "run") == before
+    assert "this run is finished; raise train.steps or train.epochs to train for longer" in capsys.readouterr().out
+
+
+def test_a_finished_run_that_is_to_be_longer_goes_on(settings, model):
+    take_steps(settings(), model, finish=True)
+    with open_run(settings(train={"epochs": 5})) as run:
+        assert run.begun and not run.finished
+        run.check("data", model, total_steps=200)
+    with open_run(settings(train={"epochs": 5})) as run:
+        assert not run.finished  # it was cut off: the result there is of the shorter run
+
+
+def test_a_finished_run_whose_result_is_gone_makes_it_again(tmp_path, settings, model):
+    take_steps(settings(), model, finish=True)
+    (tmp_path / "run" / "adapter").rename(tmp_path / "taken")
+    with open_run(settings()) as run:
+        assert run.begun and not run.finished
+
+
+def test_another_configuration_is_refused_with_every_difference_and_nothing_is_written(tmp_path, settings, model):
+    take_steps(settings(), model)
+    before = tree(tmp_path / "run")
+    with pytest.raises(CheckpointError) as caught:
+        open_run(settings(train={"seed": 1, "batch_size": 16}, tune={"rank": 4}, optim={"lr": 1.0}))
+    message = str(caught.value)
+    for line in ("train.seed: was 0, now 1", "train.batch_size: was 8, now 16", "tune.rank: was 8, now 4"):
+        assert f"\n  {line}\n" in message
+    assert "optim.lr" not in message and "choose another train.output_dir" in message
+    assert tree(tmp_path / "run") == before
+
+
+def test_a_new_learning_rate_is_printed_and_written_down(tmp_path, settings, model, capsys):
+    take_steps(settings(), model)
+    config = settings(optim={"lr": 0.01}, log={"every": 1})
+    with open_run(config) as run:
+        out = capsys.readouterr().out
+        assert "Warning: optim.lr: was 0.0001, now 0.01" in out
+        assert "log.every: was 10, now 1" in out and "Warning: log" not in out
+        run.check("data", model)
+        assert run.meta["changes"] == [["optim.lr: was 0.0001, now 0.01", "log.every: was 10, now 1"]]
+    assert load_config(tmp_path / "run" / "config.yaml") == config
+    with open_run(config):
+        assert "lr" not in capsys.readouterr().out  # compared with the last start
+
+
+def test_a_change_is_not_written_before_the_data_and_the_model_were_checked(tmp_path, settings, model):
+    take_steps(settings(), model)
+    before = tree(tmp_path / "run")
+    with open_run(settings(optim={"lr": 0.01})) as run, pytest.raises(CheckpointError):
+        run.check("other data", model)
+    assert tree(tmp_path / "run") == before
+
+
+def test_editing_the_runs_own_config_file_does_not_hide_a_change(tmp_path, settings, model):
+    take_steps(settings(), model)
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("seed: 0", "seed: 1"))
+    with pytest.raises(CheckpointError, match=r"train\.seed: was 0, now 1"):
+        open_run(load_config(path))
+
+
+def test_changed_data_is_refused_by_name(tmp_path, settings, model):
+    take_steps(settings(), model)
+    with open_run(settings()) as run:
+        with pytest.raises(CheckpointError, match=r"the training data \(d\.json\) changed since this run began"):
+            run.check("other", model)
+
+
+def test_a_changed_base_model_or_adapter_is_refused_by_name(tmp_path, settings, model):
+    adapter = tmp_path / "start"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"a")
+    config = settings(tune={"adapter": str(adapter)})
+    take_steps(config, model)
+    (model / "model.safetensors").write_bytes(b"weightz")
+    with open_run(config) as run, pytest.raises(CheckpointError, match=r"the base model \(.*model\) changed"):
+        run.check("data", model)
+    (model / "model.safetensors").write_bytes(b"weights")
+    (adapter / "adapter_model.safetensors").write_bytes(b"b")
+    with (
+        open_run(config) as run,
+        pytest.raises(CheckpointError, match=r"the adapter to start from \(.*start\) changed"),
+    ):
+        run.check("data", model)
+
+
+def test_a_run_that_has_taken_no_step_may_begin_again_as_anything(tmp_path, settings, model):
+    with open_run(settings()) as run:
+        run.check("data", model)
+    config = settings(train={"seed": 5}, data={"path": "right.json"})
+    with open_run(config) as run:
+        assert not run.begun
+        run.check("right data", model)
+    assert load_config(tmp_path / "run" / "config.yaml") == config
+
+
+def test_a_run_is_not_made_shorter_than_it_is(settings, model):
+    take_steps(settings(), model, step=100)
+    with open_run(settings(train={"steps": 50})) as run:
+        with pytest.raises(CheckpointError, match=r"50 steps are asked for, and 100 are done; raise train\.steps"):
+            run.check("data", model, total_steps=50)
+
+
+def test_resume_never_refuses_a_directory_that_has_a_run(settings, model):
+    never = settings(checkpoint={"resume": "never"})
+    open_run(never).__exit__()
+    open_run(never).__exit__()  # nothing was trained: nothing to refuse
+    take_steps(settings(), model)
+    with pytest.raises(CheckpointError, match=r"there is a run in it, and checkpoint\.resume is never"):
+        open_run(never)
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "config.yaml", "model", "checkpoints"])
+def test_a_directory_with_other_things_in_it_is_refused_and_left_as_it_is(tmp_path, settings, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    with pytest.raises(CheckpointError, match=f"there are other things in it \\({name}\\) and no run.json"):
+        open_run(settings())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+    assert (tmp_path / "run" / name).read_text() == "mine"
+
+
+def test_hidden_files_and_what_a_cut_off_start_left_are_no_hindrance(tmp_path, settings):
+    (tmp_path / "run").mkdir()
+    for name in (".gitkeep", "run.lock", "run.json.partial"):
+        (tmp_path / "run" / name).write_text("")
+    open_run(settings()).__exit__()
+
+
+def test_what_a_user_puts_beside_a_run_stays(tmp_path, settings, model):
+    take_steps(settings(), model)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    open_run(settings()).__exit__()
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("way", ["run", "run/below"])
+def test_a_file_in_the_way_is_named(tmp_path, settings, way):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(CheckpointError, match=r"train\.output_dir .*run.*: cannot be used: .*run.*choose a directory"):
+        open_run(settings(train={"output_dir": str(tmp_path / way)}))
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+def test_a_directory_that_may_not_be_written_to_is_told_before_anything_else(settings):
+    with tempfile.TemporaryDirectory() as home:  # pytest's own are closed to other users
+        Path(home).chmod(0o555)
+        config = settings(train={"output_dir": home})
+        code = (
+            "import os; from jaxtune.config import make_config; from jaxtune.rundir import open_run\n"
+            "if os.geteuid() == 0: os.setuid(65534)\n"
+            f"try: open_run(make_config({config.model_dump()!r}))\n"
+            "except Exception as error: print(type(error).__name__, error)"
+        )
+        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        Path(home).chmod(stat.S_IRWXU)
+        assert child.stdout.startswith(f"CheckpointError train.output_dir {home}: cannot be used: "), child.stderr
+        assert "Permission denied" in child.stdout
+
+
+def hold(config, tmp_path):
+    path = tmp_path / "held.json"  # JSON is YAML
+    path.write_text(json.dumps(config.model_dump()))
+    child = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    while line := child.stdout.readline():
+        if line == "held\n":
+            return child
+    raise AssertionError("the child did not take the directory")
+
+
+def test_a_directory_of_a_live_run_is_refused_and_free_when_the_process_is_dead(tmp_path, settings):
+    child = hold(settings(), tmp_path)
+    try:
+        with pytest.raises(CheckpointError, match=f"another process trains in it \\(pid {child.pid} on "):
+            open_run(settings())
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    open_run(settings()).__exit__()
+
+
+def test_a_refusal_lets_the_directory_go(settings, model):
+    take_steps(settings(), model)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="another configuration"):
+            open_run(settings(train={"seed": 1}))
+    open_run(settings()).__exit__()
+
+
+def test_without_locks_the_run_goes_on_with_a_warning(settings, monkeypatch, capsys):
+    def unsupported(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    open_run(settings()).__exit__()
+    assert "this file system has no locks; never start two runs" in capsys.readouterr().out
+
+
+def test_a_damaged_record_is_named(tmp_path, settings, model):
+    take_steps(settings(), model)
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json: not valid JSON"):
+        open_run(settings())
+
+
+def test_a_record_with_fields_of_another_version_is_named(tmp_path, settings, model):
+    take_steps(settings(), model)
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text())
+    record["config"]["train"]["magic"] = 1
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"run\.json: train\.magic: unknown key"):
+        open_run(settings())
+
+
+def test_a_full_disk_leaves_the_record_as_it_was(tmp_path, settings, model, monkeypatch):
+    take_steps(settings(), model)
+    before = tree(tmp_path / "run")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with open_run(settings(optim={"lr": 0.5})) as run:
+        monkeypatch.setattr("os.fsync", full)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            run.check("data", model)
+    after = {path: data for path, data in tree(tmp_path / "run").items() if path.suffix != ".partial"}
+    assert after == before
+
+
+def test_a_checkpoint_can_say_what_run_it_is_of(settings, model):
+    with open_run(settings()) as run:
+        run.check("data", model)
+        meta = json.loads(json.dumps(run.meta))
+    assert make_config(meta["config"]) == settings()
+    assert meta["fingerprints"]["data"] == "data" and len(meta["fingerprints"]["model"]) == 64
+    assert meta["jaxtune"]
