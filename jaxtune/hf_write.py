@@ -228,7 +228,12 @@ def _put_in_place(partial: Path, directory: Path) -> None:
         os.close(descriptor)
     if directory.exists():
         directory.rename(_old(directory))
-    partial.rename(directory)
+    try:
+        partial.rename(directory)
+    except OSError:
+        if _old(directory).exists():
+            _old(directory).rename(directory)
+        raise
     shutil.rmtree(_old(directory), ignore_errors=True)
 
 
