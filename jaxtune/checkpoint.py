@@ -12,7 +12,6 @@ comes back in the structure that the reader gives. Where arrays of a state lie i
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -31,9 +30,10 @@ from jax.sharding import SingleDeviceSharding
 from jaxtune.console import warn
 from jaxtune.errors import CheckpointError, SaveError, listing
 from jaxtune.files import read_json
+from jaxtune.manifest import damages, read_manifest, sync, write_manifest
 from jaxtune.models.weights import Tree, set_path
 
-STATE, META, MANIFEST = "state", "meta.json", "manifest.json"
+STATE, META = "state", "meta.json"
 SAVING, DELETING = ".saving", ".deleting"
 SAVE_SECONDS = 6 * 3600  # the longest that one save may take
 Arrays = dict[str, Any]  # path, joined by "/" -> array
@@ -116,7 +116,7 @@ class Checkpointer:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 (home / META).write_text(meta, encoding="utf-8")
-                _write_manifest(home, step, shapes)
+                write_manifest(home, step, shapes)
                 self._commit(step, home)
 
     def _commit(self, step: int, home: Path) -> None:
@@ -124,7 +124,7 @@ class Checkpointer:
         if final.exists():
             _remove(final)
         home.rename(final)
-        _sync(self.directory)
+        sync(self.directory)
         self._damaged.discard(step)
         if wrong := problems(self.directory, step, read=False):
             raise OSError(listing(wrong))
@@ -227,27 +227,7 @@ def _search(directory: Path) -> tuple[int | None, set[int]]:
 
 def problems(directory: Path, step: int, read: bool = True) -> list[str]:
     """What is not as it was written in the checkpoint of `step`; with read=False, by the files' sizes alone."""
-    home = Path(directory) / str(step)
-    try:
-        manifest = _read_manifest(home)
-    except CheckpointError as error:
-        return [str(error)]
-    if manifest["step"] != step:
-        return [f"it is the checkpoint of step {manifest['step']}"]
-    checks = (_problem(home, name, size, digest, read) for name, (size, digest) in manifest["files"].items())
-    return [problem for problem in checks if problem]
-
-
-def _problem(home: Path, name: str, size: int, digest: str, read: bool) -> str | None:
-    path = home / name
-    try:
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes of {size}"
-        if read and _digest(path) != digest:
-            return f"{name} is not what was written"
-    except OSError as error:
-        return f"{name}: {error.strerror}"
-    return None
+    return damages(Path(directory) / str(step), step, read)
 
 
 def read_meta(directory: Path, step: int) -> dict[str, Any]:
@@ -274,7 +254,7 @@ def restore(directory: Path, step: int, abstract: Any, partial: bool = False) ->
 def _restore(orbax: ocp.AsyncCheckpointer, directory: Path, step: int, abstract: Any, partial: bool) -> Any:
     home = directory.absolute() / str(step)
     wanted = {path: _placed(array) for path, array in _by_path(abstract).items()}
-    _require_same(home, _read_manifest(home)["arrays"], wanted, partial)
+    _require_same(home, read_manifest(home)["arrays"], wanted, partial)
     tree = _nested(wanted)
     args = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True)
     try:
@@ -349,46 +329,6 @@ def _require_space(directory: Path, size: int) -> None:
     free = shutil.disk_usage(place).free
     if size > free:
         raise OSError(f"{size / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB are free on the disk")
-
-
-def _write_manifest(home: Path, step: int, shapes: dict[str, list]) -> None:
-    files = {}
-    for path in sorted(path for path in home.rglob("*") if path.is_file()):
-        _sync(path)
-        files[path.relative_to(home).as_posix()] = [path.stat().st_size, _digest(path)]
-    body = {"format": 1, "step": step, "files": files, "arrays": shapes}
-    text = json.dumps({**body, "sha256": _body_digest(body)}, indent=1)
-    (home / MANIFEST).write_text(text, encoding="utf-8")
-    _sync(home / MANIFEST)
-    _sync(home)
-
-
-def _read_manifest(home: Path) -> dict[str, Any]:
-    body = read_json(home / MANIFEST, CheckpointError)
-    digest = body.pop("sha256", None)
-    if digest != _body_digest(body):
-        raise CheckpointError(f"{MANIFEST} is not what was written")
-    if body["format"] != 1:
-        raise CheckpointError(f"{MANIFEST} is of format {body['format']}; this version of jaxtune reads format 1")
-    return body
-
-
-def _body_digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold what was written, before anything that relies on it is."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(home: Path) -> None:

@@ -304,7 +304,7 @@ elif point == "during the write":
 elif point == "before orbax commits":
     PyTreeCheckpointHandler.finalize = die
 elif point == "before the manifest":
-    module._write_manifest = die
+    module.write_manifest = die
 elif point == "before the rename":
     Path.rename = die
 elif point == "after the rename":
@@ -370,7 +370,7 @@ def test_a_write_that_fails_in_the_background_is_raised_by_the_next_check_with_i
 
 def test_a_failure_is_raised_once_and_the_next_save_can_succeed(checkpointer, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("jaxtune.checkpoint._write_manifest", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+        patch.setattr("jaxtune.checkpoint.write_manifest", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
         checkpointer.save(10, make_state(), {})
         with pytest.raises(SaveError, match="No space; there is no checkpoint yet"):
             checkpointer.wait()
