@@ -58,8 +58,8 @@ HARMLESS = {
     "task_type",
 }
 READ_HERE = {"peft_type", "init_lora_weights", "layers_pattern"}
-# Starts that leave the base weights as they are; the others (pissa, olora, corda, ...) subtract the start from
-# them, so that the adapter belongs to a base that is not the model's.
+# Starts that leave the base weights as they are. Most others (pissa, olora, corda, ...) subtract the start from
+# them, so that the adapter belongs to a base that is not the model's; mica keeps B fixed in training.
 HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -140,8 +140,9 @@ def _refuse_options(tree: dict, where: Path) -> None:
     init = tree.get("init_lora_weights")
     if not any(init is allowed or init == allowed for allowed in HARMLESS_INITS):
         raise AdapterError(
-            f"{where}: init_lora_weights {init!r} changes the base weights, and the model's are not changed; "
-            "convert the adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+            f"{where}: init_lora_weights {init!r} changes the base weights or how the adapter trains; allowed are "
+            "true, false, 'gaussian', 'eva' and 'orthogonal'. PEFT's save_pretrained converts such an adapter "
+            "when it is given path_initial_model_for_weight_conversion"
         )
     if tree.get("layers_pattern") not in (None, [], "", "layers", ["layers"]):
         raise AdapterError(f"{where}: layers_pattern {tree['layers_pattern']!r}; allowed is 'layers'")

@@ -12,7 +12,6 @@ from safetensors.numpy import save
 
 from jaxtune.config import TuneSection
 from jaxtune.errors import AdapterError, listing
-from jaxtune.leaves import LowRank
 from jaxtune.models.weights import Tree
 from jaxtune.tune.method import get_path
 from jaxtune.tune.peft_config import CONFIG_NAME, is_resolved, read_config, resolve, to_peft
@@ -74,8 +73,6 @@ def _of_entry(array: np.ndarray, entry: Entry) -> np.ndarray:
 
 def _to_host(array: jax.Array) -> np.ndarray:
     """The whole array, also where other processes hold parts of it."""
-    if isinstance(array, LowRank):
-        raise TypeError("an adapted weight is not saved whole")
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

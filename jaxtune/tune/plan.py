@@ -49,17 +49,15 @@ class Site:
     @property
     def in_out(self) -> tuple[int, int]:
         """Sizes of `a`'s first and `b`'s last dimension."""
-        first, second = self.weight.shape
+        return self._turned(*self.weight.shape)
+
+    def _turned(self, first, second):
         return (first, second) if self.is_embedding else (second, first)
 
     @property
-    def parts(self) -> dict[str, "Part"]:
+    def parts(self) -> dict[str, Part]:
         """The adapter's arrays; their axes follow from the base weight's."""
-        first, second = self.weight.axes
-        (in_size, out_size), (in_axis, out_axis) = (
-            self.in_out,
-            (first, second) if self.is_embedding else (second, first),
-        )
+        (in_size, out_size), (in_axis, out_axis) = self.in_out, self._turned(*self.weight.axes)
         sizes, axes = ((), ()) if self.weight.layers is None else ((len(self.ranks),), ("layers",))
         return {
             "a": Part((*sizes, in_size, self.rank), (*axes, in_axis, "rank")),

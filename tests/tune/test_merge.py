@@ -93,6 +93,7 @@ np.save(directory + "/merged.npy", np.asarray(w))
 """
 
 
+@pytest.mark.slow
 def test_first_values_files_and_merges_are_the_same_on_every_mesh(run_python, tmp_path):
     for sizes in ("1x1x1", "2x2x2", "1x8x1"):
         (tmp_path / sizes).mkdir()

@@ -15,6 +15,7 @@ from jaxtune.models.weights import leaves_with_path
 from jaxtune.tune.peft_io import load_adapter, save_adapter
 from tests.tune.support import peer_adapter, randomised, tuned
 
+pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:::transformers")
 SECTION = TuneSection(rank=4, rank_pattern={"layers.1.self_attn.v_proj": 2}, modules_to_save=["norm"], bias="lora_only")
 A, B = (f"base_model.model.model.layers.1.self_attn.q_proj.lora_{part}.weight" for part in "AB")
 NORM = "base_model.model.model.norm.weight"

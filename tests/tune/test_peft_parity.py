@@ -12,7 +12,7 @@ from jaxtune.tune.peft_io import save_adapter
 from tests.tune.support import difference, logits, peer_adapter, peer_logits, peer_model, randomised, tuned
 
 pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore:::peft")
+pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:::transformers")
 
 TOLERANCE = 1e-4
 QWEN2_TIED = {"family": "qwen2", "tied": True}
