@@ -97,3 +97,12 @@ def token_mask(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
     for start, end in spans:
         mask |= (ends > start) & (starts < end)
     return mask
+
+
+def shared_starts(offsets: np.ndarray, spans: list[Span]) -> int:
+    """How many spans begin inside a token, which is then half the prompt's and half the answer's.
+
+    Generation never gets to choose such a token: its prompt ends with another one. Where the tokenizer trims its
+    offsets this goes unseen.
+    """
+    return sum(bool(np.any((offsets[:, 0] < start) & (offsets[:, 1] > start))) for start, _ in spans)

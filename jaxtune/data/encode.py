@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.config import DataSection
-from jaxtune.data.chat import special_tokens, supervised_spans, token_mask
+from jaxtune.data.chat import shared_starts, special_tokens, supervised_spans, token_mask
 from jaxtune.data.formats import Row
 from jaxtune.data.template import ChatTemplate
 from jaxtune.errors import DataError
@@ -59,6 +59,7 @@ class Lengths:
     dropped_cut: int = 0  # truncated until nothing supervised was left
     dropped_silent: int = 0  # without a supervised token from the start
     truncated: int = 0  # and kept
+    shared_starts: int = 0  # assistant turns whose first token is also the prompt's last
 
     @property
     def dropped(self) -> int:
@@ -79,7 +80,7 @@ def encode(
     if not getattr(tokenizer, "is_fast", False):
         raise DataError("the tokenizer gives no character offsets; a fast one (with a tokenizer.json) is needed")
     counts, parts = Lengths(rows=len(rows)), []
-    encoded = _texts(rows, tokenizer) if template is None else _chats(rows, section, tokenizer, template)
+    encoded = _texts(rows, tokenizer) if template is None else _chats(rows, section, tokenizer, template, counts)
     for row, (tokens, mask) in zip(rows, encoded, strict=True):
         mask[:1] = False
         kept = _fit(tokens, mask, section, row.where, counts)
@@ -99,7 +100,7 @@ def _texts(rows: list[Row], tokenizer: Any) -> Iterator[tuple[np.ndarray, np.nda
             yield np.asarray(ids, np.int32), np.ones(len(ids), bool)
 
 
-def _chats(rows: list[Row], section: DataSection, tokenizer: Any, template: ChatTemplate):
+def _chats(rows: list[Row], section: DataSection, tokenizer: Any, template: ChatTemplate, counts: Lengths):
     special = special_tokens(tokenizer)
     answers = template.render(((row.where, row.messages or []) for row in rows), marks=not section.train_on_prompt)
     for chunk in _chunked(zip(rows, answers)):
@@ -110,7 +111,9 @@ def _chats(rows: list[Row], section: DataSection, tokenizer: Any, template: Chat
                 spans = [(0, len(answer["text"]))]
             else:
                 spans = supervised_spans(row.where, row.messages, answer, special)
-            yield np.asarray(ids, np.int32), token_mask(np.asarray(offsets, np.int64).reshape(-1, 2), spans)
+            characters = np.asarray(offsets, np.int64).reshape(-1, 2)
+            counts.shared_starts += shared_starts(characters, spans)
+            yield np.asarray(ids, np.int32), token_mask(characters, spans)
 
 
 # verbose: no warning that a text is longer than the model's context; data.max_length is ours to check.

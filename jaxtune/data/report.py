@@ -70,12 +70,17 @@ def _steps(train: Dataset) -> str:
 def _notes(data: Data) -> list[str]:
     """What may be a mistake in the data."""
     notes = []
-    for rows in (source.rows for source in data.sources):
+    for rows, counts in ((source.rows, source.lengths) for source in data.sources):
         if rows.unused:
             names = (f'"{name}" (in {count:,} rows)' for name, count in sorted(rows.unused.items()))
             notes.append(f"Columns that are not read: {listing(names)}; data.columns says which are.")
         if rows.empty_answers:
             notes.append(f"Empty assistant turns: {rows.empty_answers:,}; only their end is learnt.")
+        if counts.shared_starts:
+            notes.append(
+                f"In {counts.shared_starts:,} assistant turns the prompt and the answer share a token, which "
+                "generation cannot reproduce; the template's prompt or these answers have white space to lose."
+            )
     return notes + data.notes
 
 

@@ -1,0 +1,127 @@
+"""Packing: every example once, none split, few holes, and an order that seed and epoch alone decide."""
+
+import hashlib
+import time
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from jaxtune.data import packing
+from jaxtune.data.packing import plan_epoch, shuffled
+
+RANDOM = np.random.default_rng(0)
+LENGTHS = {
+    "short": RANDOM.integers(1, 100, 1000),
+    "one": np.array([7]),
+    "full": np.full(20, 128),
+    "halves": np.full(21, 64),
+    "ones": np.ones(300, int),
+    "mixed": np.clip(RANDOM.lognormal(3.5, 0.8, 3000).astype(int) + 1, 1, 128),
+}
+
+
+def plan(lengths, *, space=128, seed=0, epoch=0, packing=True, shuffle=True):
+    return plan_epoch(lengths, space, seed=seed, epoch=epoch, packing=packing, shuffle=shuffle)
+
+
+def rows(epoch) -> list[list[int]]:
+    return [epoch.row(index).tolist() for index in range(len(epoch))]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_example_stands_in_one_row_that_has_room_for_it(lengths, packed, shuffle):
+    found = rows(plan(lengths, packing=packed, shuffle=shuffle))
+    assert sorted(chain(*found)) == list(range(len(lengths)))
+    assert all(row and lengths[row].sum() <= 128 for row in found)
+    assert packed or all(len(row) == 1 for row in found)
+
+
+@pytest.mark.parametrize("name", ["short", "mixed"])
+def test_packs_are_nearly_full(name):
+    lengths = LENGTHS[name]
+    least = -(-lengths.sum() // 128)
+    assert len(plan(lengths)) <= 1.02 * least + 1
+
+
+def test_what_fits_exactly_is_packed_exactly():
+    assert len(plan(LENGTHS["halves"])) == 11
+    assert len(plan(LENGTHS["ones"])) == 3
+    assert len(plan(np.array([100, 28] * 40))) == 40
+
+
+def test_each_example_goes_where_it_leaves_the_least_room():
+    assert rows(plan(np.array([100, 90, 20]), shuffle=False)) == [[0, 2], [1]]
+    assert rows(plan(np.array([90, 100, 30, 20]), shuffle=False)) == [[0, 2], [1, 3]]
+
+
+def test_the_plan_depends_on_seed_and_epoch_alone():
+    lengths = LENGTHS["short"]
+    assert rows(plan(lengths, seed=1, epoch=2)) == rows(plan(lengths.copy(), seed=1, epoch=2))
+    orders = {tuple(plan(lengths, seed=seed, epoch=epoch).order) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+def test_unshuffled_rows_are_opened_in_order():
+    lengths = LENGTHS["short"]
+    assert rows(plan(lengths, packing=False, shuffle=False)) == [[i] for i in range(len(lengths))]
+    firsts = [row[0] for row in rows(plan(lengths, shuffle=False, seed=5, epoch=3))]
+    assert firsts == sorted(firsts)
+
+
+def test_long_examples_do_not_come_first():
+    lengths = LENGTHS["mixed"]
+    longest = [lengths[row].max() for row in rows(plan(lengths))]
+    early, late = np.array_split(np.array(longest), 2)
+    assert abs(early.mean() - late.mean()) < 0.1 * np.mean(longest)
+
+
+def test_windows_keep_examples_together_that_the_shuffle_put_together(monkeypatch):
+    monkeypatch.setattr(packing, "WINDOW", 100)
+    lengths = LENGTHS["short"]
+    window_of = np.empty(len(lengths), int)
+    window_of[shuffled(len(lengths), "examples", 0, 0)] = np.arange(len(lengths)) // 100
+    assert all(len(set(window_of[row])) == 1 for row in rows(plan(lengths)))
+
+
+def test_a_hundred_thousand_examples_take_a_moment():
+    lengths = RANDOM.integers(1, 300, 100_000)
+    start = time.process_time()
+    plan(lengths, space=1024)
+    assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 1000])
+def test_shuffled_is_a_permutation(count):
+    assert sorted(shuffled(count, 1)) == list(range(count))
+
+
+def test_shuffled_never_changes():
+    assert shuffled(8, "examples", 0, 0).tolist() == [2, 4, 5, 0, 6, 3, 1, 7]
+
+
+def test_shuffled_sorts_by_splitmix64():
+    """Written out with Python's own integers."""
+    word = (1 << 64) - 1
+
+    def mix(x: int) -> int:
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & word
+        x = (x ^ x >> 27) * 0x94D049BB133111EB & word
+        return x ^ x >> 31
+
+    start = int.from_bytes(hashlib.sha256(b"('rows', 3)").digest()[:8], "little")
+    keys = [mix(start + (i + 1) * 0x9E3779B97F4A7C15 & word) for i in range(500)]
+    assert shuffled(500, "rows", 3).tolist() == sorted(range(500), key=keys.__getitem__)
+
+
+def test_shuffled_is_fair():
+    where = np.array([shuffled(10, key).tolist().index(0) for key in range(2000)])
+    counts = np.bincount(where, minlength=10)
+    assert counts.min() > 140 and counts.max() < 260  # 200 each expected, with a deviation of 13
+
+
+def test_shuffled_reads_its_whole_key():
+    keys = [(1, 2), (2, 1), (12,), ("1", 2), ("a", 1), ("b", 1)]
+    assert len({tuple(shuffled(50, *key)) for key in keys}) == len(keys)
