@@ -37,7 +37,9 @@ class Source:
     def open(cls, section: ModelSection, template: str | None = None) -> "Source":
         """Find the model, read its settings and its tokenizer, and check that the two fit."""
         if section.overrides and section.init != "random":
-            raise ConfigError("model.overrides: the weights of a pretrained model fix its settings; set model.init: random")
+            raise ConfigError(
+                "model.overrides: the weights of a pretrained model fix its settings; set model.init: random"
+            )
         path = resolve_model(section.path, section.revision)
         config = read_config(path, section.overrides)
         words = path if section.tokenizer is None else resolve_model(section.tokenizer, None)

@@ -4,8 +4,11 @@ It writes to stdout. A command whose stdout is its answer (generated text, say) 
 `speak_on_stderr`. Without a terminal everything is plain, unwrapped lines, and nobody makes a bar.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 # In a notebook plain text is what a reader can copy and a test can compare.
 console = Console(highlight=False, markup=False, force_jupyter=False)
@@ -47,3 +50,16 @@ class Bar:
 
     def stop(self) -> None:
         self._progress.stop()
+
+
+@contextmanager
+def loading_bar(text: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Gives (what, bytes done, bytes in all) -> None: a bar in a terminal, and one line elsewhere."""
+    if not console.is_terminal:
+        stage(text)
+        yield lambda what, done, total: None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda what, done, total: progress.update(task, completed=done, total=total)

@@ -43,6 +43,12 @@ class SaveError(CheckpointError):
     exit_code = 1
 
 
+class TrainingStopped(UserError):
+    """Training has come to nothing, though no input was found to be wrong."""
+
+    exit_code = 1
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """`; did you mean "x"?` for the closest of `allowed`, or an empty string."""
     close = get_close_matches(name, list(allowed), n=1, cutoff=0.6)

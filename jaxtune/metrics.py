@@ -4,6 +4,7 @@ The ledger says exactly what each step did, so that two runs can be compared bit
 people. Training reads none of it back, except that the files are rewound when a run goes on from a checkpoint.
 """
 
+import json
 import math
 import os
 import resource
@@ -223,3 +224,8 @@ def duration(seconds: float) -> str:
 def _finite(value: float | int) -> float | int | None:
     """JSON has no nan and no infinity; null stands for them."""
     return value if math.isfinite(value) else None
+
+
+def read_rows(run_dir: Path) -> list[Row]:
+    """The lines of a finished run's metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / METRICS).read_text(encoding="utf-8").splitlines()]

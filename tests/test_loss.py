@@ -65,7 +65,9 @@ def test_all_tokens_unsupervised_gives_zero_and_zero_gradients(inputs):
 def test_every_token_supervised(inputs):
     hidden, head, targets, _ = inputs
     ones = jnp.ones((BATCH, TIME))
-    np.testing.assert_allclose(cross_entropy(hidden, head, targets, ones), plain(hidden, head, targets, ones), rtol=1e-6)
+    np.testing.assert_allclose(
+        cross_entropy(hidden, head, targets, ones), plain(hidden, head, targets, ones), rtol=1e-6
+    )
 
 
 def test_gradient_scales_with_the_cotangent(inputs):

@@ -100,7 +100,9 @@ def collectives(section, sizes):
     """How often each collective stands in the compiled step, scalars left out, and the shapes by collective."""
     text = start(section, mesh_of(*sizes))[0].as_text()
     found = re.findall(r"= (\(.*?\)|\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(", text)
-    shapes = {kind: [s for result, k in found if k == kind for s in re.findall(r"\[([\d,]+)\]", result)] for _, kind in found}
+    shapes = {
+        kind: [s for result, k in found if k == kind for s in re.findall(r"\[([\d,]+)\]", result)] for _, kind in found
+    }
     return {kind: Counter(of_kind) for kind, of_kind in shapes.items() if of_kind}
 
 
@@ -141,7 +143,7 @@ def test_large_parameter_left_whole_is_an_error():
     mesh = mesh_of(1, 8, 1)
     split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("fsdp"), PartitionSpec()))
     check_sharded({"w": jax.device_put(jnp.zeros((1024, 1024)), split)}, {"w": split})
-    with pytest.raises(MeshError, match="w.*is whole on each device"):
+    with pytest.raises(MeshError, match=r"w.*is whole on each device"):
         check_sharded({"w": jax.device_put(jnp.zeros((1024, 1024)), whole)}, {"w": split})
 
 
@@ -168,7 +170,7 @@ def test_mesh_that_does_not_fit_the_devices_is_refused(section, devices, message
 
 def test_heads_that_the_tensor_axis_does_not_divide_are_refused_with_what_would_fit():
     odd = ModelConfig("llama", VOCAB, 72, 96, 2, 9, 3, 8, 256)
-    with pytest.raises(MeshError, match="tensor = 2 does not divide the model's num_attention_heads 9.*1"):
+    with pytest.raises(MeshError, match=r"tensor = 2 does not divide the model's num_attention_heads 9.*1"):
         check_model(mesh_of(1, 4, 2), odd)
 
 

@@ -1,5 +1,7 @@
 """A step is the same however its batch is cut or packed, and a bad one changes nothing."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,8 +75,7 @@ def assert_same_step(ours, theirs):
     (state, metrics), (expected, expected_metrics) = ours, theirs
     np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], expected_metrics["grad_norm"], rtol=1e-5)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    jax.tree.map(close, state["trainable"], expected["trainable"])
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), state["trainable"], expected["trainable"])
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,7 @@ def by_definition(q, k, v, q_segments, k_segments, offset=0, window=None):
         seen = [
             s
             for s in range(k.shape[1])
-            if s <= t + offset
-            and (window is None or t + offset - s < window)
-            and q_segments[b, t] == k_segments[b, s]
+            if s <= t + offset and (window is None or t + offset - s < window) and q_segments[b, t] == k_segments[b, s]
         ]
         if not seen:
             continue

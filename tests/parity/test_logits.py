@@ -92,13 +92,18 @@ def test_files(tiny_model, variant):
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3", "default"])
 def test_old_and_new_rope_fields_mean_the_same(tiny_model, tmp_path, kind):
-    scaling = {"linear": {"factor": 3.0}, "dynamic": {"factor": 2.0}, "yarn": YARN, "llama3": LLAMA3, "default": {}}[kind]
+    scaling = {"linear": {"factor": 3.0}, "dynamic": {"factor": 2.0}, "yarn": YARN, "llama3": LLAMA3, "default": {}}[
+        kind
+    ]
     new = {**scaling, "rope_type": kind, "rope_theta": 2e4}
     path = tiny_model("llama", max_position_embeddings=48, rope_parameters=new)
     config = json.loads((path / "config.json").read_text())
     theta = config["rope_parameters"].pop("rope_theta")
     old = config.pop("rope_parameters")
-    config |= {"rope_theta": theta, "rope_scaling": None if kind == "default" else {"type": old.pop("rope_type"), **old}}
+    config |= {
+        "rope_theta": theta,
+        "rope_scaling": None if kind == "default" else {"type": old.pop("rope_type"), **old},
+    }
     for file in path.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "config.json").unlink()

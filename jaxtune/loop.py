@@ -1,0 +1,219 @@
+"""The training run, from top to bottom: data, model, state, resume, steps, result."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
+from jaxtune.checkpoint import Checkpointer
+from jaxtune.config import Config
+from jaxtune.console import console, loading_bar, say, stage, warn
+from jaxtune.data.loader import Batch, Data, build_data
+from jaxtune.errors import TrainingStopped
+from jaxtune.export import write_result
+from jaxtune.leaves import combine, count, partition
+from jaxtune.mesh import RULES, batch_shards, check_batch, check_model, check_sharded, make_mesh
+from jaxtune.metrics import Recorder, read_rows
+from jaxtune.models.weights import Tree
+from jaxtune.optim import make_optimizer, make_schedule
+from jaxtune.rundir import Run, open_run
+from jaxtune.signals import StopSignal
+from jaxtune.state import abstract, make_state
+from jaxtune.step import make_eval_step, make_train_step
+
+
+@dataclass
+class Job:
+    """A run with everything in place for its next step."""
+
+    config: Config
+    data: Data
+    assembled: Assembled
+    frozen: Tree
+    state: Tree
+    train_step: Callable[[Tree, Tree, dict, jax.Array], tuple[Tree, dict[str, jax.Array]]]
+    eval_step: Callable[[Tree, Tree, dict], tuple[jax.Array, jax.Array]]
+    put: Callable[[Batch], dict[str, jax.Array]]  # onto the mesh
+
+
+def train(config: Config) -> list[dict]:
+    """Run, or go on with, the run that `config` describes; the rows of its metrics.jsonl.
+
+    Raises:
+        UserError: something of the user's is wrong, by name.
+        SystemExit: 143 after SIGTERM, when the step is finished and saved.
+    """
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, config.train.batch_size, config.train.micro_batches)
+    with open_run(config) as run, StopSignal() as stop:
+        if run.finished:
+            return read_rows(run.directory)
+        stage(f"Reading {config.model.path}")
+        source = Source.open(config.model, config.data.template)
+        check_model(mesh, source.config)
+        stage("Reading the data")
+        data = build_data(config.data, config.eval, config.train, source.tokenizer)
+        data.report(console)
+        run.check(data.train.fingerprint, source.path, data.train.steps)
+        job = prepare(config, source, data, mesh)
+        checkpointer = Checkpointer(run.checkpoints, config.checkpoint.every, config.checkpoint.keep)
+        with contextlib.closing(checkpointer) as checkpoints:
+            done = resume(job, run, checkpoints)
+            with Recorder(run.directory, config.log, data.train.steps, done) as recorder:
+                go_on(job, run, checkpoints, recorder, stop, done)
+        finish(job, run)
+    return recorder.rows
+
+
+def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
+    """Load the model, put the tuning method and the optimiser on it, and compile the step."""
+    with loading_bar(f"Loading {source.path}") as progress:
+        options = {"init": config.model.init, "dtype": config.precision.params, "seed": config.train.seed}
+        assembled = assemble(source, config.tune, mesh, progress=progress, **options)
+    trainable, frozen = partition(assembled.params, assembled.mask)
+    trained, total = count(trainable), count(assembled.params)
+    say(f"Training {trained:,} of {total:,} parameters ({trained / total:.3%}) on {_devices(mesh)}")
+    optimizer = make_optimizer(config.optim, assembled.model.weights)
+    state, where = make_state(trainable, optimizer, mesh)
+    check_sharded(state["trainable"], where["trainable"])
+    options = {"dtype": compute_dtype(config.precision.compute), "parts": batch_shards(mesh)}
+    train_step = make_train_step(
+        assembled.model,
+        optimizer,
+        make_schedule(config.optim, data.train.steps),
+        clip_norm=config.optim.clip_norm,
+        seed=config.train.seed,
+        **options,
+    )
+    put = partial(_put, NamedSharding(mesh, PartitionSpec(None, RULES["batch"], None)))
+    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(where, None))
+    compiled = _compile(mesh, jitted, state, frozen, put(data.train.batch(1)), _number(1))
+    return Job(
+        config, data, assembled, frozen, state, compiled, jax.jit(make_eval_step(assembled.model, **options)), put
+    )
+
+
+def resume(job: Job, run: Run, checkpoints: Checkpointer) -> int:
+    """Take the state of the last valid checkpoint, if there is one; the step that it is of, else 0."""
+    step = checkpoints.latest_valid()
+    if step is None:
+        checkpoints.preflight(job.state)
+        return 0
+    job.state = checkpoints.restore(step, abstract(job.state))
+    say(f"Going on from the checkpoint of step {step} in {run.directory}")
+    return step
+
+
+def go_on(job: Job, run: Run, checkpoints: Checkpointer, recorder: Recorder, stop: StopSignal, done: int) -> None:
+    """The steps after `done`, with their records, evaluations and checkpoints."""
+    total, every = job.data.train.steps, job.config.eval.every
+    waiting: Outcome | None = None  # the step before, not yet asked for: the device is kept busy meanwhile
+    for step, batch in enumerate(job.data.train.batches(done + 1), done + 1):
+        job.state, metrics = job.train_step(job.state, job.frozen, job.put(batch), _number(step))
+        checkpoints.check_errors()
+        if waiting:
+            record(waiting, recorder, job.config)
+        waiting = Outcome(step, batch, metrics)
+        evaluates = job.data.eval is not None and (step == total or (every and step % every == 0))
+        saves = step == total or checkpoints.due(step) or stop.requested
+        if evaluates or saves:
+            record(waiting, recorder, job.config)
+            waiting = None
+        if evaluates:
+            recorder.evaluation(step, evaluate(job))
+        if saves:
+            checkpoints.save(step, job.state, run.meta, wait=stop.requested or step == total)
+        if stop.requested and step < total:
+            say(f"Stopped after step {step}, which is saved; the same command goes on from there")
+            raise SystemExit(stop.exit_code)
+
+
+@dataclass
+class Outcome:
+    """A step whose numbers are still on the device."""
+
+    step: int
+    batch: Batch
+    metrics: dict[str, jax.Array]
+
+
+def record(outcome: Outcome, recorder: Recorder, config: Config) -> None:
+    """Write a step down, and end a run that has come to nothing.
+
+    Raises:
+        TrainingStopped: the loss or the gradient was not finite too many times in a row.
+    """
+    numbers = {name: value.item() for name, value in jax.device_get(outcome.metrics).items()}
+    bad = numbers.pop("bad_in_a_row")
+    batch = outcome.batch
+    recorder.step(
+        outcome.step,
+        loss=numbers["loss"],
+        grad_norm=numbers["grad_norm"],
+        lr=numbers["lr"],
+        bad_steps=numbers["skipped"],
+        tokens=batch.num_tokens,
+        supervised_tokens=batch.num_supervised,
+        batch_sha256=batch.sha256(),
+    )
+    if bad:
+        warn(f"step {outcome.step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}: not applied")
+    if bad >= config.train.max_bad_steps:
+        raise TrainingStopped(
+            f"{bad} steps in a row had a loss or gradient that is not finite; the weights are those after step "
+            f"{outcome.step - bad}. Lower optim.lr ({config.optim.lr}), set optim.clip_norm, or look at the data; "
+            f"train.max_bad_steps ({config.train.max_bad_steps}) says how many are borne"
+        )
+
+
+def evaluate(job: Job) -> float:
+    """The mean loss over the supervised tokens of the held-out data."""
+    assert job.data.eval is not None
+    with jax.set_mesh(job.assembled.mesh):
+        sums = [job.eval_step(job.state["trainable"], job.frozen, job.put(batch)) for batch in job.data.eval.batches()]
+    losses, tokens = zip(*jax.device_get(sums), strict=True)
+    return float(sum(losses) / sum(tokens))
+
+
+def finish(job: Job, run: Run) -> None:
+    """Write what training ends with."""
+    config = job.config
+    params = combine(job.state["trainable"], job.frozen)
+    dtype, base = config.precision.params, config.model.path
+    directory = write_result(run.directory, config.tune, job.assembled, params, dtype, base)
+    run.finish()
+    say(f"Wrote {directory}")
+
+
+def _compile(mesh: Mesh, jitted: Any, *arguments: Any) -> Any:
+    stage("Compiling the step")
+    started = time.monotonic()
+    with jax.set_mesh(mesh):
+        compiled = jitted.lower(*arguments).compile()
+    memory = compiled.memory_analysis()
+    held, temporary = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
+    say(f"Compiled in {time.monotonic() - started:.1f} s; a step needs {held:.2f} + {temporary:.2f} GB on each device")
+    return compiled
+
+
+def _put(sharding: NamedSharding, batch: Batch) -> dict[str, jax.Array]:
+    """A batch onto the mesh; each process gives the rows of its own devices."""
+    arrays = batch.arrays()
+    return {k: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for k, x in arrays.items()}
+
+
+def _number(step: int) -> jax.Array:
+    return jnp.int32(step)
+
+
+def _devices(mesh: Mesh) -> str:
+    """`8 x cpu (data 2, fsdp 4)`."""
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}" + (f" ({sizes})" if sizes else "")
