@@ -164,8 +164,8 @@ def _take(array: jax.Array, place: jax.Array) -> jax.Array:
 
 def _to_host(array: jax.Array, place: int | None, dtype: np.dtype) -> np.ndarray:
     """One tensor in host memory, gathered from every process that holds a part."""
-    if place is not None:
-        array = _take(array, place)
+    # A new array either way: JAX keeps the host copy of an array for as long as the array lives.
+    array = array.copy() if place is None else _take(array, place)
     if not array.is_fully_addressable:
         from jax.experimental.multihost_utils import process_allgather
 
