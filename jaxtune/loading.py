@@ -16,13 +16,16 @@ from jaxtune import checkpoint
 from jaxtune.assemble import FULL, Assembled, Source, assemble, compute_dtype
 from jaxtune.config import Config, MeshSection, ModelSection, TuneSection, load_config
 from jaxtune.console import warn
+from jaxtune.drift import fingerprint
 from jaxtune.errors import AdapterError, CheckpointError, ConfigError, MeshError, ModelError
+from jaxtune.files import read_json
 from jaxtune.leaves import combine, partition
 from jaxtune.mesh import make_mesh, single_device_mesh
 from jaxtune.models.weights import Tree
+from jaxtune.rundir import CHECKPOINTS, CONFIG, RECORD
 from jaxtune.tune.peft_config import CONFIG_NAME
 
-ADAPTER, MODEL, CHECKPOINTS, CONFIG = "adapter", "model", "checkpoints", "config.yaml"
+ADAPTER, MODEL = "adapter", "model"
 DTYPES = ("float32", "bfloat16", "auto")
 
 
@@ -113,12 +116,11 @@ def open_run(path: str | Path, dtype: str, mesh: Mesh) -> Opened:
     """
     directory = require_run(path)
     config = load_config(directory / CONFIG)
-    kind = jnp.dtype(dtype)
-    if config.tune.method == "lora" and (directory / ADAPTER).is_dir():
-        return open_adapter(config, directory / ADAPTER, dtype, mesh)
-    if config.tune.method != "lora" and (directory / MODEL).is_dir():
+    if _is_finished(directory, config):
+        if config.tune.method == "lora":
+            return open_adapter(config, directory / ADAPTER, dtype, mesh, _fingerprints(directory))
         source = Source.open(ModelSection(path=str(directory / MODEL)))
-        return Opened(assemble(source, FULL, mesh, dtype=dtype), FULL, kind, config)
+        return Opened(assemble(source, FULL, mesh, dtype=dtype), FULL, jnp.dtype(dtype), config)
     step = checkpoint.latest_valid(directory / CHECKPOINTS)
     if step is None:
         raise CheckpointError(
@@ -126,19 +128,45 @@ def open_run(path: str | Path, dtype: str, mesh: Mesh) -> Opened:
             f"{config.model.path}"
         )
     warn(f"{path}: this run has not finished; this is its checkpoint of step {step}")
-    return Opened(_restored(directory, config, step, dtype, mesh), config.tune, kind, config, step)
+    return Opened(_restored(directory, config, step, dtype, mesh), config.tune, jnp.dtype(dtype), config, step)
 
 
-def open_adapter(config: Config, adapter: Path, dtype: str, mesh: Mesh | None = None) -> Opened:
-    """The base model of a run with this adapter on it."""
+def _is_finished(directory: Path, config: Config) -> bool:
+    """Whether its result is there, and is not that of a shorter run which goes on now."""
+    there = (directory / (ADAPTER if config.tune.method == "lora" else MODEL)).is_dir()
+    return there and _record(directory).get("finished", True)
+
+
+def _record(directory: Path) -> dict[str, Any]:
+    path = directory / RECORD
+    return read_json(path, CheckpointError) if path.exists() else {}
+
+
+def _fingerprints(directory: Path) -> dict[str, str]:
+    """Of what the run read, as it was then; see drift.py."""
+    return _record(directory).get("fingerprints") or {}
+
+
+def open_adapter(
+    config: Config, adapter: Path, dtype: str, mesh: Mesh | None = None, prints: dict[str, str] | None = None
+) -> Opened:
+    """The base model of a run with this adapter on it. prints: what the run's record says of the base."""
     section = TuneSection(method="lora", adapter=str(adapter))
-    assembled = _assemble(config, section, dtype, single_device_mesh() if mesh is None else mesh)
+    assembled = _assemble(config, section, dtype, single_device_mesh() if mesh is None else mesh, prints or {})
     return Opened(assembled, section, jnp.dtype(dtype), config)
 
 
-def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh) -> Assembled:
+def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh, prints: dict[str, str]) -> Assembled:
     """The run's base model, with the run's template, under this section."""
-    source = Source.open(config.model, config.data.template)
+    try:
+        source = Source.open(config.model, config.data.template)
+    except ModelError as error:
+        hint = "; a relative path counts from where the run was started" if not Path(config.model.path).exists() else ""
+        raise ModelError(f"{error} (model.path of the run{hint})") from None
+    if prints.get("model") not in (None, fingerprint(source.path)):
+        raise CheckpointError(
+            f"{config.model.path}: this base model is not the one that the run began with; bring the old files back"
+        )
     return assemble(source, section, mesh, init=config.model.init, dtype=dtype, seed=config.train.seed)
 
 
@@ -146,7 +174,7 @@ def _restored(directory: Path, config: Config, step: int, dtype: str, mesh: Mesh
     """The run's model with what a checkpoint holds in place of the first values."""
     # What trains has the type that the checkpoint has it in: an adapter float32, a whole model the run's own.
     loaded = dtype if config.tune.method == "lora" else config.precision.params
-    assembled = _assemble(config, config.tune, loaded, mesh)
+    assembled = _assemble(config, config.tune, loaded, mesh, _fingerprints(directory))
     trainable, frozen = partition(assembled.params, assembled.mask)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainable)
     saved = checkpoint.restore(directory / CHECKPOINTS, step, {"trainable": shapes}, partial=True)

@@ -1,0 +1,280 @@
+"""The Python calls give transformers' numbers and text, from every form that a model lies in."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import jaxtune
+from jaxtune.errors import AdapterError, CheckpointError, ConfigError, DataError, MeshError, ModelError
+from tests.runs import ROWS, sections, unfinish, write_config
+
+TOKENS = np.random.default_rng(0).integers(0, 384, (3, 50))
+QUESTION = [{"role": "user", "content": "What is 7?"}]
+
+
+def peer_logits(directory, tokens, adapter=None):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.numpy()
+
+
+def assert_close(ours, theirs):
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return jaxtune.load_model(tiny_model("qwen2"))
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_model, tmp_path_factory):
+    """(run directory, rows of its metrics) of a finished LoRA run with a system line."""
+    home = tmp_path_factory.mktemp("lora")
+    tree = sections(tiny_model("qwen2"), home, data={"system": "Count."})
+    return home / "run", jaxtune.train(tree)
+
+
+def test_importing_jaxtune_is_quick_and_imports_no_jax(run_python):
+    code = "import sys, jaxtune; print([m for m in ('jax', 'flax', 'transformers', 'torch') if m in sys.modules])"
+    assert run_python(code).stdout.strip() == "[]"
+
+
+def test_the_call_train_survives_the_import_of_the_module_of_that_name(run_python):
+    code = "import jaxtune.train, jaxtune; print(callable(jaxtune.train), jaxtune.train.__name__)"
+    assert run_python(code).stdout.split()[0] == "True"
+    code = "import jaxtune.train, jaxtune\ntry: jaxtune.train({})\nexcept Exception as e: print(type(e).__name__)"
+    assert run_python(code).stdout.strip() == "ConfigError"
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="lod_model"):
+        _ = jaxtune.lod_model
+
+
+def test_the_version_is_the_packages(repository):
+    assert f'version = "{jaxtune.__version__}"' in (repository / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_logits_are_those_of_transformers(tiny_model, family):
+    directory = tiny_model(family)
+    ours = jaxtune.load_model(directory).logits(TOKENS)
+    assert ours.dtype == np.float32
+    assert_close(ours, peer_logits(directory, TOKENS))
+
+
+def test_logits_do_not_depend_on_the_padding_that_rounds_lengths_up(model):
+    whole = model.logits(TOKENS)
+    np.testing.assert_allclose(model.logits(TOKENS[:, :7]), whole[:, :7], atol=1e-5)
+    np.testing.assert_allclose(model.logits(TOKENS[1:2].tolist()), whole[1:2], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "bad", [[1, 2, 3], [[1.0, 2.0]], [[]], [[384]], [[-1]], [[0] * 400], "text"], ids=lambda bad: str(bad)[:20]
+)
+def test_tokens_that_the_model_has_no_place_for_are_refused(model, bad):
+    with pytest.raises((DataError, ModelError), match="token_ids"):
+        model.logits(bad)
+
+
+def test_a_prompt_is_continued_and_messages_are_answered_as_transformers_does(model, tiny_model):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory = tiny_model("qwen2")
+    peer, words = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+
+    def text(ids):
+        ids = torch.tensor([ids])
+        out = peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
+        return words.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    assert model.generate("My name is", max_new_tokens=30) == text(words.encode("My name is"))
+    ids = words.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
+    assert model.generate(QUESTION, max_new_tokens=30, temperature=0.0) == text(ids)
+
+
+def test_several_prompts_are_answered_as_each_alone(model):
+    prompts = ["One", "Two ships in the morning", QUESTION]
+    assert model.generate(prompts, 20) == [model.generate(prompt, 20) for prompt in prompts]
+
+
+def test_a_stream_is_the_text_in_pieces(model):
+    pieces = list(model.generate(QUESTION, 40, stream=True))
+    assert len(pieces) > 5
+    assert "".join(pieces) == model.generate(QUESTION, 40)
+    with pytest.raises(ConfigError, match="stream"):
+        model.generate(["a", "b"], stream=True)
+
+
+def test_a_wrong_setting_is_told_at_the_call_and_not_at_the_first_piece(model):
+    with pytest.raises(ConfigError, match="temperature"):
+        model.generate("x", temperature=-1.0, stream=True)
+    with pytest.raises(ModelError, match="256 positions"):
+        model.generate("x " * 500, stream=True)
+
+
+def test_the_seed_decides_what_is_drawn(model):
+    draw = [model.generate("x", 30, temperature=1.0, top_k=50, seed=seed) for seed in (1, 1, 2)]
+    assert draw[0] == draw[1] != draw[2]
+
+
+def test_an_adapter_changes_the_logits_as_peft_does(tiny_model, lora):
+    base, adapter = tiny_model("qwen2"), lora[0] / "adapter"
+    ours = jaxtune.load_model(base, adapter=adapter).logits(TOKENS)
+    assert_close(ours, peer_logits(base, TOKENS, adapter))
+    assert np.abs(ours - jaxtune.load_model(base).logits(TOKENS)).max() > 0.1
+
+
+def test_a_run_is_its_base_with_its_adapter_and_the_system_line_of_its_data(tiny_model, lora):
+    run = jaxtune.load_model(lora[0])
+    by_hand = jaxtune.load_model(tiny_model("qwen2"), adapter=lora[0] / "adapter")
+    np.testing.assert_array_equal(run.logits(TOKENS), by_hand.logits(TOKENS))
+    assert (run.system, by_hand.system) == ("Count.", None)
+    told = [{"role": "system", "content": "Count."}, *QUESTION]
+    assert run.generate(QUESTION, 20) == by_hand.generate(told, 20)
+
+
+def test_training_gives_the_rows_of_metrics_jsonl(lora):
+    directory, rows = lora
+    assert rows == [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_training_takes_a_config_a_dict_or_a_path(tiny_model, tmp_path):
+    from jaxtune.config import make_config
+
+    losses = []
+    for name in ("dict", "config", "path"):
+        tree = sections(tiny_model("qwen2"), tmp_path / name, steps=2)
+        forms = {"dict": tree, "config": make_config(tree)}
+        asked = forms.get(name) or write_config(tmp_path / "c.yaml", tree)
+        losses.append([row["loss"] for row in jaxtune.train(asked)])
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_a_run_that_has_not_finished_gives_its_last_checkpoint_and_says_so(lora, tmp_path, capsys):
+    half = tmp_path / "half"
+    shutil.copytree(lora[0], half)
+    unfinish(half)
+    ours = jaxtune.load_model(half)
+    assert ours.step == 4
+    assert "has not finished; this is its checkpoint of step 4" in capsys.readouterr().out
+    np.testing.assert_array_equal(ours.logits(TOKENS), jaxtune.load_model(lora[0]).logits(TOKENS))
+    shutil.rmtree(half / "checkpoints" / "4")
+    earlier = jaxtune.load_model(half)
+    assert earlier.step == 2
+    assert np.abs(earlier.logits(TOKENS) - ours.logits(TOKENS)).max() > 0.01
+
+
+def test_a_result_from_before_the_run_went_on_is_not_taken_for_the_runs_own(lora, tmp_path):
+    longer = tmp_path / "longer"
+    shutil.copytree(lora[0], longer)
+    record = json.loads((longer / "run.json").read_text())
+    (longer / "run.json").write_text(json.dumps({**record, "finished": False}))
+    assert jaxtune.load_model(longer).step == 4
+
+
+def test_a_run_that_has_saved_nothing_is_refused(lora, tmp_path):
+    early = tmp_path / "early"
+    shutil.copytree(lora[0], early)
+    unfinish(early)
+    shutil.rmtree(early / "checkpoints")
+    with pytest.raises(CheckpointError, match="no checkpoint yet"):
+        jaxtune.load_model(early)
+
+
+@pytest.mark.parametrize("method", ["full", "freeze"])
+def test_a_run_of_the_whole_model_gives_the_same_from_its_checkpoint_as_from_its_result(tiny_model, tmp_path, method):
+    tune = {"method": "full"} if method == "full" else {"method": "freeze", "freeze_first": 1}
+    jaxtune.train(sections(tiny_model("llama"), tmp_path, tune=tune, steps=2))
+    run = tmp_path / "run"
+    finished = jaxtune.load_model(run).logits(TOKENS)
+    assert_close(finished, peer_logits(run / "model", TOKENS))
+    assert np.abs(finished - jaxtune.load_model(tiny_model("llama")).logits(TOKENS)).max() > 0.1
+    unfinish(run)
+    np.testing.assert_array_equal(jaxtune.load_model(run).logits(TOKENS), finished)
+
+
+def test_a_run_whose_base_model_was_changed_is_refused(lora, tiny_model, tmp_path):
+    changed, run = tmp_path / "changed", tmp_path / "run"
+    shutil.copytree(tiny_model("qwen2", seed=1), changed)
+    shutil.copytree(lora[0], run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace(str(tiny_model("qwen2")), str(changed)))
+    with pytest.raises(CheckpointError, match="not the one that the run began with"):
+        jaxtune.load_model(run)
+
+
+def test_a_run_whose_base_model_is_gone_says_what_its_path_counts_from(lora, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(lora[0], run)
+    config = (run / "config.yaml").read_text().splitlines()
+    lines = ["  path: ./moved/away" if line.startswith("  path:") and i < 3 else line for i, line in enumerate(config)]
+    (run / "config.yaml").write_text("\n".join(lines))
+    with pytest.raises(ModelError, match="counts from where the run was started"):
+        jaxtune.load_model(run)
+
+
+def test_what_is_no_model_is_named(tiny_model, lora, tmp_path):
+    with pytest.raises(ModelError, match="give its base model, and this directory as adapter"):
+        jaxtune.load_model(lora[0] / "adapter")
+    with pytest.raises(AdapterError, match="is a run"):
+        jaxtune.load_model(lora[0], adapter=lora[0] / "adapter")
+    with pytest.raises(ModelError, match="no such file"):
+        jaxtune.load_model(tmp_path / "nowhere")
+    with pytest.raises(AdapterError, match="not an adapter directory"):
+        jaxtune.load_model(tiny_model("qwen2"), adapter=tmp_path)
+
+
+def test_bfloat16_is_near_float32_and_other_types_are_refused(tiny_model, model):
+    import jax
+
+    half = jaxtune.load_model(tiny_model("qwen2"), dtype="bfloat16")
+    assert {str(array.dtype) for array in jax.tree.leaves(half.params)} == {"bfloat16"}
+    logits = half.logits(TOKENS)
+    assert logits.dtype == np.float32
+    error = np.abs(logits - model.logits(TOKENS)).max()
+    assert 0 < error < 0.1 * np.abs(logits).max()
+    with pytest.raises(ConfigError, match="float16"):
+        jaxtune.load_model(tiny_model("qwen2"), dtype="float16")
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 64}, {"rows": 2}, {"fsdp": 0}, {"fsdp": "2"}])
+def test_a_mesh_that_does_not_fit_is_refused(tiny_model, mesh):
+    with pytest.raises(MeshError, match="mesh"):
+        jaxtune.load_model(tiny_model("qwen2"), mesh=mesh)
+
+
+def test_a_mesh_of_ones_own_needs_our_axes(tiny_model):
+    import jax
+
+    with pytest.raises(MeshError, match="no axis data, fsdp, tensor; found x"):
+        jaxtune.load_model(tiny_model("qwen2"), mesh=jax.make_mesh((1,), ("x",)))
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "tensor": 4}, None], ids=str)
+def test_eight_devices_give_what_one_gives(tiny_model, model, sizes):
+    import jax
+
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    mesh = sizes or jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=auto)
+    spread = jaxtune.load_model(tiny_model("qwen2"), mesh=mesh)
+    assert len(jax.tree.leaves(spread.params)[0].sharding.device_set) == 8
+    np.testing.assert_allclose(spread.logits(TOKENS), model.logits(TOKENS), atol=1e-5)
+    assert spread.generate("My name is", 20) == model.generate("My name is", 20)
+
+
+def test_the_rows_of_the_runs_are_what_these_tests_ask_about():
+    assert ROWS[7] == {"instruction": "What is 7?", "output": "It is number 7."}
