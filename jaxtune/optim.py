@@ -78,8 +78,8 @@ def make_optimizer(optim: OptimSection, weights: Tree) -> optax.GradientTransfor
     adamw's is. The rate is the caller's, so a step that is skipped leaves nothing behind. Adafactor sees
     every layer of a stack as a weight of its own; the others work on single numbers and cannot tell.
 
-    weights: the declarations of the whole tree: a plain weight that has one dimension in a layer (norm,
-    bias) does not decay; the a and b of a LowRank do. `update` needs params.
+    weights: the declarations of the whole tree: a weight that has one dimension in a layer (norm, bias) does not
+    decay; others do, the parts of a LowRank too. `update` needs params.
     """
     decayed = optax.add_decayed_weights(optim.weight_decay, mask=lambda tree: decay_mask(tree, weights))
     adam = _adam(optim.beta1, optim.beta2, optim.eps)
@@ -120,8 +120,8 @@ def decay_mask(tree: Tree, weights: Tree) -> Tree:
 def _decays(path: tuple, weights: Tree) -> bool:
     node: Any = weights
     for part in path:
-        if isinstance(node, Weight):  # what is left of the path lies inside a typed leaf
-            return len(node.shape) > 1 or part.name in ("a", "b")
+        if isinstance(node, Weight):
+            break  # what is left of the path lies inside a typed leaf
         node = node[part.key]
     return len(node.shape) > 1
 

@@ -269,10 +269,10 @@ def test_a_broken_number_of_steps_is_refused():
         make_schedule(OptimSection(warmup=2.5), 20)
 
 
-@pytest.mark.parametrize("max_norm", [0.5, 1e9])
-def test_clipping_is_torchs(max_norm):
+@pytest.mark.parametrize(("max_norm", "size"), [(0.5, 1), (1e9, 1), (1e-8, 1e-9)])
+def test_clipping_is_torchs(max_norm, size):
     torch = pytest.importorskip("torch")
-    grads = draw(3)
+    grads = jax.tree.map(lambda array: size * array, draw(3))
     tensors = [torch.nn.Parameter(torch.tensor(np.asarray(array))) for array in jax.tree.leaves(grads)]
     for tensor in tensors:
         tensor.grad = tensor.detach().clone()
