@@ -155,6 +155,15 @@ def test_a_last_token_is_added_where_the_file_says_so(tmp_path):
     assert read_gguf_tokenizer(path)("hello")["input_ids"][-1] == theirs.eos_token_id
 
 
+@pytest.mark.parametrize(("pre", "stays"), [("llama-bpe", True), ("gpt-2", False)])
+def test_a_word_that_no_merges_make_stays_whole_only_in_llama_3s_kind(tmp_path, pre, stays):
+    fields = fields_of(trained(pre))
+    fields["tokenizer.ggml.tokens"].append("Ġquux")
+    fields["tokenizer.ggml.token_type"].append(NORMAL)
+    tokenizer = read_gguf_tokenizer(write(tmp_path / "m.gguf", fields, pre=pre))
+    assert ("Ġquux" in tokenizer.tokenize("a quux")) == stays
+
+
 def test_rows_that_only_fill_up_the_embedding_are_no_tokens(tmp_path):
     theirs = trained("qwen2")
     fields = fields_of(theirs)
