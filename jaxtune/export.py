@@ -16,7 +16,7 @@ from jaxtune.config import TuneSection
 from jaxtune.console import stage
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.hf_write import write_model
-from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, open_run
+from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, open_run, require_run
 from jaxtune.mesh import single_device_mesh
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.weights import Tree
@@ -77,6 +77,7 @@ def export_run(run_dir: str | Path, out: str | Path, format: str, dtype: str = "
     """
     out = Path(out).expanduser()
     _check_request(out, format, dtype)
+    require_run(run_dir)
     stage(f"Reading the run {run_dir}")
     opened = open_run(run_dir, "float32", single_device_mesh())
     config, step, method = opened.run, opened.step, opened.section.method

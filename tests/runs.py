@@ -14,7 +14,7 @@ def sections(model: Path, home: Path, *, steps: int = 4, tune: dict | None = Non
     data.write_text(json.dumps(ROWS), encoding="utf-8")
     tree = {
         "model": {"path": str(model)},
-        "tune": LORA if tune is None else tune,
+        "tune": dict(LORA if tune is None else tune),
         "data": {"path": str(data), "max_length": 64},
         "train": {"output_dir": str(home / "run"), "steps": steps, "batch_size": 8},
         "optim": {"lr": 0.01, "schedule": "constant", "warmup": 0},

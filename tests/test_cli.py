@@ -1,0 +1,304 @@
+"""The commands: exit codes, one message and no traceback for what a person can put right, text alone on stdout."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import jaxtune
+from jaxtune import cli
+from jaxtune.errors import ConfigError, SaveError
+from tests.conftest import child_environment
+from tests.runs import sections, write_config
+
+
+@pytest.fixture(scope="module")
+def asked(tiny_model):
+    """The tiny model that the commands ask, loaded here for comparison."""
+    return jaxtune.load_model(tiny_model("qwen2"))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory):
+    """The directory of a finished run with a system line."""
+    home = tmp_path_factory.mktemp("cli")
+    jaxtune.train(sections(tiny_model("qwen2"), home, steps=2, data={"system": "Count."}))
+    return home / "run"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(*arguments, input=None) -> (exit code, stdout, stderr) of the command, in this process."""
+    import io
+
+    from jaxtune.console import console
+
+    def call(*arguments, input=""):
+        monkeypatch.setattr(console, "stderr", False)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(input))
+        with pytest.raises(SystemExit) as left:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return left.value.code or 0, out, err
+
+    return call
+
+
+def broken(tree, **changes):
+    """The configuration with `section__key=value` changed, None taking a key away."""
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        tree[section][key] = value
+    return tree
+
+
+# What is wrong, how the configuration is broken or which override is given, what the message names.
+WRONG = [
+    ("unknown key", {"train__stepz": 3}, [], ["train.stepz", 'did you mean "steps"']),
+    ("wrong type", {"train__steps": "three"}, [], ["train.steps", "'three'"]),
+    ("missing model", {"model__path": "./no/model"}, [], ["./no/model", "no such"]),
+    ("missing data", {"data__path": "no-data.json"}, [], ["no-data.json"]),
+    ("wrong column", {"data__columns": {"output": "answer"}}, [], ['no column "answer"', "instruction, output"]),
+    ("bad override", {}, ["steps=3"], ['"steps=3"', "section.key=value"]),
+    ("override of no key", {}, ["optim.rate=1"], ["optim.rate", "unknown key"]),
+    ("override of a wrong type", {}, ["optim.lr=fast"], ["optim.lr", "'fast'"]),
+    ("mesh", {"mesh": {"fsdp": 3}}, [], ["mesh", "3"]),
+    ("batch", {}, ["train.micro_batches=3"], ["train.batch_size 8", "3"]),
+    ("target", {"tune__targets": ["q_prj"]}, [], ["q_prj", "q_proj"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "overrides", "named"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
+def test_wrong_input_ends_with_one_message_and_code_2_and_writes_nothing(
+    call, tiny_model, tmp_path, changes, overrides, named
+):
+    tree = sections(tiny_model("qwen2"), tmp_path / "home")
+    tree = {**tree, **changes} if "mesh" in changes else broken(tree, **changes)
+    config = write_config(tmp_path / "config.yaml", tree)
+    code, _, err = call("train", "--config", config, *overrides)
+    assert code == 2
+    for name in named:
+        assert name in err
+    assert "Traceback" not in err
+    run = tmp_path / "home" / "run"
+    assert not run.exists() or not (run / "ledger.jsonl").exists()
+
+
+def test_a_missing_config_is_named(call, tmp_path):
+    code, _, err = call("train", "--config", tmp_path / "none.yaml")
+    assert (code, err) == (2, f"{tmp_path / 'none.yaml'}: cannot be read: No such file or directory\n")
+
+
+def test_the_module_prints_the_message_alone_and_no_traceback(run_cli, tmp_path):
+    done = run_cli("--config", tmp_path / "none.yaml")
+    assert done.returncode == 2
+    assert done.stderr == f"{tmp_path / 'none.yaml'}: cannot be read: No such file or directory\n"
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train"],
+        ["train", "--confg", "x.yaml"],
+        ["fly"],
+        ["generate", "--prompt", "x"],
+        ["generate", "--model", "m", "--run", "r", "--prompt", "x"],
+        ["generate", "--model", "m"],
+        ["generate", "--model", "m", "--prompt", "x", "--message", "y"],
+        ["generate", "--model", "m", "--prompt", "x", "--system", "y"],
+        ["generate", "--model", "m", "--prompt", "x", "--max-new-tokens", "many"],
+        ["export", "--run", "r", "--out", "o"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_ends_with_code_2(call, arguments):
+    code, out, err = call(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--model", "./no/model", "--prompt", "x"], "no such file"),
+        (["generate", "--run", ".", "--prompt", "x"], "not a run"),
+        (["generate", "--model", "MODEL", "--prompt", "x", "--temperature", "-1"], "temperature -1"),
+        (["generate", "--model", "MODEL", "--prompt", "x", "--top-k", "5"], "temperature 0"),
+        (["generate", "--model", "MODEL", "--prompt", ""], "no token"),
+        (["generate", "--model", "MODEL", "--prompt", "x", "--dtype", "int4"], "int4"),
+        (["generate", "--model", "MODEL", "--adapter", "none", "--prompt", "x"], "none"),
+        (["export", "--run", "none", "--out", "o", "--format", "hf"], "not a run"),
+        (["export", "--run", "none", "--out", "o", "--format", "zip"], "allowed: peft, hf"),
+        (["chat", "--model", "MODEL", "--top-p", "2"], "top_p 2"),
+    ],
+)
+def test_what_is_wrong_with_a_model_or_a_setting_is_said(call, tiny_model, arguments, message):
+    arguments = [str(tiny_model("qwen2")) if argument == "MODEL" else argument for argument in arguments]
+    code, out, err = call(*arguments)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_generate_writes_the_text_alone(call, tiny_model, asked):
+    out = call("generate", "--model", tiny_model("qwen2"), "--prompt", "My name is", "--max-new-tokens", 20)
+    assert out[:2] == (0, asked.generate("My name is", 20) + "\n")
+
+
+def test_generate_puts_a_message_through_the_template_with_its_system_line(call, tiny_model, asked):
+    arguments = [
+        "--message",
+        "Hello",
+        "--system",
+        "Be brief.",
+        "--max-new-tokens",
+        20,
+        "--temperature",
+        "1",
+        "--seed",
+        5,
+    ]
+    code, out, _ = call("generate", "--model", tiny_model("qwen2"), *arguments)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    assert (code, out) == (0, asked.generate(messages, 20, temperature=1.0, seed=5) + "\n")
+
+
+def test_generate_asks_a_run_with_the_system_line_of_its_data(call, run):
+    code, out, _ = call("generate", "--run", run, "--message", "What is 3?", "--max-new-tokens", 20)
+    assert (code, out) == (0, jaxtune.load_model(run).generate([{"role": "user", "content": "What is 3?"}], 20) + "\n")
+
+
+def test_generate_takes_an_adapter(call, run, tiny_model):
+    base, adapter = tiny_model("qwen2"), run / "adapter"
+    out = call("generate", "--model", base, "--adapter", adapter, "--prompt", "My", "--max-new-tokens", 20)
+    assert out[:2] == (0, jaxtune.load_model(base, adapter=adapter).generate("My", 20) + "\n")
+
+
+def test_chat_remembers_the_turns_until_it_is_reset(call, tiny_model, asked):
+    said = "Who are you?\nAnd I?\n/nonsense\n\n/reset\nAnd I?\n/exit\nnever asked\n"
+    code, out, err = call("chat", "--model", tiny_model("qwen2"), "--max-new-tokens", 10, input=said)
+    first = [{"role": "user", "content": "Who are you?"}]
+    one = asked.generate(first, 10)
+    two = asked.generate([*first, {"role": "assistant", "content": one}, {"role": "user", "content": "And I?"}], 10)
+    three = asked.generate([{"role": "user", "content": "And I?"}], 10)
+    assert code == 0
+    assert out == f"{one}\n{two}\n{three}\n"
+    assert "There is no /nonsense" in err
+    assert two != three
+
+
+def test_chat_goes_on_after_a_question_that_is_too_long(call, tiny_model, asked):
+    said = "word " * 300 + "\nHello\n"
+    code, out, err = call("chat", "--model", tiny_model("qwen2"), "--max-new-tokens", 10, input=said)
+    assert code == 0
+    assert "256 positions" in err
+    assert out == asked.generate([{"role": "user", "content": "Hello"}], 10) + "\n"
+
+
+def test_export_says_how_far_the_files_are_from_the_run(call, run, tmp_path):
+    code, out, _ = call("export", "--run", run, "--out", tmp_path / "out", "--format", "hf")
+    assert code == 0
+    assert re.search(r"largest logit difference against the run is \d\.\d\de-\d\d \(allowed: 0\.001", out)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_train_runs_and_the_same_command_again_has_nothing_to_do(call, tiny_model, tmp_path):
+    config = write_config(tmp_path / "c.yaml", sections(tiny_model("qwen2"), tmp_path))
+    code, out, _ = call("train", "--config", config, "train.steps=2")
+    assert code == 0
+    assert "step 2/2" in out
+    before = (tmp_path / "run" / "ledger.jsonl").read_bytes()
+    code, out, _ = call("train", "--config", config, "train.steps=2")
+    assert code == 0
+    assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_run_with_143_after_a_save(tiny_model, tmp_path):
+    config = write_config(tmp_path / "c.yaml", sections(tiny_model("qwen2"), tmp_path, steps=100_000))
+    command = [sys.executable, "-m", "jaxtune.train", "--config", str(config), "checkpoint.every=100000"]
+    ledger = tmp_path / "run" / "ledger.jsonl"
+    process = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 240
+        while not (ledger.exists() and ledger.stat().st_size) and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 143, err
+    assert b"Traceback" not in err
+    steps = [json.loads(line)["step"] for line in ledger.read_text().splitlines()]
+    assert [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()] == steps[-1:]
+
+
+def code_and_message(error, capsys):
+    with pytest.raises(SystemExit) as left, cli._one_line_errors():
+        raise error
+    return left.value.code, capsys.readouterr().err
+
+
+def test_each_kind_of_ending_has_its_code(capsys):
+    class JaxRuntimeError(RuntimeError):
+        pass
+
+    assert code_and_message(ConfigError("what is wrong"), capsys) == (2, "what is wrong\n")
+    assert code_and_message(SaveError("the disk is full"), capsys) == (1, "the disk is full\n")
+    assert code_and_message(KeyboardInterrupt(), capsys) == (130, "Stopped by Ctrl-C.\n")
+    assert code_and_message(SystemExit(143), capsys) == (143, "")
+    code, message = code_and_message(JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), capsys)
+    assert code == 1
+    assert message.startswith("Out of memory: RESOURCE_EXHAUSTED")
+    assert "train.batch_size" in message
+    assert code_and_message(MemoryError(), capsys)[0] == 1
+
+
+def test_our_own_mistakes_keep_their_traceback(call, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("jaxtune.config.load_config", fails)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.app(["train", "--config", "x"], standalone_mode=True)
+
+
+def test_the_version_and_the_help_answer_at_once(call, run_python):
+    assert call("--version")[:2] == (0, f"jaxtune {jaxtune.__version__}\n")
+    code = "import sys, jaxtune.cli; print([m for m in ('jax', 'numpy', 'pydantic', 'rich') if m in sys.modules])"
+    assert "jax" not in run_python(code).stdout.replace("jaxtune", "")
+    start = time.monotonic()
+    done = run_python("from jaxtune.cli import main; main(['--help'])")
+    assert time.monotonic() - start < 10
+    for name in ("train", "generate", "chat", "export"):
+        assert f" {name} " in done.stdout
+
+
+def test_compiled_programs_are_kept_at_home_unless_the_environment_says_otherwise(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cli._keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "jaxtune" / "xla")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/else/where")
+    cli._keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/else/where"
+
+
+def test_a_reader_that_leaves_early_is_no_failure_to_report(tiny_model):
+    command = [sys.executable, "-m", "jaxtune.cli", "generate", "--model", str(tiny_model("qwen2")), "--prompt", "x"]
+    process = subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 1
+    assert b"Traceback" not in said
+    assert b"BrokenPipe" not in said
