@@ -32,6 +32,7 @@ check: $(VENV)/.test
 	$(RUN) -m pytest -n 2 -q -m "not slow and not real"
 
 bench: $(VENV)/.package
+	$(RUN) tools/get_demo_model.py
 	$(RUN) tools/bench.py
 
 clean:
@@ -50,7 +51,7 @@ $(VENV)/.made:
 	exit 2
 
 $(VENV)/.package: $(VENV)/.made pyproject.toml
-	@echo "Installing jaxtune and what it needs into $(VENV) (some 300 MB; a few minutes the first time)"
+	@echo "Installing jaxtune and what it needs into $(VENV) (about 1 GB; a few minutes the first time)"
 	$(PIP) install --editable .
 	@touch $@
 

@@ -4,7 +4,6 @@ The ledger says exactly what each step did, so that two runs can be compared bit
 people. Training reads none of it back, except that the files are rewound when a run goes on from a checkpoint.
 """
 
-import json
 import math
 import os
 import resource
@@ -16,8 +15,8 @@ import jax
 
 from jaxtune.config import LogSection
 from jaxtune.console import Bar, console, say, warn
-from jaxtune.errors import CheckpointError
-from jaxtune.record_files import Lenient, LineFile, Row, TensorBoard, rewind
+from jaxtune.errors import SaveError
+from jaxtune.record_files import Lenient, LineFile, Row, TensorBoard, read_lines, rewind
 
 METRICS, LEDGER, TENSORBOARD = "metrics.jsonl", "ledger.jsonl", "tensorboard"
 
@@ -76,7 +75,7 @@ class Recorder:
         bad_steps: how many steps of the run were skipped so far, for a loss or gradient that was not finite.
 
         Raises:
-            CheckpointError: the ledger cannot be written; without it nobody could tell what the run did.
+            SaveError: the ledger cannot be written; without it nobody could tell what the run did.
         """
         values = {"loss": float(loss), "grad_norm": float(grad_norm)}
         counts = {"tokens": int(tokens), "supervised_tokens": int(supervised_tokens)}
@@ -113,7 +112,7 @@ class Recorder:
         try:
             self._ledger.append(row)
         except OSError as error:
-            raise CheckpointError(
+            raise SaveError(
                 f"{self._ledger_path}: step {row['step']} cannot be written: {error.strerror or error}; "
                 "make room, then run the same command again: it goes on from the last checkpoint"
             ) from None
@@ -227,5 +226,5 @@ def _finite(value: float | int) -> float | int | None:
 
 
 def read_rows(run_dir: Path) -> list[Row]:
-    """The lines of a finished run's metrics.jsonl."""
-    return [json.loads(line) for line in (run_dir / METRICS).read_text(encoding="utf-8").splitlines()]
+    """The lines of a run's metrics.jsonl, as far as they are whole."""
+    return read_lines(run_dir / METRICS)

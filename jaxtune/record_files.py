@@ -45,24 +45,38 @@ class LineFile:
         self._file = -1
 
 
-def rewind(path: Path, step: int) -> list[Row]:
-    """Drop the lines after `step`, and a torn last line, from a file of JSON lines; return what is kept.
+def read_lines(path: Path, last_step: int | None = None) -> list[Row]:
+    """The rows of a file of JSON lines up to `last_step`, or all; what a kill tore off at the end is not one.
 
-    The file is replaced as a whole or not at all. A file that is not there, or is no regular one, has no lines.
+    A file that is not there, or is no regular one, has no rows.
     """
-    if not path.is_file():
-        return []
-    kept, size = [], 0
-    with path.open("rb") as file:
-        for line in file:
-            row = _parse(line)
-            if row is None or row["step"] > step:
-                break
-            kept.append(row)
-            size += len(line)
-    if size != path.stat().st_size:
+    return _read(path, last_step)[0]
+
+
+def rewind(path: Path, last_step: int) -> list[Row]:
+    """Drop all after `last_step` from a file, and give the rows that are left.
+
+    The file is replaced as a whole or not at all, and left alone when there is nothing to drop.
+    """
+    rows, size = _read(path, last_step)
+    if path.is_file() and size != path.stat().st_size:
         _cut(path, size)
-    return kept
+    return rows
+
+
+def _read(path: Path, last_step: int | None) -> tuple[list[Row], int]:
+    """(rows, the bytes that they take)."""
+    rows: list[Row] = []
+    size = 0
+    if path.is_file():
+        with path.open("rb") as file:
+            for line in file:
+                row = _parse(line)
+                if row is None or (last_step is not None and row["step"] > last_step):
+                    break
+                rows.append(row)
+                size += len(line)
+    return rows, size
 
 
 def _parse(line: bytes) -> Row | None:

@@ -9,8 +9,8 @@ import pytest
 
 from jaxtune import metrics
 from jaxtune.config import LogSection
-from jaxtune.errors import CheckpointError
-from jaxtune.metrics import Recorder, duration
+from jaxtune.errors import SaveError
+from jaxtune.metrics import Recorder, duration, read_rows
 from tests.peer import read_jsonl
 
 HAS_FULL_DEVICE = os.path.exists("/dev/full")
@@ -205,6 +205,16 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
     assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6]
 
 
+def test_the_rows_of_a_run_are_read_as_far_as_they_are_whole(tmp_path):
+    assert read_rows(tmp_path) == []
+    run_until(tmp_path, 6)
+    whole = lines(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 7')
+    assert read_rows(tmp_path) == whole
+    assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b'{"step": 7')
+
+
 def test_missing_ledger_lines_are_told(tmp_path, capsys):
     run_until(tmp_path, 2)
     recorder(tmp_path, done=3).close()
@@ -246,7 +256,7 @@ def test_metrics_that_cannot_be_written_warn_once_and_the_run_goes_on(tmp_path, 
 @needs_full_device
 def test_a_ledger_that_cannot_be_written_stops_the_run(tmp_path):
     (tmp_path / "ledger.jsonl").symlink_to("/dev/full")
-    with recorder(tmp_path) as run, pytest.raises(CheckpointError, match=r"ledger.jsonl: step 1 .* No space left"):
+    with recorder(tmp_path) as run, pytest.raises(SaveError, match=r"ledger.jsonl: step 1 .* No space left"):
         record(run, 1)
 
 
