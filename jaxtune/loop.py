@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxtune import tune
 from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
 from jaxtune.checkpoint import Checkpointer
 from jaxtune.config import Config
@@ -50,6 +51,7 @@ def train(config: Config) -> list[dict]:
         UserError: something of the user's is wrong, by name.
         SystemExit: 143 after SIGTERM, when the step is finished and saved.
     """
+    config = config.model_copy(update={"tune": tune.resolve(config.tune)})
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.train.batch_size, config.train.micro_batches)
     with open_run(config) as run, StopSignal() as stop:

@@ -13,22 +13,31 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune import ops
+from jaxtune.leaves import LowRank
 from jaxtune.mesh import constrain
 
 CHUNK = 128  # tokens that each device share puts through the head at once
 
 
 def cross_entropy(
-    hidden_BTE: jax.Array, head: Any, targets_BT: jax.Array, weights_BT: jax.Array, parts: int = 1
+    hidden_BTE: jax.Array,
+    head: Any,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    parts: int = 1,
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """Sum over tokens of weight * -log softmax(hidden W^T)[target]: a float32 scalar.
 
     head: the leaf [vocab, E]. Tokens of weight 0 cost nothing. parts: over how many device shares the rows of
-    the batch are spread; each share's tokens are chosen on its own device.
+    the batch are spread; each share's tokens are chosen on its own device. key: of the dropout before a
+    low-rank head; None turns it off.
     """
-    hidden_PNE = constrain(hidden_BTE.reshape(parts, -1, hidden_BTE.shape[-1]), "batch", None, None)
+    drops = isinstance(head, LowRank) and key is not None and head.dropout > 0
+    inputs = (hidden_BTE, ops.dropout(hidden_BTE, head.dropout, key)) if drops else (hidden_BTE,)
+    hidden = tuple(constrain(x.reshape(parts, -1, x.shape[-1]), "batch", None, None) for x in inputs)
     targets_PN, weights_PN = (x.reshape(parts, -1) for x in (targets_BT, weights_BT.astype(jnp.float32)))
-    return _cross_entropy(hidden_PNE, head, targets_PN, weights_PN)
+    return _cross_entropy(hidden, head, targets_PN, weights_PN)
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -40,35 +49,36 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _cross_entropy(hidden_PNE, head, targets_PN, weights_PN):
+def _cross_entropy(hidden, head, targets_PN, weights_PN):
+    """hidden: ([P, N, E],), with dropout ([P, N, E], the same with numbers dropped)."""
     arrays, structure = jax.tree.flatten(head)
 
-    def chunk(total, hidden_PCE, targets_PC, weights_PC):
-        return total + _chunk_loss(hidden_PCE, arrays, structure, targets_PC, weights_PC), None
+    def chunk(total, hidden, targets_PC, weights_PC):
+        return total + _chunk_loss(hidden, arrays, structure, targets_PC, weights_PC), None
 
-    return _sweep(chunk, jnp.float32(0), hidden_PNE, targets_PN, weights_PN)[0]
+    return _sweep(chunk, jnp.float32(0), hidden, targets_PN, weights_PN)[0]
 
 
 def _cross_entropy_fwd(hidden, head, targets, weights):
     """The loss, and as residuals the gradients themselves."""
     perturbed = [leaf.perturbed for leaf in jax.tree.leaves(head)]
-    hidden_PNE, head, targets_PN, weights_PN = jax.tree.map(lambda leaf: leaf.value, (hidden, head, targets, weights))
+    hidden, head, targets_PN, weights_PN = jax.tree.map(lambda leaf: leaf.value, (hidden, head, targets, weights))
     arrays, structure = jax.tree.flatten(head)
     trained = [array for array, train in zip(arrays, perturbed, strict=True) if train]
 
-    def objective(hidden_PCE, trained, targets_PC, weights_PC):
+    def objective(hidden, trained, targets_PC, weights_PC):
         given = iter(trained)
         mixed = [next(given) if train else array for array, train in zip(arrays, perturbed, strict=True)]
-        return _chunk_loss(hidden_PCE, mixed, structure, targets_PC, weights_PC)
+        return _chunk_loss(hidden, mixed, structure, targets_PC, weights_PC)
 
-    def chunk(carry, hidden_PCE, targets_PC, weights_PC):
+    def chunk(carry, hidden, targets_PC, weights_PC):
         total, d_trained = carry
         grad = jax.value_and_grad(objective, argnums=(0, 1))
-        loss, (d_hidden, d_arrays) = grad(hidden_PCE, trained, targets_PC, weights_PC)
+        loss, (d_hidden, d_arrays) = grad(hidden, trained, targets_PC, weights_PC)
         return (total + loss, [d + more.astype(d.dtype) for d, more in zip(d_trained, d_arrays, strict=True)]), d_hidden
 
     start = jnp.float32(0), [jnp.zeros(array.shape, jnp.float32) for array in trained]
-    (loss, d_trained), d_hidden = _sweep(chunk, start, hidden_PNE, targets_PN, weights_PN)
+    (loss, d_trained), d_hidden = _sweep(chunk, start, hidden, targets_PN, weights_PN)
     given = iter(d.astype(array.dtype) for d, array in zip(d_trained, trained, strict=True))
     d_head = [next(given) if train else None for train in perturbed]
     return loss, (d_hidden, jax.tree.unflatten(structure, d_head))
@@ -82,16 +92,20 @@ def _cross_entropy_bwd(residuals, g):
 _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd, symbolic_zeros=True)
 
 
-def _chunk_loss(hidden_PCE, arrays, structure, targets_PC, weights_PC) -> jax.Array:
-    logits_PCV = ops.linear(hidden_PCE, jax.tree.unflatten(structure, arrays))
+def _chunk_loss(hidden, arrays, structure, targets_PC, weights_PC) -> jax.Array:
+    head = jax.tree.unflatten(structure, arrays)
+    if len(hidden) == 2:
+        logits_PCV = ops.linear(hidden[0], head.base) + ops.low_rank(hidden[1], head)
+    else:
+        logits_PCV = ops.linear(hidden[0], head)
     logits_PCV = constrain(logits_PCV, "batch", None, "vocab")
     return jnp.sum(token_losses(logits_PCV, targets_PC) * weights_PC)
 
 
-def _sweep(function, carry, hidden_PNE, targets_PN, weights_PN):
+def _sweep(function, carry, hidden, targets_PN, weights_PN):
     """Fold `function(carry, hidden, targets, weights) -> (carry, d_hidden)` over the chunks that count.
 
-    Returns the last carry and the d_hidden of all tokens, [P, N, E], zero where nothing is supervised.
+    Returns the last carry and the d_hidden of all tokens, each [P, N, E], zero where nothing is supervised.
     """
     tokens = weights_PN.shape[1]
     size = min(CHUNK, tokens)
@@ -103,13 +117,15 @@ def _sweep(function, carry, hidden_PNE, targets_PN, weights_PN):
     def body(index, state):
         carry, d_sorted = state
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1)  # noqa: E731
-        hidden_PCE = jnp.take_along_axis(hidden_PNE, cut(order)[..., None], axis=1)
-        carry, d_hidden = function(carry, hidden_PCE, cut(targets), cut(weights))
+        chosen = tuple(jnp.take_along_axis(x_PNE, cut(order)[..., None], axis=1) for x_PNE in hidden)
+        carry, d_hidden = function(carry, chosen, cut(targets), cut(weights))
         if d_hidden is not None:
-            d_sorted = jax.lax.dynamic_update_slice_in_dim(d_sorted, d_hidden, index * size, axis=1)
+            put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, index * size, axis=1)  # noqa: E731
+            d_sorted = jax.tree.map(put, d_sorted, d_hidden)
         return carry, d_sorted
 
     chunks = -(-jnp.max(jnp.sum(weights_PN != 0, axis=1)) // size)
-    d_sorted = jnp.zeros((*order.shape, hidden_PNE.shape[-1]), hidden_PNE.dtype)
+    d_sorted = tuple(jnp.zeros((*order.shape, x_PNE.shape[-1]), x_PNE.dtype) for x_PNE in hidden)
     carry, d_sorted = jax.lax.fori_loop(0, chunks, body, (carry, d_sorted))
-    return carry, jnp.take_along_axis(d_sorted, jnp.argsort(order_PN, axis=1)[..., None], axis=1)
+    home = jnp.argsort(order_PN, axis=1)[..., None]
+    return carry, tuple(jnp.take_along_axis(d_PNE, home, axis=1) for d_PNE in d_sorted)

@@ -55,7 +55,7 @@ def make_mesh(section: MeshSection, devices: list | None = None) -> Mesh:
     elif fixed != len(devices):
         raise MeshError(
             f"mesh {{{asked}}}: needs {fixed} devices, found {len(devices)}; "
-            "set one axis to -1 to take what is there (XLA_FLAGS=--xla_force_host_platform_device_count=N makes N on a CPU)"
+            "set one axis to -1 to take what is there; XLA_FLAGS=--xla_force_host_platform_device_count=N gives N"
         )
     types = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)

@@ -14,12 +14,15 @@ def linear(x: jax.Array, weight: Any, bias: jax.Array | None = None, key: jax.Ar
     weight: [out, in], or a typed leaf of that shape. key: of the dropout on a low-rank path; None turns it off.
     """
     if isinstance(weight, LowRank):
-        dropped = dropout(x, weight.dropout, key)
-        low = (dropped @ weight.a.astype(x.dtype)) @ weight.b.astype(x.dtype)
-        y = linear(x, weight.base) + low * weight.scale.astype(x.dtype)
+        y = linear(x, weight.base) + low_rank(dropout(x, weight.dropout, key), weight)
     else:
         y = jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
     return y if bias is None else y + bias.astype(x.dtype)
+
+
+def low_rank(x: jax.Array, weight: LowRank) -> jax.Array:
+    """What a low-rank weight adds to its base: scale * x a b."""
+    return (x @ weight.a.astype(x.dtype)) @ weight.b.astype(x.dtype) * weight.scale.astype(x.dtype)
 
 
 def embed(ids: jax.Array, weight: Any, dtype: Any) -> jax.Array:

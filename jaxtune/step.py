@@ -11,6 +11,7 @@ from jaxtune.leaves import combine
 from jaxtune.loss import cross_entropy
 from jaxtune.models.decoder import Model
 from jaxtune.models.weights import Tree
+from jaxtune.ops import split_keys
 from jaxtune.optim import clip, descend, global_norm
 
 Batch = dict[str, jax.Array]  # tokens, targets, mask, positions, segments: each [micro-batches, rows, time]
@@ -26,8 +27,9 @@ def batch_loss(
     model: Model, params: Tree, batch: Batch, scale: jax.Array, dtype: Any, parts: int, key: jax.Array | None
 ) -> jax.Array:
     """Sum of the losses of one micro-batch's supervised tokens, times `scale`: a float32 scalar."""
-    hidden, _ = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"], dtype, key)
-    return cross_entropy(hidden, model.head(params), batch["targets"], batch["mask"] * scale, parts)
+    body_key, head_key = split_keys(key, 2)
+    hidden, _ = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"], dtype, body_key)
+    return cross_entropy(hidden, model.head(params), batch["targets"], batch["mask"] * scale, parts, head_key)
 
 
 def make_train_step(

@@ -10,6 +10,7 @@ import pytest
 from jaxtune import loss as loss_module
 from jaxtune.leaves import LowRank
 from jaxtune.loss import cross_entropy, token_losses
+from jaxtune.ops import dropout
 
 BATCH, TIME, FEATURES, VOCAB = 4, 50, 16, 96
 
@@ -50,7 +51,10 @@ def test_low_rank_head_gets_the_gradients_of_its_parts_alone(inputs):
     hidden, head, targets, weights = inputs
     a = jax.random.normal(jax.random.key(7), (FEATURES, 3))
     b = jax.random.normal(jax.random.key(8), (3, VOCAB))
-    low = lambda a, b: LowRank(head, a, b, jnp.float32(2.0))
+
+    def low(a, b):
+        return LowRank(head, a, b, jnp.float32(2.0))
+
     ours = jax.jit(jax.grad(lambda a, b: cross_entropy(hidden, low(a, b), targets, weights), argnums=(0, 1)))(a, b)
     expected = jax.grad(lambda a, b: plain(hidden, head + 2 * (a @ b).T, targets, weights), argnums=(0, 1))(a, b)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), ours, expected)
@@ -96,3 +100,26 @@ def test_a_trained_head_has_one_weight_gradient_a_chunk(inputs):
     grad = jax.jit(jax.grad(lambda h, w: cross_entropy(h, w, targets, weights), argnums=1))
     products = re.findall(r"f32\[([\d,]+)\]\S* dot\(", grad.lower(hidden, head).compile().as_text())
     assert f"{VOCAB},{FEATURES}" in products or f"{FEATURES},{VOCAB}" in products
+
+
+def test_dropout_before_a_low_rank_head_reaches_the_adapter_alone(inputs):
+    hidden, head, targets, weights = inputs
+    key, a, b = jax.random.key(5), jnp.ones((FEATURES, 2)) * 0.1, jnp.ones((2, VOCAB)) * jnp.arange(VOCAB) / VOCAB
+    dropped = dropout(hidden, 0.5, key)
+
+    def expected(hidden, dropped, a, b):
+        logits = hidden @ head.T + 2 * dropped @ a @ b
+        return jnp.sum(token_losses(logits, targets) * weights)
+
+    def ours(hidden, a, b, key):
+        return cross_entropy(hidden, LowRank(head, a, b, jnp.float32(2.0), 0.5), targets, weights, 2, key)
+
+    np.testing.assert_allclose(ours(hidden, a, b, key), expected(hidden, dropped, a, b), rtol=1e-6)
+    np.testing.assert_allclose(ours(hidden, a, b, None), expected(hidden, hidden, a, b), rtol=1e-6)
+    pairs = zip(
+        jax.grad(ours, (1, 2))(hidden, a, b, key), jax.grad(expected, (2, 3))(hidden, dropped, a, b), strict=True
+    )
+    for mine, theirs in pairs:
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+    through = lambda h: expected(h, dropout(h, 0.5, key), a, b)  # noqa: E731
+    np.testing.assert_allclose(jax.grad(ours)(hidden, a, b, key), jax.grad(through)(hidden), rtol=1e-4, atol=1e-6)
