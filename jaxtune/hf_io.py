@@ -162,7 +162,7 @@ def _read_part(source: WeightSource, weight: Weight, bounds: Bounds, dtype: np.d
 def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
     """An empty array at an address that a CPU device uses as it is: no second copy, whose pages would count too."""
     num_bytes = dtype.itemsize * int(np.prod(shape))
-    raw = np.empty(num_bytes + ALIGNMENT, np.uint8)
+    raw: np.ndarray = np.empty(num_bytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + num_bytes].view(dtype).reshape(shape)
 

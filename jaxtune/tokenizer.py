@@ -14,6 +14,7 @@ END_OF_TURN = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_turn|>", "<end_of_turn>", "<|end|>", "<|eot|>"),
     *("<|end_of_text|>", "<|endoftext|>", "</s>", "<EOT>"),
 )
+NEEDED = "a tokenizer.json is needed, and code of its own is never run"
 MAX_TEMPLATE_BYTES = 1 << 20
 
 
@@ -49,9 +50,9 @@ def _from_directory(path: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as problem:  # the library raises many kinds, its Rust side bare Exceptions
         what = " ".join(str(problem).split())[:500]
-        raise ModelError(f"{path}: the tokenizer cannot be loaded without running code of its own: {what}") from None
+        raise ModelError(f"{path}: the tokenizer cannot be loaded ({what}); {NEEDED}") from None
     if not tokenizer.is_fast:
-        raise ModelError(f"{path}: the tokenizer needs Python code of its own; one with a tokenizer.json is required")
+        raise ModelError(f"{path}: the tokenizer is in Python; {NEEDED}")
     return tokenizer
 
 

@@ -1,0 +1,71 @@
+"""Small files are read with limits, and names stay inside their directory."""
+
+import pytest
+
+from jaxtune import files
+from jaxtune.errors import ConfigError, ModelError
+from jaxtune.files import inside, read_json
+
+
+def test_a_json_object_is_read(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": [1, "é"], "b": {}}', encoding="utf-8")
+    assert read_json(tmp_path / "a.json", ModelError) == {"a": [1, "é"], "b": {}}
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'"text"', b'{"a": Infinity}', b'{"a": -NaN}', b"\xff", b"{" * 10**5])
+def test_what_is_no_json_object_is_the_callers_error_and_names_the_file(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.json: "):
+        read_json(tmp_path / "a.json", ConfigError)
+
+
+def test_a_file_past_the_limit_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 5)
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    with pytest.raises(ModelError, match="8 bytes; at most 5"):
+        read_json(tmp_path / "a.json", ModelError)
+
+
+def test_a_directory_in_the_files_place_is_named(tmp_path):
+    with pytest.raises(ModelError, match="Is a directory"):
+        read_json(tmp_path, ModelError)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../a", "/a", "a/b", "a\\b", "a\0", None, 3, "./a", "a/"])
+def test_only_bare_names_are_inside(tmp_path, name):
+    with pytest.raises(ModelError, match="index: file name"):
+        inside(tmp_path, name, ModelError, "index")
+
+
+@pytest.mark.parametrize("name", ["a", "a..b", "..a", "model-00001-of-00002.safetensors", "é x"])
+def test_a_bare_name_is_inside_whether_or_not_the_file_exists(tmp_path, name):
+    assert inside(tmp_path, name, ModelError, "index") == tmp_path / name
+
+
+def test_links_are_followed_and_a_linked_directory_is_no_escape(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "real").write_text("")
+    (model / "near").symlink_to("real")
+    (model / "far").symlink_to("/etc/passwd")
+    (tmp_path / "alias").symlink_to("model")
+    for directory in (model, tmp_path / "alias"):
+        assert inside(directory, "near", ModelError, "here") == directory / "near"
+        with pytest.raises(ModelError, match="/etc/passwd, outside"):
+            inside(directory, "far", ModelError, "here")
+
+
+def test_only_a_snapshot_of_the_hubs_cache_may_link_to_its_repository(tmp_path):
+    for root, allowed in (("models--a--b", True), ("elsewhere", False)):
+        snapshot = tmp_path / root / "snapshots" / "0123"
+        snapshot.mkdir(parents=True)
+        (tmp_path / root / "blob").write_text("")
+        (snapshot / "file").symlink_to("../../blob")
+        (snapshot / "other").symlink_to("../../../outside")
+        with pytest.raises(ModelError):
+            inside(snapshot, "other", ModelError, "here")
+        if allowed:
+            assert inside(snapshot, "file", ModelError, "here").exists()
+        else:
+            with pytest.raises(ModelError):
+                inside(snapshot, "file", ModelError, "here")
