@@ -23,13 +23,13 @@ demo: $(VENV)/.package
 	$(RUN) demo/run.py
 
 test: $(VENV)/.test
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest -n 2 -q -m "not slow and not real"
+	$(RUN) -m pytest -n 2 --dist worksteal -q -m "not slow and not real"
 
 bench: $(VENV)/.package
 	$(RUN) tools/get_demo_model.py
