@@ -68,12 +68,16 @@ def draw(logits: jax.Array, knobs: Knobs, kind: str, count: jax.Array) -> jax.Ar
     """
     if kind == "greedy":
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / knobs["temperature"]
-    if kind == "filtered":
-        logits = top_p(top_k(logits, knobs["top_k"]), knobs["top_p"])
+    logits = warped(logits, knobs, kind)
     key = jax.random.fold_in(jax.random.key(knobs["seed"]), count)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def warped(logits: jax.Array, knobs: Knobs, kind: str) -> jax.Array:
+    """The logits [B, vocab] that a token is drawn by; -inf where none may be."""
+    logits = logits / knobs["temperature"]
+    return top_p(top_k(logits, knobs["top_k"]), knobs["top_p"]) if kind == "filtered" else logits
 
 
 def top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
