@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from jaxtune.data.template import ChatTemplate
 from jaxtune.errors import DataError
 
 _CHUNK = 512  # rows that the tokenizer gets at once
+_CHARACTERS = 64  # of a text, for each token of max_length; what lies beyond is not tokenised
+_MARGIN = 64  # tokens near the cut, which may not be those of the whole text
 
 
 @dataclass(frozen=True)
@@ -80,44 +82,73 @@ def encode(
     if not getattr(tokenizer, "is_fast", False):
         raise DataError("the tokenizer gives no character offsets; a fast one (with a tokenizer.json) is needed")
     counts, parts = Lengths(rows=len(rows)), []
-    encoded = _texts(rows, tokenizer) if template is None else _chats(rows, section, tokenizer, template, counts)
-    for row, (tokens, mask) in zip(rows, encoded, strict=True):
-        mask[:1] = False
-        kept = _fit(tokens, mask, section, row.where, counts)
+    encoded = (
+        _texts(rows, section, tokenizer) if template is None else _chats(rows, section, tokenizer, template, counts)
+    )
+    for row, example in zip(rows, encoded, strict=True):
+        kept = _fit(example, section, row.where, counts)
         if kept is not None:
             parts.append(kept)
     _check(counts, section, bool(parts))
     return join(parts), counts
 
 
-def _texts(rows: list[Row], tokenizer: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+class _Example(NamedTuple):
+    tokens: np.ndarray
+    supervised: np.ndarray
+    whole: bool  # False: the text goes on, far beyond max_length
+
+
+def _texts(rows: list[Row], section: DataSection, tokenizer: Any) -> Iterator[_Example]:
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no eos token, with which each text of data.format: text ends")
     for chunk in _chunked(iter(rows)):
-        for ids in tokenizer([row.text for row in chunk], **_TOKENISE)["input_ids"]:
+        for ids, _, whole in _tokenise(tokenizer, [row.text or "" for row in chunk], section.max_length):
             if ids[-1:] != [tokenizer.eos_token_id]:
                 ids.append(tokenizer.eos_token_id)
-            yield np.asarray(ids, np.int32), np.ones(len(ids), bool)
+            mask: np.ndarray = np.ones(len(ids), bool)
+            mask[0] = False
+            yield _Example(np.asarray(ids, np.int32), mask, whole)
 
 
-def _chats(rows: list[Row], section: DataSection, tokenizer: Any, template: ChatTemplate, counts: Lengths):
+def _chats(
+    rows: list[Row], section: DataSection, tokenizer: Any, template: ChatTemplate, counts: Lengths
+) -> Iterator[_Example]:
     special = special_tokens(tokenizer)
     answers = template.render(((row.where, row.messages or []) for row in rows), marks=not section.train_on_prompt)
     for chunk in _chunked(zip(rows, answers)):
         texts = [answer["text"] for _, answer in chunk]
-        batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, **_TOKENISE)
-        for (row, answer), ids, offsets in zip(chunk, batch["input_ids"], batch["offset_mapping"], strict=True):
+        batch = _tokenise(tokenizer, texts, section.max_length, add_special_tokens=False)
+        for (row, answer), (ids, offsets, whole) in zip(chunk, batch, strict=True):
             if section.train_on_prompt:
                 spans = [(0, len(answer["text"]))]
             else:
                 spans = supervised_spans(row.where, row.messages, answer, special)
             characters = np.asarray(offsets, np.int64).reshape(-1, 2)
             counts.shared_starts += shared_starts(characters, spans)
-            yield np.asarray(ids, np.int32), token_mask(characters, spans)
+            mask = token_mask(characters, spans)
+            mask[:1] = False
+            yield _Example(np.asarray(ids, np.int32), mask, whole)
 
 
-# verbose: no warning that a text is longer than the model's context; data.max_length is ours to check.
-_TOKENISE = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+def _tokenise(
+    tokenizer: Any, texts: list[str], max_length: int, **options
+) -> Iterator[tuple[list[int], list[tuple[int, int]], bool]]:
+    """(tokens, their characters, whether that is all) of each text.
+
+    Of a text that is far too long only the beginning is tokenised: a tokenizer may take minutes for a line of 64 MB.
+    """
+    limit = _CHARACTERS * max_length
+    # verbose: no warning that a text is longer than the model's context; data.max_length is ours to check.
+    options |= {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    options |= {"return_offsets_mapping": True}
+    batch = tokenizer([text[:limit] for text in texts], **options)
+    for text, ids, offsets in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True):
+        whole = len(text) <= limit
+        if not whole and len(ids) <= max_length + _MARGIN:
+            one = tokenizer(text, **options)
+            ids, offsets, whole = one["input_ids"], one["offset_mapping"], True
+        yield ids, offsets, whole
 
 
 def _chunked(items: Iterator[Any]) -> Iterator[list[Any]]:
@@ -125,14 +156,15 @@ def _chunked(items: Iterator[Any]) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _fit(tokens, mask, section: DataSection, where: str, counts: Lengths) -> tuple[np.ndarray, np.ndarray] | None:
+def _fit(example: _Example, section: DataSection, where: str, counts: Lengths) -> tuple[np.ndarray, np.ndarray] | None:
     """The example as it will be trained on, or None; counted either way."""
-    if not mask.any():
+    tokens, mask, whole = example
+    if whole and not mask.any():
         counts.dropped_silent += 1
         return None
     if len(tokens) <= section.max_length:
         return tokens, mask
-    counts.too_long.append((len(tokens), where))
+    counts.too_long.append((len(tokens), f"{where}{'' if whole else ', at least'}"))
     tokens, mask = tokens[: section.max_length].copy(), mask[: section.max_length].copy()
     if section.too_long != "truncate":
         counts.dropped_long += 1
@@ -146,10 +178,10 @@ def _fit(tokens, mask, section: DataSection, where: str, counts: Lengths) -> tup
 
 def _check(counts: Lengths, section: DataSection, any_left: bool) -> None:
     if counts.too_long and section.too_long == "error":
-        longest, where = max(counts.too_long, key=lambda item: item[0])
+        length, where = max(counts.too_long, key=lambda item: item[0])
         raise DataError(
-            f"{counts.too_long[0][1]}: {counts.too_long[0][0]} tokens, data.max_length is {section.max_length}; "
-            f"{len(counts.too_long)} of {counts.rows} rows are longer, the longest {longest} ({where}); "
+            f"{len(counts.too_long)} of {counts.rows} rows are longer than data.max_length {section.max_length}, "
+            f"the first {counts.too_long[0][1]}: {counts.too_long[0][0]} tokens, the longest {where}: {length}; "
             "raise data.max_length, or set data.too_long to truncate or drop"
         )
     if not any_left:

@@ -117,8 +117,43 @@ def test_long_rows_can_be_an_error_that_says_how_many_and_which():
     with pytest.raises(DataError) as caught:
         chats(SHORT, say("a", "b c"), LONG, max_length=8, too_long="error")
     assert str(caught.value).startswith(
-        "a:2: 9 tokens, data.max_length is 8; 2 of 3 rows are longer, the longest 13 (a:3); raise data.max_length"
+        "2 of 3 rows are longer than data.max_length 8, the first a:2: 9 tokens, the longest a:3: 13; raise data.max"
     )
+
+
+def test_of_a_text_that_is_far_too_long_only_the_beginning_is_tokenised(monkeypatch):
+    rows = say("a", "b c d e " * 3000), SHORT
+    whole, _ = chats(*rows, max_length=50)
+    asked = []
+
+    class Spy(type(word_tokenizer())):
+        def __call__(self, texts, **options):
+            asked.extend(map(len, [texts] if isinstance(texts, str) else texts))
+            return super().__call__(texts, **options)
+
+    monkeypatch.setattr(word_tokenizer(), "__class__", Spy)
+    cut, counts = chats(*rows, max_length=50)
+    assert max(asked) == 64 * 50 and counts.truncated == 1
+    monkeypatch.setattr(module, "_CHARACTERS", 10**6)
+    uncut, _ = chats(*rows, max_length=50)
+    assert max(asked) > 20_000
+    for other in (whole, uncut):
+        np.testing.assert_array_equal(cut.tokens, other.tokens)
+        np.testing.assert_array_equal(cut.supervised, other.supervised)
+    monkeypatch.setattr(module, "_CHARACTERS", 64)
+    with pytest.raises(DataError, match=r"the first a:1, at least: \d+ tokens"):
+        chats(*rows, max_length=50, too_long="error")
+
+
+def test_a_text_of_very_long_tokens_is_tokenised_as_a_whole():
+    """All of it is one unknown word, however long."""
+    examples, counts = chats(say("a", "x" * 5000), max_length=20)
+    assert examples.lengths.tolist() == [8] and not counts.too_long
+
+
+def test_a_long_prompt_without_its_answer_in_sight_is_cut_not_silent():
+    _, counts = chats(say("a " * 3000, "b"), SHORT, max_length=10)
+    assert (counts.dropped_cut, counts.dropped_silent) == (1, 0)
 
 
 def test_a_row_without_an_assistant_is_dropped_and_counted():

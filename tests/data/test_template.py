@@ -1,6 +1,7 @@
 """Templates: rendered as transformers renders them, and a hostile one ends with a message, not with the run."""
 
 import re
+import sys
 
 import pytest
 
@@ -129,6 +130,19 @@ def test_a_template_without_end_is_stopped(source):
     assert re.match(
         r"(a:1: )?the template (took more than 1.5 s and was stopped|does not take|: it takes more mem)", text
     )
+
+
+def test_a_text_without_measure_is_stopped():
+    """A conversation may be long, and its text four times as long."""
+    assert "it gives more than 1048584 characters" in refused("{{ messages[0].content * 1048576 }}{{ '.' * 9 }}")
+    long = "q" * (1 << 20)
+    (answer,) = render("{{ messages[0].content * 4 }}", say(long, ""))
+    assert answer["text"] == long * 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit a process's memory; time is limited")
+def test_a_memory_without_measure_is_stopped():
+    assert "it takes more memory than allowed" in refused("{{ 'a' * messages | length * 10 ** 10 }}")
 
 
 @pytest.mark.parametrize(
