@@ -31,7 +31,7 @@ check: $(VENV)/.test
 	$(RUN) -m mypy
 	$(RUN) -m pytest -n 2 --dist worksteal -q -m "not slow and not real"
 
-bench: $(VENV)/.package
+bench: $(VENV)/.test
 	$(RUN) tools/get_demo_model.py
 	$(RUN) tools/bench.py
 
