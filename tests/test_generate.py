@@ -93,16 +93,22 @@ def test_no_forward_pass_is_spent_after_the_last_token(tiny_model, monkeypatch):
     assert calls == []
 
 
-def test_the_loop_on_the_device_stops_when_every_row_has_ended(tiny_model):
+@pytest.mark.parametrize(("stops", "drawn_after_the_first"), [(False, 5), (True, 3)])
+def test_the_loop_on_the_device_ends_when_every_row_has_ended(tiny_model, stops, drawn_after_the_first):
     directory = tiny_model("qwen2")
     asked, model = generator(directory), opened(directory)
-    knobs = {**Sampling().knobs, "stop": np.array([], np.int32)}
-    inputs = left_padded(PROMPTS[:2], 2, 64)
+    row = asked.tokens(model.params, PROMPTS[:1], 6)[0]
+    assert row[3] not in row[:3]
+    knobs = {**Sampling().knobs, "stop": np.array([row[3]] if stops else [], np.int32)}
     with jax.set_mesh(model.mesh):
-        state, _ = asked._prefill(model.params, inputs, np.array([4, 6]), knobs, columns=96, kind="greedy")
+        inputs = left_padded(PROMPTS[:1], 1, 64)
+        state, _ = asked._prefill(model.params, inputs, np.array([6]), knobs, columns=96, kind="greedy")
         state, drawn = asked._decode(model.params, state=state, steps=np.int32(CHUNK), knobs=knobs, kind="greedy")
-    assert (np.asarray(drawn)[:, 0] >= 0).sum() == 5  # the first token of six came with the prefill
-    assert int(state["cache"].length) == 64 + 5
+    assert np.asarray(drawn)[:, 0].tolist() == [
+        *row[1:][:drawn_after_the_first],
+        *[-1] * (CHUNK - drawn_after_the_first),
+    ]
+    assert int(state["cache"].length) == 64 + drawn_after_the_first
 
 
 def test_what_is_asked_beside_a_prompt_does_not_change_its_answer(tiny_model):
@@ -204,3 +210,21 @@ def test_a_mesh_of_eight_devices_draws_the_same_tokens(tiny_model, sizes):
     expected = generator(directory).tokens(opened(directory).params, PROMPTS, 20)
     assert asked.tokens(model.params, PROMPTS, 20) == expected
     assert (asked._prefill._cache_size(), asked._decode._cache_size()) == (1, 1)
+
+
+@pytest.mark.real
+def test_the_pretrained_model_says_what_it_says_in_transformers(smollm2):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import jaxtune
+
+    question = [{"role": "user", "content": "What is the capital of France? Tell me something about it."}]
+    words, peer = (kind.from_pretrained(smollm2.llama) for kind in (AutoTokenizer, AutoModelForCausalLM))
+    ids = words.apply_chat_template(question, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        out = peer.generate(**ids, max_new_tokens=40, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    expected = words.decode(out, skip_special_tokens=True)
+    assert "Paris" in expected
+    for path in (smollm2.gguf, smollm2.qwen2):
+        assert jaxtune.load_model(path).generate(question, 40) == expected
