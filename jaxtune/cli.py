@@ -149,12 +149,13 @@ def _load(model: str | None, adapter: str | None, run: str | None, dtype: str):
     _one_of(model=model, run=run)
     _keep_compiled_programs()
     from jaxtune.api import load_model
-    from jaxtune.console import speak_on_stderr
+    from jaxtune.console import speak_on_stderr, stage
     from jaxtune.loading import require_run
 
     speak_on_stderr()
     if run is not None:
         require_run(run)
+    stage(f"Loading {run or model}")
     return load_model(run or model or "", adapter=adapter, dtype=dtype)
 
 
