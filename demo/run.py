@@ -7,6 +7,7 @@ It runs the commands that a user would, and prints them. Nothing but the questio
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,12 +17,14 @@ from rich.table import Table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG = "configs/demo.yaml"
+sys.path.insert(0, str(REPOSITORY))
 
 
 def main(overrides: list[str]) -> int:
     from jaxtune.config import load_config
 
-    config = load_config(REPOSITORY / CONFIG, overrides)
+    os.chdir(REPOSITORY)  # the paths in the configuration start there
+    config = load_config(CONFIG, overrides)
     run_dir = Path(config.train.output_dir)
     merged = run_dir.with_name(run_dir.name + "-merged")
     rows = [json.loads(line) for line in Path(config.eval.path).read_text(encoding="utf-8").splitlines()]
@@ -43,7 +46,7 @@ def main(overrides: list[str]) -> int:
 def command(*arguments: str) -> None:
     """Run this Python on a script of the checkout, saying so; a failure of it is ours."""
     say(f"$ python {' '.join(arguments)}")
-    code = subprocess.run([sys.executable, *arguments], cwd=REPOSITORY).returncode
+    code = subprocess.run([sys.executable, *arguments]).returncode
     if code != 0:
         raise SystemExit(code)
 
