@@ -142,7 +142,7 @@ def train(config: Config | dict | str | Path) -> list[dict]:
 
     Raises:
         UserError: of the kind that fits; the message names what is wrong.
-        SystemExit: 143, when SIGTERM stopped the run after a save.
+        SystemExit: 143 or 130, when SIGTERM or Ctrl-C stopped the run after a save.
     """
     if isinstance(config, str | Path):
         config = load_config(config)
