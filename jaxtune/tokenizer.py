@@ -3,11 +3,15 @@
 Rendering of conversations and masks is data/'s work; making one from a .gguf is gguf_tokenizer.py's.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.files import inside, read_json
+
+# When it is imported, transformers would say that PyTorch is missing, as if something were wrong.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 # What ends a turn in the templates in use; a template is searched for them, not run.
 END_OF_TURN = (
