@@ -12,6 +12,7 @@ JAX takes seconds to import, so the commands import what they need when they run
 import contextlib
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -168,6 +169,9 @@ def _one_of(**options: str | None) -> None:
 
 
 def _write(text: str) -> None:
+    """A piece of an answer. A terminal gets no control characters: a model's text must not steer it."""
+    if sys.stdout.isatty():
+        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
     sys.stdout.write(text)
     sys.stdout.flush()
 

@@ -4,14 +4,17 @@ It writes to stdout. A command whose stdout is its answer (generated text, say) 
 `speak_on_stderr`. Without a terminal everything is plain, unwrapped lines, and nobody makes a bar.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-# In a notebook plain text is what a reader can copy and a test can compare.
-console = Console(highlight=False, markup=False, force_jupyter=False)
+# A notebook's stdout calls itself a terminal, and shows what moves a terminal's cursor as it is: plain lines there,
+# which a reader can copy and a test can compare.
+_is_notebook = type(sys.stdout).__module__.startswith("ipykernel")
+console = Console(highlight=False, markup=False, force_jupyter=False, force_terminal=False if _is_notebook else None)
 
 
 def speak_on_stderr() -> None:

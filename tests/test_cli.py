@@ -242,6 +242,17 @@ def test_sigterm_ends_a_run_with_143_after_a_save(tiny_model, tmp_path):
     assert [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()] == steps[-1:]
 
 
+@pytest.mark.parametrize(("is_terminal", "written"), [(True, "a[2Jb\n\tc😀"), (False, "a\x1b[2J\x07b\n\tc😀")])
+def test_a_models_text_does_not_steer_the_terminal(monkeypatch, is_terminal, written):
+    import io
+
+    stdout = io.StringIO()
+    stdout.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stdout", stdout)
+    cli._write("a\x1b[2J\x07b\n\tc😀")
+    assert stdout.getvalue() == written
+
+
 def code_and_message(error, capsys):
     with pytest.raises(SystemExit) as left, cli._one_line_errors():
         raise error

@@ -60,6 +60,8 @@ def test_it_runs_from_its_first_cell_to_its_last(notebook, tiny_model, repositor
     assert "on 1 x cpu" in shown[0]
     assert "What is your name?" in shown[2]
     assert "supervised" in shown[4]
+    assert "step 4/4" in shown[4]
+    assert "\x1b" not in shown[4]  # no bars, whose control characters a notebook shows as they are
     assert re.search(r"^ +4 +\d+\.\d+ +\d+\.\d+ +\d+$", shown[5], re.MULTILINE)
     assert shown[6].count("before:") == shown[6].count("after:") == 4
     assert "model.safetensors" in shown[8]
