@@ -77,28 +77,36 @@ def train(config: Config) -> list[dict]:
 def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
     """Load the model, put the tuning method and the optimiser on it, and compile the step."""
     with loading_bar(f"Loading {source.path}") as progress:
-        options = {"init": config.model.init, "dtype": config.precision.params, "seed": config.train.seed}
-        assembled = assemble(source, config.tune, mesh, progress=progress, **options)
+        assembled = assemble(
+            source,
+            config.tune,
+            mesh,
+            init=config.model.init,
+            dtype=config.precision.params,
+            seed=config.train.seed,
+            progress=progress,
+        )
     trainable, frozen = partition(assembled.params, assembled.mask)
     trained, total = count(trainable), count(assembled.params)
     say(f"Training {trained:,} of {total:,} parameters ({trained / total:.3%}) on {_devices(mesh)}")
     optimizer = make_optimizer(config.optim, assembled.model.weights)
     state, where = make_state(trainable, optimizer, mesh)
     check_sharded(state["trainable"], where["trainable"])
-    options = {"dtype": compute_dtype(config.precision.compute), "parts": batch_shards(mesh)}
+    dtype, parts = compute_dtype(config.precision.compute), batch_shards(mesh)
     train_step = make_train_step(
         assembled.model,
         optimizer,
         make_schedule(config.optim, data.train.steps),
         clip_norm=config.optim.clip_norm,
+        dtype=dtype,
         seed=config.train.seed,
-        **options,
+        parts=parts,
     )
     put = partial(_put, NamedSharding(mesh, PartitionSpec(None, RULES["batch"], None)))
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(where, None))
     compiled = _compile(mesh, jitted, state, frozen, put(data.train.batch(1)), _number(1))
     return Job(
-        config, data, assembled, frozen, state, compiled, jax.jit(make_eval_step(assembled.model, **options)), put
+        config, data, assembled, frozen, state, compiled, jax.jit(make_eval_step(assembled.model, dtype, parts)), put
     )
 
 

@@ -91,7 +91,7 @@ class Attention(nnx.Module):
         q_key, k_key, v_key, o_key = ops.split_keys(key, 4)
         q, k, v = self.q_proj(x_BTE, q_key), self.k_proj(x_BTE, k_key), self.v_proj(x_BTE, v_key)
         q, k, v = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in (q, k, v))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
         q, k, v = (_save(y, name) for y, name in ((q, "query"), (k, "key"), (v, "value")))
