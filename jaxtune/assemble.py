@@ -40,9 +40,9 @@ class Source:
             raise ConfigError(
                 "model.overrides: the weights of a pretrained model fix its settings; set model.init: random"
             )
-        path = resolve_model(section.path, section.revision)
+        path = resolve_model(section.path, section.revision, weights=section.init == "pretrained")
         config = read_config(path, section.overrides)
-        words = path if section.tokenizer is None else resolve_model(section.tokenizer, None)
+        words = path if section.tokenizer is None else resolve_model(section.tokenizer, weights=False)
         tokenizer = load_tokenizer(words, template)
         check_tokenizer(tokenizer, config.vocab_size)
         return cls(path, config, tokenizer)

@@ -60,7 +60,7 @@ class Cache:
     k: Any
     v: Any
     segments: jax.Array
-    length: jax.Array  # columns filled
+    length: jax.Array | None = None  # columns filled; None: none are, and the next pass need not look for any
 
 
 @jax.tree_util.register_dataclass
@@ -71,8 +71,8 @@ class Context:
     cos: jax.Array  # [B, T, D / 2]
     sin: jax.Array
     segments: jax.Array  # [B, T]
-    cache_segments: jax.Array | None  # [B, S], with this pass's columns already in
-    start: jax.Array | None  # first column of this pass in the cache
+    cache_segments: jax.Array | None = None  # [B, S], with this pass's columns already in
+    start: jax.Array | None = None  # first column of this pass in the cache; None: nothing is before it
 
 
 class Attention(nnx.Module):
@@ -95,11 +95,15 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
         q, k, v = (_save(y, name) for y, name in ((q, "query"), (k, "key"), (v, "value")))
-        if cache is None:
+        if cache is not None:
+            write = partial(
+                jax.lax.dynamic_update_slice_in_dim, start_index=0 if context.start is None else context.start, axis=1
+            )
+            cache = write(cache[0], k), write(cache[1], v)
+        if context.start is None:
             out = attention(q, k, v, context.segments, context.segments, window=window)
         else:
-            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=context.start, axis=1)
-            k, v = cache = write(cache[0], k), write(cache[1], v)
+            k, v = cache
             out = attention(q, k, v, context.segments, context.cache_segments, context.start, window)
         return self.o_proj(out.reshape(*x_BTE.shape[:2], -1), o_key), cache
 
@@ -216,7 +220,7 @@ class Model:
         c = self.config
         shapes = [(len(layers), batch, length, c.num_kv_heads, c.head_dim) for layers in self.stacks]
         k, v = (tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2))
-        return Cache(k, v, jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
+        return Cache(k, v, jnp.zeros((batch, length), jnp.int32))
 
     def _whole(self, name: str, params: Tree) -> Any:
         return gather(params[name]["weight"], self.weights[name]["weight"], self.config)
@@ -225,9 +229,10 @@ class Model:
         c = self.config
         cos, sin = cos_sin(c.rope, c.head_dim, c.max_positions, positions)
         if cache is None:
-            return Context(cos, sin, segments, None, None), None
-        columns = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.length, axis=1)
-        filled = Cache(cache.k, cache.v, columns, cache.length + segments.shape[1])
+            return Context(cos, sin, segments), None
+        start = jnp.int32(0) if cache.length is None else cache.length
+        columns = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, start, axis=1)
+        filled = Cache(cache.k, cache.v, columns, start + segments.shape[1])
         return Context(cos, sin, segments, columns, cache.length), filled
 
     def _stack(self, params, index, x, context, cache, key):
