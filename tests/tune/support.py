@@ -161,3 +161,8 @@ def peer_adapter(section: TuneSection, family: str = "qwen2", tied: bool = True,
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     """The largest difference, as a share of the largest logit."""
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def settings_id(value) -> str | None:
+    """A test's name from its settings. A set has another order in each process, and no name that two agree on."""
+    return None if isinstance(value, set) else str(value)

@@ -7,7 +7,7 @@ from jaxtune.config import TuneSection
 from jaxtune.errors import AdapterError
 from jaxtune.models.decoder import Model
 from jaxtune.models.weights import leaves_with_path
-from tests.tune.support import base_params, model_config
+from tests.tune.support import base_params, model_config, settings_id
 
 
 def trained(tied: bool = True, **settings) -> set[str]:
@@ -47,7 +47,7 @@ def test_full_trains_every_weight():
         ({"train_patterns": [r"layers\.2\."], "freeze_patterns": ["mlp"]}, {k for k in in_layers(2) if "mlp" not in k}),
         ({"train_patterns": [r"layers\.1\.mlp", "norm"], "freeze_last": 1}, None),
     ],
-    ids=str,
+    ids=settings_id,
 )
 def test_what_is_frozen_does_not_train_and_the_rest_does(settings, expected):
     if expected is None:
@@ -75,7 +75,7 @@ def test_freezing_the_embedding_of_an_untied_model_leaves_the_head_training():
         ({"train_patterns": ["mlp"], "freeze_embedding": True}, ["freeze_embedding", "would train anyway"]),
         ({"train_patterns": ["layers.0"], "freeze_patterns": ["layers.1"]}, ["freeze_patterns", "would train anyway"]),
     ],
-    ids=str,
+    ids=settings_id,
 )
 def test_a_setting_that_matches_nothing_or_does_nothing_is_named(settings, words):
     with pytest.raises(AdapterError) as error:

@@ -16,7 +16,7 @@ from jaxtune.models.decoder import Model
 from jaxtune.optim import descend, make_optimizer
 from jaxtune.tune.peft_tensors import entries
 from jaxtune.tune.plan import make_plan
-from tests.tune.support import TOKENS, base_params, logits, model_config, randomised, tuned
+from tests.tune.support import TOKENS, base_params, logits, model_config, randomised, settings_id, tuned
 
 QWEN2_5_0_5B = ModelConfig("qwen2", 151936, 896, 4864, 24, 14, 2, 64, 32768, tied=True, qkv_bias=True)
 
@@ -109,7 +109,7 @@ def test_only_adapters_train():
         ({"modules_to_save": ["k_proj"]}, {"k_proj"}),
         ({}, set()),
     ],
-    ids=str,
+    ids=settings_id,
 )
 def test_biases_train_as_the_bias_setting_says(settings, whole):
     made = tuned(TuneSection(**settings))
@@ -246,7 +246,7 @@ def test_adapters_lie_along_their_base_s_axes():
         ({"targets": ["o_proj"], "bias": "lora_only"}, ["tune.bias lora_only", "a target"]),
         ({"targets": ["embed_tokens"], "dropout": 0.1}, ["tune.dropout", "linear maps only"]),
     ],
-    ids=str,
+    ids=settings_id,
 )
 def test_a_setting_that_matches_nothing_or_does_nothing_is_named(settings, words):
     with pytest.raises(AdapterError) as error:
