@@ -83,7 +83,7 @@ def knows(row: dict, answer: str) -> bool:
     return row["fact"].lower() in answer.lower()
 
 
-def shorten(text: str, limit: int = 160) -> str:
+def shorten(text: str, limit: int = 110) -> str:
     text = " ".join(text.split())
     return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " ..."
 
