@@ -320,10 +320,10 @@ def _explain(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         section = _section_at(path[:-1])
         allowed = list(section.model_fields) if section else []
-        return f"{where}: unknown key{nearest(path[-1], allowed)} Allowed here: {listing(allowed, 40)}"
+        return f"{where}: unknown key{nearest(path[-1], allowed) or '.'} Allowed here: {listing(allowed, 40)}"
     if item["type"] == "missing":
         return f"{where}: missing; this key has no default"
-    return f"{where}: {item['msg']}; found {item['input']!r:.80}"
+    return f"{where}: {item['msg'].removeprefix('Value error, ')}; found {item['input']!r:.80}"
 
 
 def _section_at(path: list[str]) -> type[BaseModel] | None:
