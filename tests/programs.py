@@ -13,8 +13,9 @@ from jaxtune.mesh import axes_sharding, check_model, make_mesh, shardings
 from jaxtune.models.config import ModelConfig, Rope
 from jaxtune.models.decoder import Model
 from jaxtune.models.execution import Execution
-from jaxtune.models.weights import init_params
+from jaxtune.models.weights import init_params, leaves_with_path
 from jaxtune.program import build
+from jaxtune.tune.method import get_path
 
 HIDDEN, VOCAB, LAYERS, ROWS, TIME = 64, 512, 4, 16, 32
 CONFIG = ModelConfig("qwen2", VOCAB, HIDDEN, 128, LAYERS, 8, 2, 8, 256, tied=True, qkv_bias=True, rope=Rope(theta=1e4))
@@ -85,6 +86,17 @@ class Stepper:
             self.state, metrics = self.compiled(self.state, self.frozen, self.batch(number), jnp.int32(number))
             losses.append(float(metrics["loss"]))
         return losses
+
+    def weights(self):
+        """Every trained array by its Hugging Face key, as it is now."""
+        found = {}
+        trained = self.program.saved(self.state)["trainable"]
+        for path, weight in leaves_with_path(self.model.weights):
+            for part, array in jax.tree_util.tree_leaves_with_path(get_path(trained, path)):
+                for row, key in enumerate(weight.keys):
+                    name = key + jax.tree_util.keystr(part)
+                    found[name] = np.asarray(array if weight.layers is None else array[row])
+        return found
 
     @property
     def memory(self):
