@@ -80,7 +80,7 @@ class Grid:
         """
         front, everything = self.blocks, 2 * self.blocks
         earlier = np.indices((everything, front)).reshape(2, -1).T
-        later = np.indices((front, everything)).reshape(2, -1).T + [front, 0]
+        later = np.indices((front, everything)).reshape(2, -1).T + np.array([front, 0])
         return earlier.astype(np.int32), later.astype(np.int32)
 
     def _start(self, index):
