@@ -4,12 +4,11 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxtune import tune
 from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
@@ -40,7 +39,6 @@ class Job:
     program: Program
     state: Tree
     train_step: Callable[[Tree, Tree, dict, jax.Array], tuple[Tree, dict[str, jax.Array]]]
-    put: Callable[[Batch], dict[str, jax.Array]]  # onto the mesh
 
 
 def train(config: Config) -> list[dict]:
@@ -91,9 +89,10 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
     trained, total = count(program.state["trainable"]), count(assembled.params)
     say(f"Training {trained:,} of {total:,} parameters ({trained / total:.3%}) on {_devices(mesh)}")
     check_sharded(program.state["trainable"], program.homes["trainable"])
-    put = partial(_put, program.rows)
-    compiled = _compile(program.train_step, program.state, program.frozen, put(data.train.batch(1)), _number(1))
-    return Job(config, data, assembled, program, program.state, compiled, put)
+    compiled = _compile(
+        program.train_step, program.state, program.frozen, program.put(data.train.batch(1).arrays()), _number(1)
+    )
+    return Job(config, data, assembled, program, program.state, compiled)
 
 
 def resume(job: Job, run: Run, checkpoints: Checkpointer) -> int:
@@ -112,7 +111,9 @@ def go_on(job: Job, run: Run, checkpoints: Checkpointer, recorder: Recorder, sto
     total, every = job.data.train.steps, job.config.eval.every
     waiting: Outcome | None = None  # the step before, not yet asked for: the device is kept busy meanwhile
     for step, batch in enumerate(job.data.train.batches(done + 1), done + 1):
-        job.state, metrics = job.train_step(job.state, job.program.frozen, job.put(batch), _number(step))
+        job.state, metrics = job.train_step(
+            job.state, job.program.frozen, job.program.put(batch.arrays()), _number(step)
+        )
         checkpoints.check_errors()
         if waiting:
             record(waiting, recorder, job.config)
@@ -173,7 +174,7 @@ def evaluate(job: Job) -> float:
     """The mean loss over the supervised tokens of the held-out data."""
     assert job.data.eval is not None
     trainable, frozen, ask = job.state["trainable"], job.program.frozen, job.program.eval_step
-    sums = [ask(trainable, frozen, job.put(batch)) for batch in job.data.eval.batches()]
+    sums = [ask(trainable, frozen, job.program.put(batch.arrays())) for batch in job.data.eval.batches()]
     losses, tokens = zip(*jax.device_get(sums), strict=True)
     return float(sum(losses) / sum(tokens))
 
@@ -196,12 +197,6 @@ def _compile(jitted: Any, *arguments: Any) -> Any:
     held, temporary = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
     say(f"Compiled in {time.monotonic() - started:.1f} s; a step needs {held:.2f} + {temporary:.2f} GB on each device")
     return compiled
-
-
-def _put(sharding: NamedSharding, batch: Batch) -> dict[str, jax.Array]:
-    """A batch onto the mesh; each process gives the rows of its own devices."""
-    arrays = batch.arrays()
-    return {k: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for k, x in arrays.items()}
 
 
 def _number(step: int) -> jax.Array:

@@ -71,9 +71,7 @@ class Stepper:
         return build(self.config, declared, self.mesh, params, mask, STEPS)
 
     def batch(self, step):
-        return jax.device_put(
-            make_batch(step, self.config.train.micro_batches, self.rows, self.time, self.vocab), self.program.rows
-        )
+        return self.program.put(make_batch(step, self.config.train.micro_batches, self.rows, self.time, self.vocab))
 
     @cached_property
     def compiled(self):
@@ -89,11 +87,12 @@ class Stepper:
 
     def weights(self):
         """Every trained array by its Hugging Face key, as it is now."""
-        found = {}
+        found, gates = {}, tune.gates(self.config.tune, self.model.weights)
         trained = self.program.saved(self.state)["trainable"]
         for path, weight in leaves_with_path(self.model.weights):
             for part, array in jax.tree_util.tree_leaves_with_path(get_path(trained, path)):
-                for row, key in enumerate(weight.keys):
+                trains = gates.get(path, [True] * len(weight.keys))
+                for row, key in ((row, key) for row, key in enumerate(weight.keys) if trains[row]):
                     name = key + jax.tree_util.keystr(part)
                     found[name] = np.asarray(array if weight.layers is None else array[row])
         return found
