@@ -133,7 +133,7 @@ class TrainSection(Section):
 class OptimSection(Section):
     """How the weights move."""
 
-    name: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = "adamw"
+    name: Literal["adamw", "adamw_8bit", "adam", "sgd", "lion", "adafactor"] = "adamw"  # 8bit: moments in 2 bytes
     lr: Annotated[float, Field(gt=0)] = 1.0e-4
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
     warmup: Annotated[float, Field(ge=0)] = 0.03  # below 1: a share of all steps; else a number of steps
@@ -148,7 +148,7 @@ class OptimSection(Section):
 
     @model_validator(mode="after")
     def _nothing_unused(self):
-        adams = ("adamw", "adam")
+        adams = ("adamw", "adamw_8bit", "adam")
         users = {"beta1": (*adams, "lion"), "beta2": (*adams, "lion"), "eps": adams, "momentum": ("sgd",)}
         phases = {"decay": ("wsd",), "min_lr": ("linear", "cosine", "wsd")}
         for chosen, table in ((self.name, users), (self.schedule, phases)):
