@@ -7,7 +7,7 @@ through the flattened weight; elsewhere the last block of each row is shorter, a
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ import optax
 from jaxtune.models.weights import Tree
 
 BLOCK = 256  # bitsandbytes' block of an optimiser's state
+STACKS = "stacks"  # the key above arrays that have the layers along dimension 0
 SLICES = 128  # at most
 LARGE = 1 << 20  # numbers of a weight that is moved on slice by slice: its moments are never whole in float32
 SMALLEST = 4096  # numbers in a layer's weight below which its moments stay float32: bitsandbytes' min_8bit_size
@@ -79,17 +80,20 @@ def make_map(codes: np.ndarray) -> Map:
     return Map(codes, np.append(bounds, np.float32(np.inf)), first.astype(np.uint8))
 
 
-def quantize(x: jax.Array, table: Map) -> Moment:
-    """The nearest codes of float32 numbers [..., n], each divided by the largest size in its block."""
-    pieces = _pieces(x)
+def quantize(x: jax.Array, table: Map, shares: tuple[int, ...] = ()) -> Moment:
+    """The nearest codes of float32 numbers [..., n], each divided by the largest size in its block.
+
+    shares: into how many parts a row may be split over devices; they change no number.
+    """
+    pieces = _pieces(x, shares)
     absmax = _block_max(jnp.max(jnp.abs(pieces), axis=-1), pieces.shape[-1])
     scale = _spread(jnp.where(absmax > 0, absmax, 1.0), pieces)
     return Moment(_nearest(pieces / scale, table).reshape(x.shape), absmax)
 
 
-def dequantize(moment: Moment, table: Map) -> jax.Array:
-    """The numbers that a moment stands for: float32 [..., n]."""
-    pieces = _pieces(moment.codes)
+def dequantize(moment: Moment, table: Map, shares: tuple[int, ...] = ()) -> jax.Array:
+    """The numbers that a moment stands for: float32 [..., n]. shares: as in `quantize`."""
+    pieces = _pieces(moment.codes, shares)
     numbers = jnp.asarray(table.codes)[pieces] * _spread(moment.absmax, pieces)
     return numbers.reshape(moment.codes.shape)
 
@@ -106,15 +110,13 @@ def _nearest(x: jax.Array, table: Map) -> jax.Array:
     return code + (x > jnp.asarray(table.bounds)[code]).astype(jnp.uint8)
 
 
-def _pieces(x: jax.Array) -> jax.Array:
+def _pieces(x: jax.Array, shares: tuple[int, ...]) -> jax.Array:
     """[..., n] -> [..., n / d, d] for the largest d that divides blocks, rows, and each device's share of a row.
 
-    A device then knows its pieces' maxima without the others' numbers; only those few travel. The mesh that is in
-    force decides d, and d changes no number.
+    A device then knows its pieces' maxima without the others' numbers; only those few travel.
     """
     size = x.shape[-1]
-    shares = [size // axis for axis in jax.sharding.get_abstract_mesh().shape.values() if size % axis == 0]
-    piece = math.gcd(BLOCK, size, *shares)
+    piece = math.gcd(BLOCK, size, *(size // parts for parts in shares if size % parts == 0))
     return x.reshape(*x.shape[:-1], size // piece, piece)
 
 
@@ -130,13 +132,17 @@ def _spread(absmax: jax.Array, pieces: jax.Array) -> jax.Array:
     return jnp.repeat(absmax, BLOCK // pieces.shape[-1], axis=-1)[..., : pieces.shape[-2], None]
 
 
-def scale_by_adam_8bit(beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
+def scale_by_adam_8bit(
+    beta1: float, beta2: float, eps: float, sizes: Mapping[str, int] | None = None
+) -> optax.GradientTransformation:
     """Adam's direction from moments that are read, moved on in float32 and quantised again.
 
     The direction is that of the moments before they are rounded, as in bitsandbytes. Weights of fewer than 4096
-    numbers (of a stack: in one layer) keep float32 moments. Gradients are float32.
+    numbers (of a stack: in one layer) keep float32 moments. Gradients are float32. sizes: of the mesh's axes.
     """
     first, second = dynamic_map(True), dynamic_map(False)
+    sizes = dict(sizes or {})
+    shares = tuple(sizes.values())
 
     def init(params: Tree) -> optax.ScaleByAdamState:
         def moments(table: Map) -> Tree:
@@ -144,19 +150,25 @@ def scale_by_adam_8bit(beta1: float, beta2: float, eps: float) -> optax.Gradient
 
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), moments(first), moments(second))
 
+    def read(moment: Any, table: Map) -> jax.Array:
+        return dequantize(moment, table, shares) if isinstance(moment, Moment) else moment
+
+    def written(numbers: jax.Array, before: Any, table: Map) -> Any:
+        return quantize(numbers, table, shares) if isinstance(before, Moment) else numbers
+
     def update(grads: Tree, state: Any, params: Tree | None = None) -> tuple[Tree, optax.ScaleByAdamState]:
         count = state.count + 1
         mu_rest, nu_rest = (-jnp.expm1(count * math.log(beta)) if beta else 1.0 for beta in (beta1, beta2))
 
         def move(grad: jax.Array, mu: Any, nu: Any) -> tuple[jax.Array, Any, Any]:
-            m = beta1 * _read(mu, first) + (1 - beta1) * grad
-            v = beta2 * _read(nu, second) + (1 - beta2) * jnp.square(grad)
+            m = beta1 * read(mu, first) + (1 - beta1) * grad
+            v = beta2 * read(nu, second) + (1 - beta2) * jnp.square(grad)
             direction = (m / mu_rest) / (jnp.sqrt(v / nu_rest) + eps)
-            return direction, _written(m, mu, first), _written(v, nu, second)
+            return direction, written(m, mu, first), written(v, nu, second)
 
         leaves, tree = jax.tree_util.tree_flatten_with_path(grads)
         each = zip(leaves, tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu))
-        moved = [_in_slices(move, _shares(path, grad), grad, *moments) for (path, grad), *moments in each]
+        moved = [_in_slices(move, _shares(path, grad, sizes), grad, *moments) for (path, grad), *moments in each]
         direction, mu, nu = (tree.unflatten(part) for part in (zip(*moved) if moved else ((), (), ())))
         return direction, optax.ScaleByAdamState(count, mu, nu)
 
@@ -164,23 +176,14 @@ def scale_by_adam_8bit(beta1: float, beta2: float, eps: float) -> optax.Gradient
 
 
 def _initial(path: tuple, array: jax.Array, table: Map) -> Any:
-    layers = array.shape[0] if path[0].key == "stacks" else 1
+    layers = array.shape[0] if path[0].key == STACKS else 1
     narrow = array.size >= SMALLEST * layers
     return zeros(array.shape, table) if narrow else jnp.zeros(array.shape, jnp.float32)
 
 
-def _read(moment: Any, table: Map) -> jax.Array:
-    return dequantize(moment, table) if isinstance(moment, Moment) else moment
-
-
-def _written(numbers: jax.Array, before: Any, table: Map) -> Any:
-    return quantize(numbers, table) if isinstance(before, Moment) else numbers
-
-
-def _shares(path: tuple, array: jax.Array) -> int:
+def _shares(path: tuple, array: jax.Array, sizes: dict[str, int]) -> int:
     """A number that the device shares along dimension 0 divide: layers are split over the pipeline's stages alone."""
-    mesh = jax.sharding.get_abstract_mesh()
-    most = mesh.shape.get("pipe", 1) if path[0].key == "stacks" else mesh.size
+    most = sizes.get("pipe", 1) if path[0].key == STACKS else math.prod(sizes.values())
     return math.gcd(array.shape[0], most) if array.ndim else 1
 
 

@@ -89,7 +89,7 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
     trainable, frozen = partition(assembled.params, assembled.mask)
     trained, total = count(trainable), count(assembled.params)
     say(f"Training {trained:,} of {total:,} parameters ({trained / total:.3%}) on {_devices(mesh)}")
-    optimizer = make_optimizer(config.optim, assembled.model.weights)
+    optimizer = make_optimizer(config.optim, assembled.model.weights, mesh.shape)
     state, where = make_state(trainable, optimizer, mesh)
     check_sharded(state["trainable"], where["trainable"])
     dtype, parts = compute_dtype(config.precision.compute), batch_shards(mesh)

@@ -6,7 +6,7 @@ bfloat16 weights a step below 1/256 of a weight's size rounds away: that is the 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -71,7 +71,9 @@ def _shape(name: str, left: jax.Array) -> jax.Array:
     return jnp.square(jnp.sin(0.5 * jnp.pi * left))  # (1 + cos(pi (1 - left))) / 2, exact near the end too
 
 
-def make_optimizer(optim: OptimSection, weights: Tree) -> optax.GradientTransformation:
+def make_optimizer(
+    optim: OptimSection, weights: Tree, sizes: Mapping[str, int] | None = None
+) -> optax.GradientTransformation:
     """The direction of descent: float32, without learning rate and without clipping.
 
     params - lr * direction is torch's step for adamw, adam (its decay is added to the gradient) and sgd,
@@ -81,10 +83,12 @@ def make_optimizer(optim: OptimSection, weights: Tree) -> optax.GradientTransfor
     on single numbers, or on a row's, and cannot tell.
 
     weights: the declarations of the whole tree: a weight that has one dimension in a layer (norm, bias) does not
-    decay; others do, the parts of a LowRank too. `update` needs params.
+    decay; others do, the parts of a LowRank too. sizes: of the mesh's axes, as mesh.shape has them; they change no
+    number, only what devices have to tell each other. `update` needs params.
     """
     decayed = optax.add_decayed_weights(optim.weight_decay, mask=lambda tree: decay_mask(tree, weights))
-    adam, adam_8bit = (make(optim.beta1, optim.beta2, optim.eps) for make in (_adam, scale_by_adam_8bit))
+    adam = _adam(optim.beta1, optim.beta2, optim.eps)
+    adam_8bit = scale_by_adam_8bit(optim.beta1, optim.beta2, optim.eps, sizes)
     pieces = {
         "adamw": lambda: (adam, decayed),
         "adamw_8bit": lambda: (adam_8bit, decayed),
