@@ -178,11 +178,29 @@ class MeshSection(Section):
         return self
 
 
+class LossScale(Section):
+    """The factor of a float16 loss: halved where a gradient overflows, which skips the step, and doubled in time."""
+
+    initial: Annotated[float, Field(ge=1)] = 65536.0
+    window: Positive = 2000  # good steps in a row after which it is doubled
+
+
 class PrecisionSection(Section):
-    """float32 on a CPU; on others bfloat16 is what the matmuls gain from."""
+    """float32 on a CPU; on others bfloat16 is what the matmuls gain from.
+
+    float16 is for devices without bfloat16: weights stay float32 beside it, since float16 ones would lose every step
+    below 1/2048 of their size, and the loss is scaled.
+    """
 
     params: Literal["float32", "bfloat16"] = "float32"  # of the model's weights; adapters are float32
-    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16, or float32 on a CPU
+    loss_scale: LossScale = LossScale()  # with compute float16
+
+    @model_validator(mode="after")
+    def _nothing_unused(self):
+        if self.compute != "float16" and self.loss_scale != LossScale():
+            raise ValueError(f"loss_scale belongs to compute float16 and would do nothing with {self.compute}")
+        return self
 
 
 class CheckpointSection(Section):

@@ -76,6 +76,7 @@ RULES = {
     "mesh.tensor": ALLOW,
     "precision.params": REFUSE,
     "precision.compute": LOG,
+    "precision.loss_scale": LOG,
     "checkpoint.every": ALLOW,
     "checkpoint.keep": ALLOW,
     "checkpoint.resume": ALLOW,

@@ -90,7 +90,7 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
     trained, total = count(trainable), count(assembled.params)
     say(f"Training {trained:,} of {total:,} parameters ({trained / total:.3%}) on {_devices(mesh)}")
     optimizer = make_optimizer(config.optim, assembled.model.weights, mesh.shape)
-    state, where = make_state(trainable, optimizer, mesh)
+    state, where = make_state(trainable, optimizer, mesh, config.precision.loss_scale.initial)
     check_sharded(state["trainable"], where["trainable"])
     dtype, parts = compute_dtype(config.precision.compute), batch_shards(mesh)
     train_step = make_train_step(
@@ -101,6 +101,7 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
         dtype=dtype,
         seed=config.train.seed,
         parts=parts,
+        scale_window=config.precision.loss_scale.window if config.precision.compute == "float16" else None,
     )
     put = partial(_put, NamedSharding(mesh, PartitionSpec(None, RULES["batch"], None)))
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(where, None))
@@ -169,6 +170,7 @@ def record(outcome: Outcome, recorder: Recorder, config: Config) -> None:
         grad_norm=numbers["grad_norm"],
         lr=numbers["lr"],
         bad_steps=numbers["skipped"],
+        loss_scale=numbers["loss_scale"] if config.precision.compute == "float16" else None,
         tokens=batch.num_tokens,
         supervised_tokens=batch.num_supervised,
         batch_sha256=batch.sha256(),
@@ -176,9 +178,10 @@ def record(outcome: Outcome, recorder: Recorder, config: Config) -> None:
     if bad:
         warn(f"step {outcome.step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}: not applied")
     if bad >= config.train.max_bad_steps:
+        hint = "Set precision.compute to bfloat16 or float32, l" if config.precision.compute == "float16" else "L"
         raise TrainingStopped(
             f"{bad} steps in a row had a loss or gradient that is not finite; the weights are those after step "
-            f"{outcome.step - bad}. Lower optim.lr ({config.optim.lr}), set optim.clip_norm, or look at the data; "
+            f"{outcome.step - bad}. {hint}ower optim.lr ({config.optim.lr}), set optim.clip_norm, or look at the data; "
             f"train.max_bad_steps ({config.train.max_bad_steps}) says how many are borne"
         )
 

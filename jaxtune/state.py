@@ -9,11 +9,16 @@ from jaxtune.optim import state_shardings
 from jaxtune.step import init_state
 
 
-def make_state(trainable: Tree, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[Tree, Tree]:
-    """(state, its shardings): an optimiser's moments lie where their weights lie, counters everywhere."""
+def make_state(
+    trainable: Tree, optimizer: optax.GradientTransformation, mesh: Mesh, scale: float = 1.0
+) -> tuple[Tree, Tree]:
+    """(state, its shardings): an optimiser's moments lie where their weights lie, counters everywhere.
+
+    scale: the first one of a float16 loss.
+    """
 
     def initial(trainable: Tree) -> Tree:
-        return init_state(trainable, optimizer)
+        return init_state(trainable, optimizer, scale)
 
     shapes = jax.eval_shape(initial, trainable)
     homes = jax.tree.map(lambda array: array.sharding, trainable)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtune import loss_scale
 from jaxtune.leaves import combine
 from jaxtune.loss import cross_entropy
 from jaxtune.models.decoder import Model
@@ -17,10 +18,9 @@ from jaxtune.optim import clip, descend, global_norm
 Batch = dict[str, jax.Array]  # tokens, targets, mask, positions, segments: each [micro-batches, rows, time]
 
 
-def init_state(trainable: Tree, optimizer: optax.GradientTransformation) -> Tree:
-    """Everything that a step changes. The step's number and the seed give all random keys."""
-    guard = {"bad_in_a_row": jnp.int32(0), "skipped": jnp.int32(0)}
-    return {"trainable": trainable, "optimizer": optimizer.init(trainable), "guard": guard}
+def init_state(trainable: Tree, optimizer: optax.GradientTransformation, scale: float = 1.0) -> Tree:
+    """Everything that a step changes. The step's number and the seed give all random keys. scale: of a float16 loss."""
+    return {"trainable": trainable, "optimizer": optimizer.init(trainable), "guard": loss_scale.init(scale)}
 
 
 def batch_loss(
@@ -41,16 +41,19 @@ def make_train_step(
     dtype: Any,
     seed: int,
     parts: int,
+    scale_window: int | None = None,
 ) -> Callable[[Tree, Tree, Batch, jax.Array], tuple[Tree, dict[str, jax.Array]]]:
     """(state, frozen params, batch, step) -> (state, metrics).
+
+    scale_window: that of loss_scale.py; None: the loss is not scaled.
 
     Losses and gradients are divided by the supervised tokens of the whole batch, so that any split into
     micro-batches gives the same update. A loss or gradient that is not finite leaves params and optimiser
     as they were, bit for bit.
     """
 
-    def gradients(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Tree]:
-        scale = 1.0 / jnp.maximum(jnp.sum(batch["mask"].astype(jnp.float32)), 1.0)
+    def gradients(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array, factor: Any) -> tuple[jax.Array, Tree]:
+        scale = factor / jnp.maximum(jnp.sum(batch["mask"].astype(jnp.float32)), 1.0)
 
         def micro(micro_batch: Batch, key: jax.Array) -> tuple[jax.Array, Tree]:
             def loss(trainable: Tree) -> jax.Array:
@@ -71,16 +74,16 @@ def make_train_step(
 
     def train_step(state: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[Tree, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), step)
-        loss, grads = gradients(state["trainable"], frozen, batch, key)
+        factor = 1.0 if scale_window is None else state["guard"]["loss_scale"]
+        loss, grads = gradients(state["trainable"], frozen, batch, key, factor)
+        if scale_window is not None:
+            loss, grads = loss_scale.unscaled(loss, grads, factor)
         norm = global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         direction, moved = optimizer.update(clip(grads, norm, clip_norm), state["optimizer"], state["trainable"])
         lr = schedule(step)
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-        guard = {
-            "bad_in_a_row": jnp.where(finite, 0, state["guard"]["bad_in_a_row"] + 1),
-            "skipped": state["guard"]["skipped"] + ~finite,
-        }
+        guard = loss_scale.advance(state["guard"], finite, scale_window)
         new = {
             "trainable": jax.tree.map(keep, descend(state["trainable"], direction, lr), state["trainable"]),
             "optimizer": jax.tree.map(keep, moved, state["optimizer"]),

@@ -323,7 +323,7 @@ def test_adafactors_factors_lie_as_the_dimensions_that_they_have(weights, row, c
     placed = homes_and_state("adafactor", weights, MeshSection(fsdp=4, tensor=2))
     assert [home for path, home in placed.items() if ".v_row" in path] == [row]
     assert [home for path, home in placed.items() if ".v_col" in path] == [column]
-    assert [home for path, home in placed.items() if path.endswith(".v")] == [P()]  # a placeholder of one number a layer
+    assert [home for path, home in placed.items() if path.endswith(".v")] == [P()]  # one number a layer
 
 
 def test_scales_of_8_bit_blocks_lie_as_their_weight_where_a_rows_blocks_divide():

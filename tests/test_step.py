@@ -25,7 +25,7 @@ CONFIG = ModelConfig("qwen2", VOCAB, 32, 64, 2, 4, 2, 8, 256, tied=True, qkv_bia
 class Setup:
     """A random model and a plain gradient step on it: the change of the weights is the gradient itself."""
 
-    def __init__(self, section=None, optim=None, seed=0, dtype=jnp.float32):
+    def __init__(self, section=None, optim=None, seed=0, dtype=jnp.float32, scale=1.0, scale_window=None):
         section = section or TuneSection(method="full")
         mesh = single_device_mesh()
         config, stacks = tune.layout(section, CONFIG)
@@ -35,8 +35,8 @@ class Setup:
         trainable, self.frozen = partition(params, mask)
         optim = optim or OptimSection(name="sgd", lr=1.0)
         optimizer = make_optimizer(optim, self.model.weights)
-        self.state, _ = make_state(trainable, optimizer, mesh)
-        settings = {"clip_norm": None, "dtype": dtype, "seed": seed, "parts": 1}
+        self.state, _ = make_state(trainable, optimizer, mesh, scale)
+        settings = {"clip_norm": None, "dtype": dtype, "seed": seed, "parts": 1, "scale_window": scale_window}
         self.step = jax.jit(make_train_step(self.model, optimizer, lambda step: jnp.float32(optim.lr), **settings))
         self.eval_step = jax.jit(make_eval_step(self.model, dtype, 1))
 
