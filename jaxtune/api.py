@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jaxtune.config import Config, load_config, make_config
 from jaxtune.errors import ConfigError, DataError, ModelError
@@ -17,6 +18,8 @@ from jaxtune.loading import Opened, open_model
 from jaxtune.mesh import batch_shards
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.weights import Tree
+from jaxtune.parallel import local
+from jaxtune.parallel.layout import partitions
 from jaxtune.sampling import Sampling
 from jaxtune.text import Messages, decode, encode_prompt, text_pieces
 from jaxtune.tokenizer import stop_ids
@@ -40,7 +43,7 @@ class LoadedModel:
         self._model, self._dtype = assembled.model, opened.dtype
         stop = stop_ids(self.tokenizer, assembled.source.path)
         self._generator = Generator(assembled.model, assembled.mesh, opened.dtype, stop)
-        self._logits = jax.jit(self._all_logits)
+        self._logits = jax.jit(self._everywhere(self._all_logits))
 
     def logits(self, token_ids: Any) -> np.ndarray:
         """What the model expects after each token: [batch, time] of ids -> [batch, time, vocab] in float32.
@@ -59,7 +62,7 @@ class LoadedModel:
         tokens[: ids.shape[0], : ids.shape[1]] = ids
         segments[: ids.shape[0], : ids.shape[1]] = 1
         precision = "highest" if self._dtype == np.float32 else None
-        with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
+        with jax.default_matmul_precision(precision):
             logits = self._logits(self.params, tokens, segments)
         return np.asarray(logits)[: ids.shape[0], : ids.shape[1]]
 
@@ -109,6 +112,12 @@ class LoadedModel:
             raise ModelError(f"token_ids: {ids.shape[1]} tokens; the model has {self.config.max_positions} positions")
         return ids.astype(np.int32)
 
+    def _everywhere(self, function: Any) -> Any:
+        """`function(params, tokens, segments)` of each device's parts, rows and all."""
+        rows = PartitionSpec(local.ROWS)
+        where = partitions(self.mesh, self.config, self._model.weights, self.params)
+        return local.run(function, self.mesh, (where, rows, rows), rows)
+
     def _all_logits(self, params: Tree, tokens: jax.Array, segments: jax.Array) -> jax.Array:
         positions = jax.numpy.arange(tokens.shape[1]) * segments
         hidden, _ = self._model.hidden(params, tokens, positions, segments, self._dtype)
@@ -125,7 +134,7 @@ def load_model(
     """A model, from a Hugging Face directory, a .gguf file, a hub id, an export, or a run directory of jaxtune.
 
     adapter: a PEFT directory to put on it. dtype: float32 | bfloat16 | auto, of the weights and the computation.
-    mesh: None, one device; sizes of its axes, such as {"fsdp": 8}; or a jax Mesh with axes data, fsdp, tensor.
+    mesh: None, one device; sizes of its axes, such as {"fsdp": 8}; or a jax Mesh with axes of data, fsdp, tensor.
     A run that has not finished gives the model of its last valid checkpoint, and says so.
 
     Raises:

@@ -18,6 +18,7 @@ from jaxtune.hf_io import load_params, open_source, resolve_model
 from jaxtune.mesh import axes_sharding, check_model, shardings
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import Model
+from jaxtune.models.execution import USUAL, Execution
 from jaxtune.models.families import read_config
 from jaxtune.models.weights import Tree, init_params
 from jaxtune.tokenizer import check_tokenizer, load_tokenizer
@@ -72,25 +73,28 @@ def assemble(
     init: str = "pretrained",
     dtype: str = "float32",
     seed: int = 0,
+    execution: Execution = USUAL,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Assembled:
     """Declare, load (or initialise) and wrap: every array is made in its own shards.
 
-    progress: called with (what, bytes done, bytes in all) while weights are read.
+    execution: also says where the arrays lie. progress: called with (what, bytes done, bytes in all) while weights
+    are read.
 
     Raises:
         MeshError, ModelError, AdapterError: what does not fit, by name, before any weight is read.
     """
     check_model(mesh, source.config)
-    config, stacks = tune.layout(section, source.config)
-    model = Model.create(config, stacks)
+    config, stacks = tune.layout(section, source.config, one_stack=mesh.shape["pipe"] > 1)
+    model = Model.create(config, stacks, execution)
     stored = Model.create(source.config, stacks).weights
-    where = shardings(mesh, config, stored)
+    places = execution.places
+    where = shardings(mesh, config, stored, *places)
     if init == "random":
         params = init_params(stored, where, seed, config.init_std, jnp.dtype(dtype))
     else:
         params = load_params(open_source(source.path), stored, where, jnp.dtype(dtype), progress)
-    params, mask = tune.apply(section, params, model.weights, seed, axes_sharding(mesh, config))
+    params, mask = tune.apply(section, params, model.weights, seed, axes_sharding(mesh, config, *places))
     return Assembled(model, params, mask, mesh, source)
 
 

@@ -1,5 +1,5 @@
-"""The command `jaxtune`: train, generate, chat, export. What they do is elsewhere; this file reads the command line
-and turns what can go wrong into one line and an exit code.
+"""The command `jaxtune`: train, generate, chat, export, schedule. What they do is elsewhere; this file reads the
+command line and turns what can go wrong into one line and an exit code.
 
 Exit codes: 0 done, 2 the input is wrong, 130 stopped by Ctrl-C, 143 stopped by SIGTERM after a save, 1 a failure.
 
@@ -144,6 +144,20 @@ def export(
             f"{done.directory}: the largest logit difference against the run is {done.difference:.2e} "
             f"(allowed: {done.tolerance:g} of the largest logit, {done.largest:.2f})"
         )
+
+
+@app.command()
+def schedule(
+    name: Annotated[str, typer.Option(help="As mesh.schedule.", metavar="1f1b|gpipe|interleaved|zero_bubble")],
+    stages: Annotated[int, typer.Option(help="As mesh.pipe.")],
+    micro_batches: Annotated[int, typer.Option(help="As train.micro_batches.")],
+    virtual: Annotated[int, typer.Option(help="As mesh.virtual_stages.")] = 1,
+) -> None:
+    """Print a pipeline schedule: ticks from top to bottom, stages from left to right, and its bubble."""
+    with _one_line_errors():
+        from jaxtune.parallel.schedule import make_schedule, picture
+
+        _write(picture(make_schedule(name, stages, micro_batches, virtual)) + "\n")
 
 
 def _load(model: str | None, adapter: str | None, run: str | None, dtype: str):

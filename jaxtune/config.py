@@ -161,20 +161,84 @@ class OptimSection(Section):
 Axis = Annotated[int, Field(ge=-1)]
 
 
+AXES = ("pipe", "data", "fsdp", "context", "tensor")  # of the mesh; neighbours along the last are nearest
+
+
 class MeshSection(Section):
-    """How many devices along each axis; -1 takes what is left of them."""
+    """How many devices along each axis, -1 taking what is left of them, and what each axis does."""
 
     data: Axis = 1  # the batch is split, the weights are whole
-    fsdp: Axis = -1  # the batch and the weights are split; weights are gathered layer by layer
+    fsdp: Axis = -1  # the batch is split, and what `zero` says; data x fsdp is hybrid sharding
     tensor: Axis = 1  # heads, MLP and vocabulary are split
+    context: Axis = 1  # every sequence is split
+    pipe: Axis = 1  # the layers are split into stages; micro-batches follow one another through them
+    zero: Literal[0, 1, 2, 3] = 3  # split over fsdp: 1 optimiser state, 2 and gradients, 3 and weights (FSDP); 0 none
+    sequence_parallel: bool = False  # norms and residuals are split along the sequence over the tensor axis
+    context_attention: Literal["ring", "ulysses"] = "ring"  # keys go round, or heads are exchanged for sequence
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"  # of the pipeline
+    virtual_stages: Positive = 1  # chunks of layers that each stage holds; interleaved: 2 or more
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of each axis, in the order of AXES; -1 is not filled in."""
+        return {axis: getattr(self, axis) for axis in AXES}
 
     @model_validator(mode="after")
     def _one_free_axis(self):
-        sizes = self.model_dump()
-        if 0 in sizes.values():
+        if 0 in self.sizes.values():
             raise ValueError("an axis has size 0; allowed: 1 or more, or -1 for what is left")
-        if list(sizes.values()).count(-1) > 1:
-            raise ValueError(f"at most one axis may be -1, found {sizes}")
+        if list(self.sizes.values()).count(-1) > 1:
+            raise ValueError(f"at most one axis may be -1, found {self.sizes}")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_unused(self):
+        owners = {
+            "zero": "fsdp",
+            "sequence_parallel": "tensor",
+            "context_attention": "context",
+            "schedule": "pipe",
+            "virtual_stages": "pipe",
+        }
+        for name, axis in owners.items():
+            if getattr(self, axis) == 1 and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is for the {axis} axis, which is 1: it would do nothing")
+        if (self.schedule == "interleaved") != (self.virtual_stages > 1):
+            raise ValueError("virtual_stages of 2 or more goes with schedule interleaved, and 1 with the others")
+        return self
+
+
+REMAT_NAMES = ("query", "key", "value", "attended", "after_attention", "gate", "up", "down")
+
+
+class MemorySection(Section):
+    """What is kept, where, and in how many bits: memory against time."""
+
+    # of a layer, for its backward pass. none: everything; dots: the results of its matmuls; names: these alone;
+    # block: its input; full: the inputs of every few layers
+    remat: Literal["none", "dots", "block", "full"] | list[str] = [
+        "query",
+        "key",
+        "value",
+        "after_attention",
+        "gate",
+        "up",
+    ]
+    offload: list[Literal["optimizer", "activations", "params"]] = []  # lies in the host's memory until needed
+    gradients: Literal["float32", "compute"] = (
+        "float32"  # type that they are summed up in, over devices and micro-batches
+    )
+
+    @model_validator(mode="after")
+    def _known(self):
+        if isinstance(self.remat, list):
+            unknown = [name for name in self.remat if name not in REMAT_NAMES]
+            if unknown or not self.remat:
+                raise ValueError(f"remat: allowed are none, dots, block, full, or names of {', '.join(REMAT_NAMES)}")
+        if len(set(self.offload)) < len(self.offload):
+            raise ValueError("offload: a name stands twice")
+        if "activations" in self.offload and not isinstance(self.remat, list):
+            raise ValueError("offload activations moves what remat names, so remat has to be a list of names")
         return self
 
 
@@ -241,6 +305,7 @@ class Config(Section):
     train: TrainSection = TrainSection()
     optim: OptimSection = OptimSection()
     mesh: MeshSection = MeshSection()
+    memory: MemorySection = MemorySection()
     precision: PrecisionSection = PrecisionSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()

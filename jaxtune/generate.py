@@ -4,24 +4,27 @@ Works on token ids; words are text.py's, drawing a token is sampling.py's.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxtune.console import warn
 from jaxtune.errors import ConfigError, ModelError
-from jaxtune.mesh import batch_shards, spec, weight_rules
+from jaxtune.mesh import batch_shards
 from jaxtune.models.decoder import Cache, Model
 from jaxtune.models.weights import Tree
+from jaxtune.parallel import local
+from jaxtune.parallel.layout import partitions
 from jaxtune.sampling import GREEDY, Knobs, Sampling, draw
 
 SMALLEST_BUCKET = 64
 CHUNK = 32  # tokens drawn before the host looks at them, when nobody watches; Ctrl-C waits for as many
-CACHE_AXES = (None, "batch", None, "kv_heads", None)
+# Partitions: of rows, of drawn tokens [steps, rows], of keys and values, and of what is alike everywhere.
+ROWS, COLUMNS = PartitionSpec(local.ROWS), PartitionSpec(None, local.ROWS)
+CACHE, WHOLE = PartitionSpec(None, local.ROWS, None, "tensor"), PartitionSpec()
 
 
 def bucket(length: int) -> int:
@@ -113,17 +116,15 @@ class Generator:
         left = np.array([*rooms, *[0] * (rows - len(prompts))], np.int32)
         knobs = {**sampling.knobs, "stop": np.array(self.stop, np.int32)}
         columns = bucket(time + max(rooms))
-        with jax.set_mesh(self.mesh):
-            state, drawn = self._prefill(params, inputs, left, knobs, columns=columns, kind=sampling.kind)
+        state, drawn = self._prefill(params, inputs, left, knobs, columns=columns, kind=sampling.kind)
         counts = [0] * len(prompts)
         ended = [False] * len(prompts)
         while True:
             yield self._new_tokens(np.asarray(drawn), rooms, counts, ended)
             if all(ended):
                 break
-            with jax.set_mesh(self.mesh):
-                steps = np.int32(chunk)
-                state, drawn = self._decode(params, state=state, steps=steps, knobs=knobs, kind=sampling.kind)
+            steps = np.int32(chunk)
+            state, drawn = self._decode(params, state=state, steps=steps, knobs=knobs, kind=sampling.kind)
         cut = [len(p) for p, room, count in zip(prompts, rooms, counts) if count == room < asked]
         if cut:
             warn(f"the answer to a prompt of {max(cut)} tokens was cut where the model's positions end")
@@ -145,56 +146,74 @@ class Generator:
 
     def _first(self, params, inputs, left, knobs: Knobs, columns: int, kind: str):
         """Prefill: the loop's state after the first drawn token, and that token as [1, rows]."""
-        empty = self.model.empty_cache(left.shape[0], columns, self.dtype)
-        tokens, positions, segments = (inputs[name] for name in ("tokens", "positions", "segments"))
-        hidden, cache = self.model.hidden(params, tokens, positions, segments, self.dtype, cache=empty)
-        token = draw(self.model.logits(params, hidden[:, -1]), knobs, kind, jnp.int32(0))
-        state = {
-            "cache": self._placed(cache),
-            "token": token,
-            "position": positions[:, -1] + 1,
-            "left": _left(left, token, knobs),
-            "count": jnp.int32(1),
-        }
-        return state, token[None]
+
+        def first(params, inputs, left, knobs):
+            empty = self.model.empty_cache(left.shape[0], columns, self.dtype)
+            tokens, positions, segments = (inputs[name] for name in ("tokens", "positions", "segments"))
+            hidden, cache = self.model.hidden(params, tokens, positions, segments, self.dtype, cache=empty)
+            token = self._draw(params, hidden[:, -1], knobs, kind, jnp.int32(0))
+            state = {
+                "cache": cache,
+                "token": token,
+                "position": positions[:, -1] + 1,
+                "left": _left(left, token, knobs),
+                "count": jnp.int32(1),
+            }
+            return state, token[None]
+
+        specs = self._specs(params), ROWS, ROWS, WHOLE
+        return local.run(first, self.mesh, specs, (self._state_specs(), COLUMNS))(params, inputs, left, knobs)
 
     def _more(self, params, state, steps, knobs: Knobs, kind: str):
         """Up to `steps` tokens more, fewer when every row has ended: the state, and [CHUNK, rows] with -1 below."""
-        drawn = jnp.full((CHUNK, state["token"].shape[0]), -1, jnp.int32)
 
-        def goes_on(carry):
-            index, state, _ = carry
-            return (index < steps) & jnp.any(state["left"] > 0)
+        def more(params, state, steps, knobs):
+            drawn = jnp.full((CHUNK, state["token"].shape[0]), -1, jnp.int32)
 
-        def body(carry):
-            index, state, drawn = carry
-            state = self._one(params, state, knobs, kind)
-            return index + 1, state, drawn.at[index].set(state["token"])
+            def body(carry):
+                index, state, drawn, _ = carry
+                state = self._one(params, state, knobs, kind)
+                return index + 1, state, drawn.at[index].set(state["token"]), _any_left(state)
 
-        _, state, drawn = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, drawn))
-        return state, drawn
+            first = jnp.int32(0), state, drawn, _any_left(state)
+            _, state, drawn, _ = jax.lax.while_loop(lambda carry: (carry[0] < steps) & carry[3], body, first)
+            return state, drawn
+
+        states = self._state_specs()
+        specs = self._specs(params), states, WHOLE, WHOLE
+        return local.run(more, self.mesh, specs, (states, COLUMNS))(params, state, steps, knobs)
 
     def _one(self, params, state, knobs: Knobs, kind: str):
         segments = jnp.ones_like(state["token"])[:, None]
         inputs = state["token"][:, None], state["position"][:, None], segments
         hidden, cache = self.model.hidden(params, *inputs, self.dtype, cache=state["cache"])
-        token = draw(self.model.logits(params, hidden[:, 0]), knobs, kind, state["count"])
+        token = self._draw(params, hidden[:, 0], knobs, kind, state["count"])
         return {
-            "cache": self._placed(cache),
+            "cache": cache,
             "token": token,
             "position": state["position"] + 1,
             "left": _left(state["left"], token, knobs),
             "count": state["count"] + 1,
         }
 
-    def _placed(self, cache: Cache | None) -> Cache:
-        """The cache split as its rows and heads are, so that each step finds it where the last one left it."""
-        assert cache is not None
-        rules = weight_rules(self.mesh, self.model.config)
-        pin = partial(jax.lax.with_sharding_constraint, shardings=spec(CACHE_AXES, rules))
-        k, v = (tuple(map(pin, arrays)) for arrays in (cache.k, cache.v))
-        segments = jax.lax.with_sharding_constraint(cache.segments, spec(("batch", None), rules))
-        return Cache(k, v, segments, cache.length)
+    def _draw(self, params, hidden, knobs: Knobs, kind: str, count) -> jax.Array:
+        data, fsdp = local.ROWS
+        first_row = (local.index(data) * local.size(fsdp) + local.index(fsdp)) * hidden.shape[0]
+        return draw(self.model.logits(params, hidden), knobs, kind, count, first_row)
+
+    def _specs(self, params: Tree) -> Tree:
+        return partitions(self.mesh, self.model.config, self.model.weights, params)
+
+    def _state_specs(self) -> Tree:
+        """The partition of the loop's state: of each device's rows and, in the cache, its heads."""
+        arrays = (CACHE,) * len(self.model.stacks)
+        rows = dict.fromkeys(("token", "position", "left"), ROWS)
+        return {"cache": Cache(arrays, arrays, ROWS, WHOLE), "count": WHOLE, **rows}
+
+
+def _any_left(state: Tree) -> jax.Array:
+    """Whether any row, on any device, may still draw."""
+    return local.largest(jnp.any(state["left"] > 0).astype(jnp.int32), *local.ROWS) > 0
 
 
 def _left(left: jax.Array, token: jax.Array, knobs: Knobs) -> jax.Array:

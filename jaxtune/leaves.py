@@ -1,12 +1,15 @@
 """Typed leaves of the parameter tree. `ops.py` is the only code that looks inside them."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxtune.models.weights import Tree
+
+Axes = tuple[str | None, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -28,6 +31,24 @@ class LowRank:
 
 def is_leaf(value: Any) -> bool:
     return isinstance(value, LowRank)
+
+
+def map_parts(function: Callable[[Any, Axes], Any], leaf: Any, axes: Axes, is_table: bool = False) -> Any:
+    """`function` of (array, its logical axes) for every array of a leaf, in the leaf's structure; a None stays.
+
+    axes: of the weight that the leaf stands for. is_table: its rows are looked up, so the first axis is `in`.
+    """
+    if not isinstance(leaf, LowRank):
+        return None if leaf is None else function(leaf, axes)
+    *layers, first, second = axes
+    in_axis, out_axis = (first, second) if is_table else (second, first)
+    return replace(
+        leaf,
+        base=map_parts(function, leaf.base, axes, is_table),
+        a=map_parts(function, leaf.a, (*layers, in_axis, "rank")),
+        b=map_parts(function, leaf.b, (*layers, "rank", out_axis)),
+        scale=map_parts(function, leaf.scale, tuple(layers)),
+    )
 
 
 def partition(params: Tree, mask: Tree) -> tuple[Tree, Tree]:

@@ -20,12 +20,13 @@ from jaxtune.drift import fingerprint
 from jaxtune.errors import AdapterError, CheckpointError, ConfigError, MeshError, ModelError
 from jaxtune.files import read_json
 from jaxtune.leaves import combine, partition
-from jaxtune.mesh import make_mesh, single_device_mesh
+from jaxtune.mesh import complete, make_mesh, single_device_mesh
 from jaxtune.models.weights import Tree
 from jaxtune.rundir import CHECKPOINTS, CONFIG, RECORD
 from jaxtune.tune.peft_config import CONFIG_NAME
 
 ADAPTER, MODEL = "adapter", "model"
+INFERENCE_AXES = ("data", "fsdp", "tensor")
 DTYPES = ("float32", "bfloat16", "auto")
 
 
@@ -82,17 +83,23 @@ def as_mesh(mesh: Mesh | dict | None) -> Mesh:
     if mesh is None:
         return single_device_mesh()
     if isinstance(mesh, Mesh):
-        missing = [axis for axis in MeshSection.model_fields if axis not in mesh.shape]
-        if missing:
-            raise MeshError(f"mesh: no axis {', '.join(missing)}; found {', '.join(mesh.shape)}")
-        return mesh
+        return _for_inference(complete(mesh))
     try:
         section = MeshSection.model_validate(mesh)
     except ValidationError as error:
         found = error.errors()[0]
         where = ".".join(["mesh", *map(str, found["loc"])])
-        raise MeshError(f"{where}: {found['msg']}; axes are {', '.join(MeshSection.model_fields)}") from None
-    return make_mesh(section)
+        raise MeshError(f"{where}: {found['msg']}; axes are {', '.join(INFERENCE_AXES)}") from None
+    return _for_inference(make_mesh(section))
+
+
+def _for_inference(mesh: Mesh) -> Mesh:
+    others = [axis for axis, size in mesh.shape.items() if size > 1 and axis not in INFERENCE_AXES]
+    if others:
+        raise MeshError(
+            f"mesh: {', '.join(others)} is for training alone; a loaded model takes {', '.join(INFERENCE_AXES)}"
+        )
+    return mesh
 
 
 def is_run(path: str | Path) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jaxtune import tune
 from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
@@ -19,15 +19,15 @@ from jaxtune.console import console, loading_bar, say, stage, warn
 from jaxtune.data.loader import Batch, Data, build_data
 from jaxtune.errors import TrainingStopped
 from jaxtune.export import write_result
-from jaxtune.leaves import combine, count, partition
-from jaxtune.mesh import RULES, batch_shards, check_batch, check_model, check_sharded, make_mesh
+from jaxtune.leaves import count
+from jaxtune.mesh import check_batch, check_model, check_time, make_mesh
 from jaxtune.metrics import Recorder, read_rows
+from jaxtune.models.execution import Execution
 from jaxtune.models.weights import Tree
-from jaxtune.optim import make_optimizer, make_schedule
+from jaxtune.parallel.layout import check_sharded
+from jaxtune.program import Program, build
 from jaxtune.rundir import Run, open_run
 from jaxtune.signals import StopSignal
-from jaxtune.state import abstract, make_state
-from jaxtune.step import make_eval_step, make_train_step
 
 
 @dataclass
@@ -37,10 +37,9 @@ class Job:
     config: Config
     data: Data
     assembled: Assembled
-    frozen: Tree
+    program: Program
     state: Tree
     train_step: Callable[[Tree, Tree, dict, jax.Array], tuple[Tree, dict[str, jax.Array]]]
-    eval_step: Callable[[Tree, Tree, dict], tuple[jax.Array, jax.Array]]
     put: Callable[[Batch], dict[str, jax.Array]]  # onto the mesh
 
 
@@ -63,6 +62,7 @@ def train(config: Config) -> list[dict]:
         stage("Reading the data")
         data = build_data(config.data, config.eval, config.train, source.tokenizer)
         data.report(console)
+        check_time(mesh, config.mesh, data.train.shape[-1])
         run.check(data.train.fingerprint, source.path, data.train.steps)
         job = prepare(config, source, data, mesh)
         checkpointer = Checkpointer(run.checkpoints, config.checkpoint.every, config.checkpoint.keep)
@@ -84,31 +84,16 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
             init=config.model.init,
             dtype=config.precision.params,
             seed=config.train.seed,
+            execution=Execution.of(config, compute_dtype(config.precision.compute)),
             progress=progress,
         )
-    trainable, frozen = partition(assembled.params, assembled.mask)
-    trained, total = count(trainable), count(assembled.params)
+    program = build(config, assembled.model, mesh, assembled.params, assembled.mask, data.train.steps)
+    trained, total = count(program.state["trainable"]), count(assembled.params)
     say(f"Training {trained:,} of {total:,} parameters ({trained / total:.3%}) on {_devices(mesh)}")
-    optimizer = make_optimizer(config.optim, assembled.model.weights, mesh.shape)
-    state, where = make_state(trainable, optimizer, mesh, config.precision.loss_scale.initial)
-    check_sharded(state["trainable"], where["trainable"])
-    dtype, parts = compute_dtype(config.precision.compute), batch_shards(mesh)
-    train_step = make_train_step(
-        assembled.model,
-        optimizer,
-        make_schedule(config.optim, data.train.steps),
-        clip_norm=config.optim.clip_norm,
-        dtype=dtype,
-        seed=config.train.seed,
-        parts=parts,
-        scale_window=config.precision.loss_scale.window if config.precision.compute == "float16" else None,
-    )
-    put = partial(_put, NamedSharding(mesh, PartitionSpec(None, RULES["batch"], None)))
-    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(where, None))
-    compiled = _compile(mesh, jitted, state, frozen, put(data.train.batch(1)), _number(1))
-    return Job(
-        config, data, assembled, frozen, state, compiled, jax.jit(make_eval_step(assembled.model, dtype, parts)), put
-    )
+    check_sharded(program.state["trainable"], program.homes["trainable"])
+    put = partial(_put, program.rows)
+    compiled = _compile(program.train_step, program.state, program.frozen, put(data.train.batch(1)), _number(1))
+    return Job(config, data, assembled, program, program.state, compiled, put)
 
 
 def resume(job: Job, run: Run, checkpoints: Checkpointer) -> int:
@@ -117,7 +102,7 @@ def resume(job: Job, run: Run, checkpoints: Checkpointer) -> int:
     if step is None:
         checkpoints.preflight(job.state)
         return 0
-    job.state = checkpoints.restore(step, abstract(job.state))
+    job.state = job.program.loaded(checkpoints.restore(step, job.program.saved_shape()))
     say(f"Going on from the checkpoint of step {step} in {run.directory}")
     return step
 
@@ -127,7 +112,7 @@ def go_on(job: Job, run: Run, checkpoints: Checkpointer, recorder: Recorder, sto
     total, every = job.data.train.steps, job.config.eval.every
     waiting: Outcome | None = None  # the step before, not yet asked for: the device is kept busy meanwhile
     for step, batch in enumerate(job.data.train.batches(done + 1), done + 1):
-        job.state, metrics = job.train_step(job.state, job.frozen, job.put(batch), _number(step))
+        job.state, metrics = job.train_step(job.state, job.program.frozen, job.put(batch), _number(step))
         checkpoints.check_errors()
         if waiting:
             record(waiting, recorder, job.config)
@@ -140,7 +125,7 @@ def go_on(job: Job, run: Run, checkpoints: Checkpointer, recorder: Recorder, sto
         if evaluates:
             recorder.evaluation(step, evaluate(job))
         if saves:
-            checkpoints.save(step, job.state, run.meta, wait=stop.requested or step == total)
+            checkpoints.save(step, job.program.saved(job.state), run.meta, wait=stop.requested or step == total)
         if stop.requested and step < total:
             say(f"Stopped after step {step}, which is saved; the same command goes on from there")
             raise SystemExit(stop.exit_code)
@@ -189,8 +174,8 @@ def record(outcome: Outcome, recorder: Recorder, config: Config) -> None:
 def evaluate(job: Job) -> float:
     """The mean loss over the supervised tokens of the held-out data."""
     assert job.data.eval is not None
-    with jax.set_mesh(job.assembled.mesh):
-        sums = [job.eval_step(job.state["trainable"], job.frozen, job.put(batch)) for batch in job.data.eval.batches()]
+    trainable, frozen, ask = job.state["trainable"], job.program.frozen, job.program.eval_step
+    sums = [ask(trainable, frozen, job.put(batch)) for batch in job.data.eval.batches()]
     losses, tokens = zip(*jax.device_get(sums), strict=True)
     return float(sum(losses) / sum(tokens))
 
@@ -198,18 +183,17 @@ def evaluate(job: Job) -> float:
 def finish(job: Job, run: Run) -> None:
     """Write what training ends with."""
     config = job.config
-    params = combine(job.state["trainable"], job.frozen)
+    params = job.program.params(job.state)
     dtype, base = config.precision.params, config.model.path
     directory = write_result(run.directory, config.tune, job.assembled, params, dtype, base)
     run.finish()
     say(f"Wrote {directory}")
 
 
-def _compile(mesh: Mesh, jitted: Any, *arguments: Any) -> Any:
+def _compile(jitted: Any, *arguments: Any) -> Any:
     stage("Compiling the step")
     started = time.monotonic()
-    with jax.set_mesh(mesh):
-        compiled = jitted.lower(*arguments).compile()
+    compiled = jitted.lower(*arguments).compile()
     memory = compiled.memory_analysis()
     held, temporary = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
     say(f"Compiled in {time.monotonic() - started:.1f} s; a step needs {held:.2f} + {temporary:.2f} GB on each device")

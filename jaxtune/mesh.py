@@ -1,40 +1,38 @@
 """The device mesh, and the one table from logical axes to mesh axes.
 
-A form of parallelism is a row of `RULES`, not a class: weights and activations name their logical axes,
-and this file alone says where those lie.
+A form of parallelism is a row of this table, not a class: weights and activations name their logical axes, and this
+file alone says where those lie. What moves between devices inside a model is parallel/'s business.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxtune.config import MeshSection
+from jaxtune.config import AXES, MeshSection
 from jaxtune.errors import MeshError
-from jaxtune.leaves import LowRank
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.weights import Tree, Weight, map_tree
+from jaxtune.models.weights import Tree, map_tree
+from jaxtune.parallel.local import ROWS
 
 Axes = tuple[str | None, ...]
+Rules = dict[str, tuple[str, ...]]
 
-RULES: dict[str, tuple[str, ...]] = {
-    # activations
-    "batch": ("data", "fsdp"),
-    # weights and activations
+RULES: Rules = {
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
-    # weights alone: gathered layer by layer, just before use
     "embed": ("fsdp",),
-    # replicated
-    "layers": (),
+    "layers": ("pipe",),
     "norm": (),
     "rank": (),
 }
+# From which level of `zero` on the row "embed" holds; below it, the array is whole along fsdp.
+ZERO = {"moments": 1, "grads": 2, "params": 3}
+BATCH = PartitionSpec(None, ROWS, "context")  # micro-batches, rows, time
 LARGE = 1 << 20  # bytes of a weight that must not end up whole on every device when a sharding was asked for
 
 
@@ -45,9 +43,9 @@ def make_mesh(section: MeshSection, devices: list | None = None) -> Mesh:
         MeshError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = section.model_dump()
+    sizes = section.sizes
     fixed = math.prod(size for size in sizes.values() if size > 0)
-    asked = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+    asked = ", ".join(f"{name}: {size}" for name, size in sizes.items() if size != 1)
     if -1 in sizes.values():
         if len(devices) % fixed:
             raise MeshError(f"mesh {{{asked}}}: {len(devices)} devices are not divisible by {fixed}")
@@ -57,8 +55,22 @@ def make_mesh(section: MeshSection, devices: list | None = None) -> Mesh:
             f"mesh {{{asked}}}: needs {fixed} devices, found {len(devices)}; "
             "set one axis to -1 to take what is there; XLA_FLAGS=--xla_force_host_platform_device_count=N gives N"
         )
-    types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def complete(mesh: Mesh) -> Mesh:
+    """A mesh with all of our axes, in our order, from one that has some of them.
+
+    Raises:
+        MeshError: it has an axis that we do not know.
+    """
+    unknown = [axis for axis in mesh.axis_names if axis not in AXES]
+    if unknown:
+        raise MeshError(f"mesh: unknown axis {', '.join(map(str, unknown))}; allowed are {', '.join(AXES)}")
+    named = [axis for axis in AXES if axis in mesh.axis_names]
+    devices = np.transpose(mesh.devices, [mesh.axis_names.index(axis) for axis in named])
+    shape = [mesh.shape.get(axis, 1) for axis in AXES]
+    return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def single_device_mesh() -> Mesh:
@@ -68,14 +80,14 @@ def single_device_mesh() -> Mesh:
 
 def batch_shards(mesh: Mesh) -> int:
     """Over how many parts the rows of a batch are spread."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def check_model(mesh: Mesh, config: ModelConfig) -> None:
     """Refuse a mesh that does not divide the model, with the numbers.
 
-    KV heads may be fewer than the tensor axis: then each device holds all of k_proj and v_proj, and computes
-    the heads that its query heads use.
+    KV heads may be fewer than the tensor axis: then each device holds all of k_proj and v_proj, and takes the heads
+    that its query heads use.
     """
     for name, axis, size in (
         ("num_attention_heads", "tensor", config.num_heads),
@@ -103,64 +115,53 @@ def check_batch(mesh: Mesh, batch_size: int, micro_batches: int) -> None:
         )
 
 
-def spec(axes: Axes, rules: dict[str, tuple[str, ...]] = RULES) -> PartitionSpec:
+def check_time(mesh: Mesh, section: MeshSection, time: int) -> None:
+    """Refuse sequences that the context and tensor axes cannot share equally."""
+    context, tensor = mesh.shape["context"], mesh.shape["tensor"]
+    parts = (2 * context if context > 1 else 1) * (tensor if section.sequence_parallel else 1)
+    if time % parts:
+        raise MeshError(
+            f"sequences of {time} tokens cannot be split for mesh.context {context}"
+            + (f" and sequence_parallel over mesh.tensor {tensor}" if section.sequence_parallel else "")
+            + f": the length must be divisible by {parts}; set data.max_length to {-(-time // parts) * parts}"
+        )
+
+
+def rules_of(mesh: Mesh, config: ModelConfig, zero: int = 3, kind: str = "params") -> Rules:
+    """RULES for one kind of array (params, grads or moments) of this model on this mesh.
+
+    KV heads are whole on every device where the tensor axis does not divide them.
+    """
+    changes: Rules = {}
+    if config.num_kv_heads % mesh.shape["tensor"]:
+        changes["kv_heads"] = ()
+    if zero < ZERO[kind]:
+        changes["embed"] = ()
+    return {**RULES, **changes}
+
+
+def spec(axes: Axes, rules: Rules) -> PartitionSpec:
     """The partition of an array whose dimensions have these logical axes."""
     return PartitionSpec(*((rules[axis] or None) if axis else None for axis in axes))
 
 
-def weight_rules(mesh: Mesh | AbstractMesh, config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """RULES, with KV heads replicated where the tensor axis does not divide them."""
-    if config.num_kv_heads % mesh.shape["tensor"]:
-        return {**RULES, "kv_heads": ()}
-    return RULES
-
-
-def shardings(mesh: Mesh, config: ModelConfig, weights: Tree) -> Tree:
+def shardings(mesh: Mesh, config: ModelConfig, weights: Tree, zero: int = 3, memory_kind: str | None = None) -> Tree:
     """The sharding of every declared weight."""
-    rules = weight_rules(mesh, config)
-    return map_tree(lambda weight: NamedSharding(mesh, spec(weight.full_axes, rules)), weights)
+    place = axes_sharding(mesh, config, zero, memory_kind)
+    return map_tree(lambda weight: place(weight.full_shape, weight.full_axes), weights)
 
 
-def axes_sharding(mesh: Mesh, config: ModelConfig) -> Callable[[tuple[int, ...], Axes], NamedSharding]:
-    """A function (shape, logical axes) -> sharding, for arrays that a tuning method adds."""
-    rules = weight_rules(mesh, config)
-    return lambda shape, axes: NamedSharding(mesh, spec(axes, rules))
+def axes_sharding(
+    mesh: Mesh, config: ModelConfig, zero: int = 3, memory_kind: str | None = None
+) -> Callable[[tuple[int, ...], Axes], NamedSharding]:
+    """A function (shape, logical axes) -> sharding, for arrays that a tuning method adds.
 
-
-def check_sharded(params: Tree, expected: Tree) -> None:
-    """A large parameter that is whole on every device, though its declaration splits it, is an error."""
-
-    def check(path, array, sharding):
-        whole = array.sharding.is_fully_replicated and not sharding.is_fully_replicated
-        if whole and array.nbytes > LARGE:
-            raise MeshError(f"{jax.tree_util.keystr(path)} {array.shape} is whole on each device, not {sharding.spec}")
-
-    jax.tree_util.tree_map_with_path(check, params, expected)
-
-
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an activation's logical axes to the mesh in force; without one, nothing happens."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(axes))
-
-
-def tensor_size() -> int:
-    """Size of the tensor axis in force."""
-    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
-
-
-def gather(leaf: Any, weight: Weight, config: ModelConfig) -> Any:
-    """A weight as it is used, of one layer where it is of a stack: whole along fsdp, still split along tensor.
-
-    Without this the compiler may move activations to the weights in place of weights to the activations.
+    With a pipeline, arrays are made in the order of layers and then brought into that of stages (parallel/stages.py):
+    until then their layers are whole, and another dimension is split over pipe.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1:
-        return leaf
-    rules = {**weight_rules(mesh, config), "embed": ()}
-    if isinstance(leaf, LowRank):
-        out_axis, in_axis = weight.axes
-        a = jax.lax.with_sharding_constraint(leaf.a, spec((in_axis, "rank"), rules))
-        b = jax.lax.with_sharding_constraint(leaf.b, spec(("rank", out_axis), rules))
-        return replace(leaf, base=gather(leaf.base, weight, config), a=a, b=b)
-    return jax.lax.with_sharding_constraint(leaf, spec(weight.axes, rules))
+    rules = rules_of(mesh, config, zero)
+    if mesh.shape["pipe"] > 1:
+        spread = ("pipe", *rules["embed"])
+        fits = config.hidden_size % math.prod(mesh.shape[axis] for axis in spread) == 0
+        rules = {**rules, "layers": (), "embed": spread if fits else rules["embed"]}
+    return lambda shape, axes: NamedSharding(mesh, spec(axes, rules), memory_kind=memory_kind)

@@ -1,23 +1,40 @@
 """The operations on weights: the one place that looks at the type of a leaf."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxtune.leaves import LowRank
+from jaxtune.parallel import local
 
 
-def linear(x: jax.Array, weight: Any, bias: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
-    """x W^T + bias, with the weights cast to x's dtype: [..., in] -> [..., out].
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Noise:
+    """Where dropout's randomness comes from: what is dropped of a token depends on `key` and on the token's number
+    in its micro-batch, so it is the same on every mesh.
 
-    weight: [out, in], or a typed leaf of that shape. key: of the dropout on a low-rank path; None turns it off.
+    tokens: the numbers, integers in the shape of the tokens.
+    """
+
+    key: jax.Array
+    tokens: jax.Array
+
+    def fold_in(self, number: Any) -> "Noise":
+        return replace(self, key=jax.random.fold_in(self.key, number))
+
+
+def linear(x: jax.Array, weight: Any, noise: Noise | None = None, split: str | None = None) -> jax.Array:
+    """x W^T, with the weight cast to x's dtype: [..., in] -> [..., out].
+
+    weight: [out, in], or a typed leaf of that shape. noise: of the dropout on a low-rank path; None turns it off.
+    split: the mesh axis, if any, over which `in` is split: the result is then this device's part of a sum.
     """
     if isinstance(weight, LowRank):
-        y = linear(x, weight.base) + low_rank(dropout(x, weight.dropout, key), weight)
-    else:
-        y = jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
-    return y if bias is None else y + bias.astype(x.dtype)
+        return linear(x, weight.base) + low_rank(dropout(x, weight.dropout, noise, split), weight)
+    return jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
 
 
 def low_rank(x: jax.Array, weight: LowRank) -> jax.Array:
@@ -50,21 +67,31 @@ _two_products.defvjp(_two_products_fwd, _two_products_bwd)
 
 
 def embed(ids: jax.Array, weight: Any, dtype: Any) -> jax.Array:
-    """Rows of the embedding: ids [...] -> [..., features] in `dtype`.
+    """Rows of the embedding: ids [...] -> [..., features] in `dtype`; zeros for an id that is not in the table.
 
-    Ids outside the table do not raise in JAX: callers check them against the vocabulary beforehand.
+    Where the vocabulary is split, every other device has zeros: the sum over them is the embedding.
     """
     if isinstance(weight, LowRank):
-        low = weight.a[ids].astype(dtype) @ weight.b.astype(dtype)
+        low = embed(ids, weight.a, dtype) @ weight.b.astype(dtype)
         return embed(ids, weight.base, dtype) + low * weight.scale.astype(dtype)
-    return weight[ids].astype(dtype)
+    inside = (ids >= 0) & (ids < weight.shape[0])
+    return jnp.where(inside[..., None], weight[jnp.where(inside, ids, 0)], 0).astype(dtype)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """x with a share `rate` of its numbers zeroed and the rest scaled up; without a key, x."""
-    if key is None or rate == 0.0:
+def dropout(x: jax.Array, rate: float, noise: Noise | None, split: str | None = None) -> jax.Array:
+    """x with a share `rate` of its numbers zeroed and the rest scaled up; without noise, x.
+
+    split: the mesh axis over which the last dimension is split.
+    """
+    if noise is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    features = x.shape[-1] * (local.size(split) if split else 1)
+
+    def kept(token):
+        return jax.random.bernoulli(jax.random.fold_in(noise.key, token), 1.0 - rate, (features,))
+
+    keep = jax.vmap(kept)(noise.tokens.reshape(-1)).reshape(*x.shape[:-1], features)
+    keep = local.part(keep, split, x.ndim - 1) if split else keep
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
@@ -83,6 +110,6 @@ ACTIVATIONS = {
 }
 
 
-def split_keys(key: jax.Array | None, count: int) -> list[jax.Array | None]:
-    """`count` keys of one, or as many times None."""
-    return [None] * count if key is None else list(jax.random.split(key, count))
+def split_noise(noise: Noise | None, count: int) -> list[Noise | None]:
+    """`count` independent ones of one, or as many times None."""
+    return [None] * count if noise is None else [noise.fold_in(number) for number in range(count)]

@@ -60,17 +60,17 @@ def _check(name: str, value: Any, allowed: str, is_good: bool) -> None:
 GREEDY = Sampling()
 
 
-def draw(logits: jax.Array, knobs: Knobs, kind: str, count: jax.Array) -> jax.Array:
+def draw(logits: jax.Array, knobs: Knobs, kind: str, count: jax.Array, first_row: Any = 0) -> jax.Array:
     """One token for each row of logits [B, vocab] in float32: [B] int32.
 
     count: how many tokens were drawn before. A row's draw depends on the seed, the count and the row's number,
-    not on how many rows there are.
+    not on how many rows there are. first_row: the number of the first of these.
     """
     if kind == "greedy":
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = warped(logits, knobs, kind)
     key = jax.random.fold_in(jax.random.key(knobs["seed"]), count)
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(first_row + jnp.arange(logits.shape[0]))
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 

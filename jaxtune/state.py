@@ -2,17 +2,36 @@
 
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxtune.models.execution import HOST
 from jaxtune.models.weights import Tree
 from jaxtune.optim import state_shardings
+from jaxtune.parallel.layout import Layout
 from jaxtune.step import init_state
 
 
+def state_homes(shapes: Tree, layout: Layout, offload: tuple[str, ...] = ()) -> Tree:
+    """The sharding of every array of a state: moments lie as `layout` splits them, counters everywhere.
+
+    shapes: the state's, as jax.eval_shape gives them. offload: of optimizer and params, what lies on the host.
+    """
+    everywhere = jax.tree.map(lambda _: NamedSharding(layout.mesh, PartitionSpec()), shapes["guard"])
+    moments = state_shardings(shapes["optimizer"], shapes["trainable"], layout.homes(layout.moments))
+    if "optimizer" in offload:
+        moments = jax.tree.map(lambda home: home.with_memory_kind(HOST), moments)
+    trainable = layout.homes(layout.trainable, HOST if "params" in offload else None)
+    return {"trainable": trainable, "optimizer": moments, "guard": everywhere}
+
+
 def make_state(
-    trainable: Tree, optimizer: optax.GradientTransformation, mesh: Mesh, scale: float = 1.0
+    trainable: Tree,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    offload: tuple[str, ...] = (),
+    scale: float = 1.0,
 ) -> tuple[Tree, Tree]:
-    """(state, its shardings): an optimiser's moments lie where their weights lie, counters everywhere.
+    """(state, its shardings). trainable: arrays in their shards, or their shapes: then the state is shapes too.
 
     scale: the first one of a float16 loss.
     """
@@ -21,11 +40,12 @@ def make_state(
         return init_state(trainable, optimizer, scale)
 
     shapes = jax.eval_shape(initial, trainable)
-    homes = jax.tree.map(lambda array: array.sharding, trainable)
-    everywhere = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes["guard"])
-    moments = state_shardings(shapes["optimizer"], trainable, homes)
-    where = {"trainable": homes, "optimizer": moments, "guard": everywhere}
-    return jax.jit(initial, out_shardings=where)(trainable), where
+    where = state_homes(shapes, layout, offload)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trainable)):
+        return jax.tree.map(lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), shapes, where), where
+    rest = {name: home for name, home in where.items() if name != "trainable"}
+    made = jax.jit(lambda t: {n: s for n, s in initial(t).items() if n != "trainable"}, out_shardings=rest)(trainable)
+    return {"trainable": jax.device_put(trainable, where["trainable"]), **made}, where
 
 
 def abstract(state: Tree) -> Tree:

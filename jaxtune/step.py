@@ -6,16 +6,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from jaxtune import loss_scale
-from jaxtune.leaves import combine
 from jaxtune.loss import cross_entropy
 from jaxtune.models.decoder import Model
-from jaxtune.models.weights import Tree
-from jaxtune.ops import split_keys
+from jaxtune.models.weights import Path, Tree
+from jaxtune.ops import Noise, split_noise
 from jaxtune.optim import clip, descend, global_norm
+from jaxtune.parallel import local
+from jaxtune.parallel.layout import Layout
+from jaxtune.parallel.offload import fetched, stored
+from jaxtune.parallel.pipeline import Pipeline
+from jaxtune.parallel.zigzag import positions_of
 
 Batch = dict[str, jax.Array]  # tokens, targets, mask, positions, segments: each [micro-batches, rows, time]
+EVERYWHERE = PartitionSpec()
 
 
 def init_state(trainable: Tree, optimizer: optax.GradientTransformation, scale: float = 1.0) -> Tree:
@@ -24,86 +30,147 @@ def init_state(trainable: Tree, optimizer: optax.GradientTransformation, scale: 
 
 
 def batch_loss(
-    model: Model, params: Tree, batch: Batch, scale: jax.Array, dtype: Any, parts: int, key: jax.Array | None
+    model: Model, params: Tree, batch: Batch, scale: jax.Array, dtype: Any, noise: Noise | None
 ) -> jax.Array:
-    """Sum of the losses of one micro-batch's supervised tokens, times `scale`: a float32 scalar."""
-    body_key, head_key = split_keys(key, 2)
-    hidden, _ = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"], dtype, body_key)
-    return cross_entropy(hidden, model.head(params), batch["targets"], batch["mask"] * scale, parts, head_key)
+    """This device's share of the losses of one micro-batch's supervised tokens, times `scale`: a float32 scalar."""
+    body_noise, head_noise = split_noise(noise, 2)
+    hidden, _ = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"], dtype, body_noise)
+    return cross_entropy(hidden, model.head(params, dtype), batch["targets"], batch["mask"] * scale, head_noise)
+
+
+def token_numbers(micro: Any, rows: int, time: int) -> jax.Array:
+    """The numbers in the whole batch of this device's tokens of a micro-batch: [rows, time].
+
+    A token has the same one on any mesh and for any split into micro-batches.
+    """
+    data, fsdp = local.ROWS
+    place = (micro * local.size(data) + local.index(data)) * local.size(fsdp) + local.index(fsdp)
+    columns = positions_of(local.index("context"), time, local.size("context"))
+    return (place * rows + jnp.arange(rows))[:, None] * (time * local.size("context")) + columns
+
+
+def make_gradients(model: Model, layout: Layout, dtype: Any, seed: int, pipeline: Pipeline | None = None) -> Callable:
+    """(trainable, frozen, batch, step, factor) -> (loss, gradients), on whole arrays.
+
+    Both are multiplied by `factor` and divided by the supervised tokens of the whole batch, so that any split into
+    micro-batches and over devices gives the same update.
+    """
+    sum_dtype = model.execution.sum_dtype or jnp.float32
+
+    def gradients(
+        trained: list, frozen: list, batch: Batch, step: jax.Array, factor: jax.Array
+    ) -> tuple[jax.Array, list]:
+        supervised = local.total(jnp.sum(batch["mask"].astype(jnp.float32)), *local.ROWS, "context")
+        scale = factor / jnp.maximum(supervised, 1.0)
+        key = jax.random.fold_in(jax.random.key(seed), step)
+
+        noise_of = lambda index: Noise(key, token_numbers(index, *batch["tokens"].shape[1:]))  # noqa: E731
+        if pipeline is not None:
+            share, grads = pipeline.gradients(trained, frozen, batch, scale, noise_of)
+            return local.total(share, *layout.mesh.axis_names), layout.summed(grads)
+
+        def micro(index: Any, micro_batch: Batch) -> tuple[jax.Array, list]:
+            def loss(trained: list) -> jax.Array:
+                params = layout.params(trained, frozen)
+                return batch_loss(model, params, micro_batch, scale, dtype, noise_of(index))
+
+            share, grads = jax.value_and_grad(loss)(trained)
+            return share, [grad.astype(sum_dtype) for grad in layout.scattered(grads)]
+
+        share, grads = accumulated(micro, batch)
+        return local.total(share, *layout.mesh.axis_names), layout.summed(grads)
+
+    return layout.region(gradients, (EVERYWHERE, layout.split_grads))
+
+
+def accumulated(function: Callable[[Any, Batch], Any], batch: Batch) -> Any:
+    """The sum of `function(index, micro-batch)` over the micro-batches, one after another."""
+    count = batch["tokens"].shape[0]
+    first = {name: array[0] for name, array in batch.items()}
+    if count == 1:
+        return function(0, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, 0, first))
+
+    def body(total, inputs):
+        return jax.tree.map(jnp.add, total, function(*inputs)), None
+
+    return jax.lax.scan(body, zeros, (jnp.arange(count), batch))[0]
 
 
 def make_train_step(
     model: Model,
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
+    layout: Layout,
+    homes: Tree,
     *,
     clip_norm: float | None,
     dtype: Any,
     seed: int,
-    parts: int,
+    pipeline: Pipeline | None = None,
+    gates: dict[Path, jax.Array] | None = None,
     scale_window: int | None = None,
 ) -> Callable[[Tree, Tree, Batch, jax.Array], tuple[Tree, dict[str, jax.Array]]]:
     """(state, frozen params, batch, step) -> (state, metrics).
 
-    scale_window: that of loss_scale.py; None: the loss is not scaled.
-
-    Losses and gradients are divided by the supervised tokens of the whole batch, so that any split into
-    micro-batches gives the same update. A loss or gradient that is not finite leaves params and optimiser
-    as they were, bit for bit.
+    homes: where the state's arrays lie between steps. Donate the state, and pass the homes as its out_shardings.
+    pipeline: what computes the gradients, if it is one. gates: of a stack, 1 for each layer that trains.
+    scale_window: that of a float16 loss (loss_scale.py); None: the loss is not scaled.
+    A loss or gradient that is not finite leaves params and optimiser as they were, bit for bit.
     """
-
-    def gradients(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array, factor: Any) -> tuple[jax.Array, Tree]:
-        scale = factor / jnp.maximum(jnp.sum(batch["mask"].astype(jnp.float32)), 1.0)
-
-        def micro(micro_batch: Batch, key: jax.Array) -> tuple[jax.Array, Tree]:
-            def loss(trainable: Tree) -> jax.Array:
-                return batch_loss(model, combine(trainable, frozen), micro_batch, scale, dtype, parts, key)
-
-            return jax.value_and_grad(loss)(trainable)
-
-        count = batch["tokens"].shape[0]
-        if count == 1:
-            return micro({name: array[0] for name, array in batch.items()}, jax.random.fold_in(key, 0))
-
-        def body(total, inputs):
-            index, micro_batch = inputs
-            return jax.tree.map(jnp.add, total, micro(micro_batch, jax.random.fold_in(key, index))), None
-
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable)
-        return jax.lax.scan(body, (jnp.float32(0), zeros), (jnp.arange(count), batch))[0]
+    gradients = make_gradients(model, layout, dtype, seed, pipeline)
 
     def train_step(state: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[Tree, dict[str, jax.Array]]:
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        factor = 1.0 if scale_window is None else state["guard"]["loss_scale"]
-        loss, grads = gradients(state["trainable"], frozen, batch, key, factor)
+        factor = jnp.float32(1) if scale_window is None else state["guard"]["loss_scale"]
+        loss, grads = gradients(state["trainable"], frozen, batch, step, factor)
         if scale_window is not None:
             loss, grads = loss_scale.unscaled(loss, grads, factor)
+        before = {name: fetched(state[name], homes[name]) for name in ("trainable", "optimizer")}
+        before["trainable"] = layout.pinned(before["trainable"])
+        grads = gated(grads, gates)
         norm = global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        direction, moved = optimizer.update(clip(grads, norm, clip_norm), state["optimizer"], state["trainable"])
-        lr = schedule(step)
+        grads = layout.pinned(clip(grads, norm, clip_norm))
+        direction, moved = optimizer.update(grads, before["optimizer"], before["trainable"])
+        direction, lr = gated(direction, gates), schedule(step)
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
         guard = loss_scale.advance(state["guard"], finite, scale_window)
         new = {
-            "trainable": jax.tree.map(keep, descend(state["trainable"], direction, lr), state["trainable"]),
-            "optimizer": jax.tree.map(keep, moved, state["optimizer"]),
+            "trainable": jax.tree.map(keep, descend(before["trainable"], direction, lr), before["trainable"]),
+            "optimizer": jax.tree.map(keep, moved, before["optimizer"]),
             "guard": guard,
         }
+        new = stored(new, homes)
         return new, {"loss": loss, "grad_norm": norm, "lr": lr, **guard}
 
     return train_step
 
 
-def make_eval_step(model: Model, dtype: Any, parts: int) -> Callable[[Tree, Tree, Batch], tuple[jax.Array, jax.Array]]:
+def gated(tree: Tree, gates: dict[Path, jax.Array] | None) -> Tree:
+    """The tree with zeros for the layers that do not train: neither gradients nor weight decay move them."""
+
+    def gate(path: tuple, x: jax.Array) -> jax.Array:
+        own = (gates or {}).get(tuple(part.key for part in path if hasattr(part, "key")))
+        return x if own is None else x * own.reshape(-1, *[1] * (x.ndim - 1))
+
+    return jax.tree_util.tree_map_with_path(gate, tree)
+
+
+def make_eval_step(
+    model: Model, layout: Layout, dtype: Any, pipeline: Pipeline | None = None
+) -> Callable[[Tree, Tree, Batch], tuple[jax.Array, jax.Array]]:
     """(trainable, frozen, batch) -> (sum of the supervised tokens' losses, their number)."""
 
-    def eval_step(trainable: Tree, frozen: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        params = combine(trainable, frozen)
+    def losses(trained: list, frozen: list, batch: Batch) -> jax.Array:
+        if pipeline is not None:
+            share = pipeline.losses(trained, frozen, batch, jnp.float32(1))
+            return local.total(share, *layout.mesh.axis_names)
+        params = layout.params(trained, frozen)
 
-        def body(total, micro_batch):
-            return total + batch_loss(model, params, micro_batch, jnp.float32(1), dtype, parts, None), None
+        def micro(_: Any, micro_batch: Batch) -> jax.Array:
+            return batch_loss(model, params, micro_batch, jnp.float32(1), dtype, None)
 
-        total, _ = jax.lax.scan(body, jnp.float32(0), batch)
-        return total, jnp.sum(batch["mask"].astype(jnp.float32))
+        return local.total(accumulated(micro, batch), *layout.mesh.axis_names)
 
-    return eval_step
+    region = layout.region(losses, EVERYWHERE)
+    return lambda *arguments: (region(*arguments), jnp.sum(arguments[2]["mask"].astype(jnp.float32)))

@@ -199,7 +199,7 @@ def on_mesh(section, devices):
 
 
 def test_every_mesh_gives_the_same_bits_and_moves_a_few_scales_alone():
-    whole = on_mesh(MeshSection(), 1)
+    whole = on_mesh(MeshSection(fsdp=1), 1)
     for section in (MeshSection(fsdp=8), MeshSection(fsdp=4, tensor=2), MeshSection(data=2, fsdp=2, tensor=2)):
         params, state, step = on_mesh(section, 8)
         jax.tree.map(np.testing.assert_array_equal, (params, state), whole[:2])

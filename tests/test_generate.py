@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import numpy as np
 import pytest
 
@@ -100,10 +99,9 @@ def test_the_loop_on_the_device_ends_when_every_row_has_ended(tiny_model, stops,
     row = asked.tokens(model.params, PROMPTS[:1], 6)[0]
     assert row[3] not in row[:3]
     knobs = {**Sampling().knobs, "stop": np.array([row[3]] if stops else [], np.int32)}
-    with jax.set_mesh(model.mesh):
-        inputs = left_padded(PROMPTS[:1], 1, 64)
-        state, _ = asked._prefill(model.params, inputs, np.array([6]), knobs, columns=96, kind="greedy")
-        state, drawn = asked._decode(model.params, state=state, steps=np.int32(CHUNK), knobs=knobs, kind="greedy")
+    inputs = left_padded(PROMPTS[:1], 1, 64)
+    state, _ = asked._prefill(model.params, inputs, np.array([6]), knobs, columns=96, kind="greedy")
+    state, drawn = asked._decode(model.params, state=state, steps=np.int32(CHUNK), knobs=knobs, kind="greedy")
     assert np.asarray(drawn)[:, 0].tolist() == [
         *row[1:][:drawn_after_the_first],
         *[-1] * (CHUNK - drawn_after_the_first),
@@ -180,10 +178,9 @@ def test_the_cache_is_given_up_to_each_step(tiny_model):
     directory = tiny_model("qwen2")
     asked, model = generator(directory), opened(directory)
     knobs = {**Sampling().knobs, "stop": np.array([], np.int32)}
-    with jax.set_mesh(model.mesh):
-        inputs = left_padded([[5, 6]], 1, 64)
-        state, _ = asked._prefill(model.params, inputs, np.array([9]), knobs, columns=96, kind="greedy")
-        asked._decode(model.params, state=state, steps=np.int32(1), knobs=knobs, kind="greedy")
+    inputs = left_padded([[5, 6]], 1, 64)
+    state, _ = asked._prefill(model.params, inputs, np.array([9]), knobs, columns=96, kind="greedy")
+    asked._decode(model.params, state=state, steps=np.int32(1), knobs=knobs, kind="greedy")
     assert all(array.is_deleted() for array in state["cache"].k)
 
 

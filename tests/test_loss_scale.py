@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxtune import loss_scale, train
-from jaxtune.config import OptimSection, PrecisionSection, make_config
+from jaxtune.config import PrecisionSection, make_config
 from jaxtune.errors import ConfigError, TrainingStopped
 from jaxtune.loss_scale import advance, init, unscaled
 from tests.runs import sections
@@ -100,8 +100,7 @@ def test_narrow_gradients_are_divided_in_float32():
     np.testing.assert_array_equal(grads["x"], np.float32(np.float16([6e-8, 2.0])) / 65536)
 
 
-def float16(**settings):
-    return Setup(optim=OptimSection(name="adamw", lr=1e-3), dtype=jnp.float16, **settings)
+ADAMW = {"name": "adamw", "lr": 1e-3, "clip_norm": None}
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +110,11 @@ def batch():
 
 @pytest.fixture(scope="module")
 def scaled():
-    return float16(scale_window=WINDOW, scale=1024.0)
+    return Setup(optim=ADAMW, dtype="float16", loss_scale={"initial": 1024.0, "window": WINDOW})
 
 
 def test_a_scaled_step_is_the_step_and_its_numbers_are_not_scaled(scaled, batch):
-    wide = Setup(optim=OptimSection(name="adamw", lr=1e-3))
+    wide = Setup(optim=ADAMW)
     (state, metrics), (expected, wide_metrics) = (setup.run(micro(batch, 2)) for setup in (scaled, wide))
     np.testing.assert_allclose(metrics["loss"], wide_metrics["loss"], rtol=2e-3)
     np.testing.assert_allclose(metrics["grad_norm"], wide_metrics["grad_norm"], rtol=2e-2)

@@ -6,99 +6,41 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtune import tune
-from jaxtune.config import MeshSection, OptimSection, TuneSection
+from jaxtune.config import MeshSection
 from jaxtune.errors import MeshError
-from jaxtune.leaves import partition
-from jaxtune.mesh import axes_sharding, batch_shards, check_batch, check_model, check_sharded, make_mesh, shardings
-from jaxtune.models.config import ModelConfig, Rope
-from jaxtune.models.decoder import Model
-from jaxtune.models.weights import init_params
-from jaxtune.optim import make_optimizer, make_schedule
-from jaxtune.state import make_state
-from jaxtune.step import make_train_step
+from jaxtune.mesh import check_batch, check_model, make_mesh
+from jaxtune.models.config import ModelConfig
+from jaxtune.parallel.layout import check_sharded
+from tests.programs import FULL, HIDDEN, LAYERS, LORA, ROWS, TIME, VOCAB, Stepper
 
-HIDDEN, VOCAB, LAYERS, ROWS, TIME = 64, 512, 2, 16, 32
-CONFIG = ModelConfig("qwen2", VOCAB, HIDDEN, 128, LAYERS, 8, 2, 8, 256, tied=True, qkv_bias=True, rope=Rope(theta=1e4))
-LORA = TuneSection(method="lora", rank=4, dropout=0.1, targets="all-linear")
-FULL = TuneSection(method="full")
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4)]
-STEPS = 10
 
 
 def mesh_of(data, fsdp, tensor):
     return make_mesh(MeshSection(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
 
 
-def batch(step):
-    """Two documents a row, 40 % of the tokens supervised."""
-    draw = np.random.default_rng(step)
-    tokens = draw.integers(0, VOCAB, (1, ROWS, TIME + 1)).astype(np.int32)
-    half = np.arange(TIME) % (TIME // 2)
-    return {
-        "tokens": tokens[..., :-1],
-        "targets": tokens[..., 1:],
-        "mask": (draw.random((1, ROWS, TIME)) < 0.4).astype(np.float32),
-        "positions": np.broadcast_to(half, (1, ROWS, TIME)).astype(np.int32),
-        "segments": np.broadcast_to(1 + (np.arange(TIME) >= TIME // 2), (1, ROWS, TIME)).astype(np.int32),
-    }
-
-
-def start(section, mesh):
-    """(compiled step, state, frozen, where batches go) of a random model on `mesh`."""
-    check_model(mesh, CONFIG)
-    config, stacks = tune.layout(section, CONFIG)
-    model = Model.create(config, stacks)
-    params = init_params(model.weights, shardings(mesh, config, model.weights), 0, 0.1, "float32")
-    params, mask = tune.apply(section, params, model.weights, 0, axes_sharding(mesh, config))
-    trainable, frozen = partition(params, mask)
-    optim = OptimSection(lr=1e-2, warmup=0.0)
-    optimizer = make_optimizer(optim, model.weights)
-    state, where = make_state(trainable, optimizer, mesh)
-    step = make_train_step(
-        model,
-        optimizer,
-        make_schedule(optim, STEPS),
-        clip_norm=1.0,
-        dtype=jnp.float32,
-        seed=0,
-        parts=batch_shards(mesh),
-    )
-    rows = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), None))
-    with jax.set_mesh(mesh):
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-        compiled = jitted.lower(state, frozen, jax.device_put(batch(1), rows), jnp.int32(1)).compile()
-    return compiled, state, frozen, rows
-
-
-def losses(section, mesh):
-    compiled, state, frozen, rows = start(section, mesh)
-    result = []
-    for number in range(1, STEPS + 1):
-        state, metrics = compiled(state, frozen, jax.device_put(batch(number), rows), jnp.int32(number))
-        result.append(float(metrics["loss"]))
-    return result
+def start(tune, sizes):
+    return Stepper(tune=tune, mesh=dict(zip(("data", "fsdp", "tensor"), sizes)), optim={"lr": 1e-3})
 
 
 @pytest.fixture(scope="module", params=[FULL, LORA], ids=["full", "lora"])
 def one_device(request):
-    return request.param, losses(request.param, mesh_of(1, 1, 1))
+    return request.param, start(request.param, (1, 1, 1)).run(10)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_ten_losses_equal_one_device_s(one_device, sizes):
-    section, expected = one_device
-    assert expected[-1] < expected[0]
-    np.testing.assert_allclose(losses(section, mesh_of(*sizes)), expected, rtol=1e-5)
+    tune, expected = one_device
+    np.testing.assert_allclose(start(tune, sizes).run(10), expected, rtol=1e-5)
 
 
 def collectives(section, sizes):
     """How often each collective stands in the compiled step, scalars left out, and the shapes by collective."""
-    text = start(section, mesh_of(*sizes))[0].as_text()
+    text = start(section, sizes).hlo
     found = re.findall(r"= (\(.*?\)|\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(", text)
     shapes = {
         kind: [s for result, k in found if k == kind for s in re.findall(r"\[([\d,]+)\]", result)] for _, kind in found
@@ -129,7 +71,7 @@ def test_fsdp_gathers_weights_layer_by_layer_and_moves_no_activation():
 
 
 def test_fsdp_shards_parameters_and_optimiser():
-    whole, split = (start(FULL, mesh_of(*sizes))[0].memory_analysis() for sizes in ((1, 1, 1), (1, 8, 1)))
+    whole, split = (start(FULL, sizes).memory for sizes in ((1, 1, 1), (1, 8, 1)))
     assert split.argument_size_in_bytes < whole.argument_size_in_bytes / 7
 
 
@@ -148,11 +90,9 @@ def test_large_parameter_left_whole_is_an_error():
 
 
 def test_optimiser_moments_lie_with_their_weights():
-    mesh = mesh_of(1, 4, 2)
-    model = Model.create(CONFIG)
-    params = init_params(model.weights, shardings(mesh, CONFIG, model.weights), 0, 0.1, "float32")
-    state, _ = make_state(params, optax.scale_by_adam(), mesh)
-    jax.tree.map(lambda p, m: np.testing.assert_equal(p.sharding, m.sharding), params, state["optimizer"].mu)
+    state = start(FULL, (1, 4, 2)).state
+    moments = state["optimizer"][0].mu
+    jax.tree.map(lambda p, m: np.testing.assert_equal(p.sharding, m.sharding), state["trainable"], moments)
 
 
 @pytest.mark.parametrize(

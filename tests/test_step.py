@@ -7,16 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune import tune
-from jaxtune.config import OptimSection, TuneSection
-from jaxtune.leaves import partition
-from jaxtune.mesh import axes_sharding, shardings, single_device_mesh
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.decoder import Model
-from jaxtune.models.weights import init_params
-from jaxtune.optim import make_optimizer
-from jaxtune.state import make_state
-from jaxtune.step import make_eval_step, make_train_step
+from tests.programs import Stepper
 
 VOCAB, TIME = 256, 48
 CONFIG = ModelConfig("qwen2", VOCAB, 32, 64, 2, 4, 2, 8, 256, tied=True, qkv_bias=True, windows=(None, 16))
@@ -25,20 +17,12 @@ CONFIG = ModelConfig("qwen2", VOCAB, 32, 64, 2, 4, 2, 8, 256, tied=True, qkv_bia
 class Setup:
     """A random model and a plain gradient step on it: the change of the weights is the gradient itself."""
 
-    def __init__(self, section=None, optim=None, seed=0, dtype=jnp.float32, scale=1.0, scale_window=None):
-        section = section or TuneSection(method="full")
-        mesh = single_device_mesh()
-        config, stacks = tune.layout(section, CONFIG)
-        self.model = Model.create(config, stacks)
-        params = init_params(self.model.weights, shardings(mesh, config, self.model.weights), 0, 0.3, "float32")
-        params, mask = tune.apply(section, params, self.model.weights, 0, axes_sharding(mesh, config))
-        trainable, self.frozen = partition(params, mask)
-        optim = optim or OptimSection(name="sgd", lr=1.0)
-        optimizer = make_optimizer(optim, self.model.weights)
-        self.state, _ = make_state(trainable, optimizer, mesh, scale)
-        settings = {"clip_norm": None, "dtype": dtype, "seed": seed, "parts": 1, "scale_window": scale_window}
-        self.step = jax.jit(make_train_step(self.model, optimizer, lambda step: jnp.float32(optim.lr), **settings))
-        self.eval_step = jax.jit(make_eval_step(self.model, dtype, 1))
+    def __init__(self, section=None, optim=None, seed=0, dtype="float32", **precision):
+        sections = {"train": {"seed": seed}, "precision": {"compute": dtype, **precision}}
+        plain = {"name": "sgd", "lr": 1.0, "schedule": "constant", "warmup": 0, "clip_norm": None}
+        stepper = Stepper(CONFIG, std=0.3, tune=section or {"method": "full"}, optim=optim or plain, **sections)
+        self.model, self.state, self.frozen = stepper.model, stepper.state, stepper.frozen
+        self.step, self.eval_step = jax.jit(stepper.program.train_step.__wrapped__), stepper.program.eval_step
 
     def run(self, batch, step=1):
         return self.step(self.state, self.frozen, batch, jnp.int32(step))
@@ -108,7 +92,7 @@ def test_padding_rows_change_nothing(full, whole_batch):
 
 
 def test_several_stacks_are_the_same_model(whole_batch):
-    section = TuneSection(method="freeze", freeze_first=1)
+    section = {"method": "freeze", "freeze_first": 1}
     split = Setup(section)
     assert len(split.model.stacks) == 2
     one = Setup()
@@ -117,7 +101,7 @@ def test_several_stacks_are_the_same_model(whole_batch):
 
 
 def test_evaluation_is_the_loss_without_dropout(whole_batch):
-    lora = Setup(TuneSection(rank=4, dropout=0.5, targets="all-linear", init="gaussian"))
+    lora = Setup({"rank": 4, "dropout": 0.5, "targets": "all-linear", "init": "gaussian"})
     total, number = lora.eval_step(lora.state["trainable"], lora.frozen, micro(whole_batch, 2))
     plain = Setup()
     _, metrics = plain.run(micro(whole_batch, 1))
@@ -131,7 +115,7 @@ def with_noise(setup):
 
 
 def test_dropout_depends_on_step_and_seed_alone(whole_batch):
-    section = TuneSection(rank=4, dropout=0.5, targets="all-linear")
+    section = {"rank": 4, "dropout": 0.5, "targets": "all-linear"}
     batch = micro(whole_batch, 1)
     first, again, other_seed = (with_noise(Setup(section, seed=seed)) for seed in (0, 0, 1))
     assert first(batch, 3) == again(batch, 3)
@@ -140,7 +124,7 @@ def test_dropout_depends_on_step_and_seed_alone(whole_batch):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd"])
 def test_a_step_that_is_not_finite_changes_no_bit_and_is_counted(whole_batch, optimizer):
-    setup = Setup(optim=OptimSection(name=optimizer, lr=0.1))
+    setup = Setup(optim={"name": optimizer, "lr": 0.1})
     state, _ = setup.run(micro(whole_batch, 1))
     poisoned = micro({**whole_batch, "mask": np.where(whole_batch["mask"] > 0, np.inf, 0).astype(np.float32)}, 1)
     after, metrics = setup.step(state, setup.frozen, poisoned, jnp.int32(2))
@@ -153,7 +137,7 @@ def test_a_step_that_is_not_finite_changes_no_bit_and_is_counted(whole_batch, op
 
 
 def test_bfloat16_compute_is_close_and_leaves_float32_weights(whole_batch):
-    narrow = Setup(dtype=jnp.bfloat16)
+    narrow = Setup(dtype="bfloat16")
     state, metrics = narrow.run(micro(whole_batch, 1))
     _, wide = Setup().run(micro(whole_batch, 1))
     np.testing.assert_allclose(metrics["loss"], wide["loss"], rtol=2e-2)
@@ -163,7 +147,7 @@ def test_bfloat16_compute_is_close_and_leaves_float32_weights(whole_batch):
 def test_frozen_layers_below_the_first_trained_one_have_no_backward_pass(whole_batch):
 
     def matmuls(pattern):
-        setup = Setup(TuneSection(method="freeze", train_patterns=[pattern]))
+        setup = Setup({"method": "freeze", "train_patterns": [pattern]})
         lowered = setup.step.lower(setup.state, setup.frozen, micro(whole_batch, 1), jnp.int32(1))
         return lowered.compile().as_text().count(" dot(")
 

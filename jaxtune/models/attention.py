@@ -10,8 +10,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxtune.mesh import constrain, tensor_size
-
 MAX_BLOCKS = 8
 MIN_BLOCK = 128
 MASKED = -1e30  # not -inf: a row that sees nothing must give numbers, not nan
@@ -32,7 +30,6 @@ def attention(
     index among the keys; the number 0 with T == S skips the blocks that the causal mask hides.
     window: how many keys back a query sees, itself counted; None: all of them.
     """
-    q_BTHD, k_BSKD, v_BSKD = _share_heads(q_BTHD, k_BSKD, v_BSKD)
     time = q_BTHD.shape[1]
     block = max(MIN_BLOCK, math.ceil(time / MAX_BLOCKS))
     triangular = isinstance(offset, int) and offset == 0 and time == k_BSKD.shape[1]
@@ -69,12 +66,3 @@ def _block(q_BTHD, k_BSKD, v_BSKD, q_segments, k_segments, offset, window) -> ja
     probabilities = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(v_BSKD.dtype)
     out_BTKGD = jnp.einsum("bkgts,bskd->btkgd", probabilities, v_BSKD)
     return out_BTKGD.reshape(batch, time, heads, dim)
-
-
-def _share_heads(q_BTHD, k_BSKD, v_BSKD) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """With fewer key heads than the tensor axis, each is repeated until the axis divides them."""
-    tensor, kv_heads = tensor_size(), k_BSKD.shape[2]
-    if kv_heads % tensor:
-        repeats = math.lcm(kv_heads, tensor) // kv_heads
-        k_BSKD, v_BSKD = (jnp.repeat(x, repeats, axis=2) for x in (k_BSKD, v_BSKD))
-    return tuple(constrain(x, "batch", None, "heads", None) for x in (q_BTHD, k_BSKD, v_BSKD))

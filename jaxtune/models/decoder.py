@@ -6,38 +6,56 @@ once into a static graph and the tree of declarations; all hot code then works o
 Legend: B batch, T time, E hidden size, H query heads, K key/value heads, D head size.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as _save
 
 from jaxtune import ops
-from jaxtune.mesh import constrain, gather
+from jaxtune.leaves import Axes, map_parts
 from jaxtune.models.attention import attention
 from jaxtune.models.config import ModelConfig
+from jaxtune.models.execution import USUAL, WEIGHT, Execution
 from jaxtune.models.rope import cos_sin, rotate
 from jaxtune.models.weights import Tree, Weight, map_tree
+from jaxtune.ops import Noise
+from jaxtune.parallel import local
+from jaxtune.parallel.context import spread_attention
 
 LAYER = "model.layers.{layer}."
-# What a layer keeps for its backward pass; the rest is computed again. Measured on CPU, saving these was
-# faster than saving everything, which costs memory traffic, and than saving nothing, which costs matmuls.
-SAVED = ("query", "key", "value", "after_attention", "gate", "up")
+NO_WINDOW = 2**30
 
 
 class Linear(nnx.Module):
-    """y = x W^T + b."""
+    """y = x W^T + b. Split over the tensor axis by its outputs, or by its inputs: Megatron's column and row
+    (Shoeybi et al. 2019, arXiv 1909.08053, section 3)."""
 
     def __init__(self, key: str, shape: tuple[int, int], axes: tuple[str, str], bias: bool = False):
         self.weight = nnx.Param(Weight(shape, axes, f"{key}.weight"))
         self.bias = nnx.Param(Weight(shape[:1], axes[:1], f"{key}.bias", "zeros")) if bias else None
+        self.splits_inputs = axes[0] == "embed"
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        bias = None if self.bias is None else self.bias.get_value()
-        return ops.linear(x, self.weight.get_value(), bias, key)
+    def __call__(self, x: jax.Array, noise: Noise | None, execution: Execution) -> jax.Array:
+        y = ops.linear(x, self.weight.get_value(), noise, "tensor" if self.splits_inputs else None)
+        if self.splits_inputs:
+            y = leave(y, execution)
+        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
+
+
+def enter(x_BTE: jax.Array, execution: Execution) -> jax.Array:
+    """The residual stream as a map that is split over the tensor axis takes it: whole sequences."""
+    return local.gathered(x_BTE, "tensor", 1) if execution.sequence_parallel else x_BTE
+
+
+def leave(x_BTE: jax.Array, execution: Execution) -> jax.Array:
+    """From each device's part of a sum to the residual stream."""
+    return local.scattered(x_BTE, "tensor", 1) if execution.sequence_parallel else local.total(x_BTE, "tensor")
 
 
 class RMSNorm(nnx.Module):
@@ -73,6 +91,7 @@ class Context:
     segments: jax.Array  # [B, T]
     cache_segments: jax.Array | None = None  # [B, S], with this pass's columns already in
     start: jax.Array | None = None  # first column of this pass in the cache; None: nothing is before it
+    execution: Execution = field(default=USUAL, metadata={"static": True})
 
 
 class Attention(nnx.Module):
@@ -85,12 +104,17 @@ class Attention(nnx.Module):
         self.o_proj = Linear(name + "o_proj", (c.hidden_size, q_size), ("embed", "heads"), c.out_bias)
         self.q_norm = RMSNorm(name + "q_norm", c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(name + "k_norm", c.head_dim, c.norm_eps) if c.qk_norm else None
-        self.head_dim = c.head_dim
+        self.config = c
 
-    def __call__(self, x_BTE: jax.Array, context: Context, window, cache, key):
-        q_key, k_key, v_key, o_key = ops.split_keys(key, 4)
-        q, k, v = self.q_proj(x_BTE, q_key), self.k_proj(x_BTE, k_key), self.v_proj(x_BTE, v_key)
-        q, k, v = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in (q, k, v))
+    def __call__(self, x_BTE: jax.Array, context: Context, window, cache, noise):
+        run = context.execution
+        q_noise, k_noise, v_noise, o_noise = ops.split_noise(noise, 4)
+        q, k, v = (
+            project(x_BTE, own, run)
+            for project, own in ((self.q_proj, q_noise), (self.k_proj, k_noise), (self.v_proj, v_noise))
+        )
+        q, k, v = (y.reshape(*y.shape[:2], -1, self.config.head_dim) for y in (q, k, v))
+        k, v = own_kv_heads(k, self.config), own_kv_heads(v, self.config)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
@@ -100,12 +124,36 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice_in_dim, start_index=0 if context.start is None else context.start, axis=1
             )
             cache = write(cache[0], k), write(cache[1], v)
-        if context.start is None:
+        if local.size("context") > 1:
+            out = spread_attention(run.context_attention, q, k, v, context.segments, window)
+        elif context.start is None:
             out = attention(q, k, v, context.segments, context.segments, window=window)
         else:
             k, v = cache
             out = attention(q, k, v, context.segments, context.cache_segments, context.start, window)
-        return self.o_proj(out.reshape(*x_BTE.shape[:2], -1), o_key), cache
+        out = _save(out.reshape(*out.shape[:2], -1), "attended")
+        return self.o_proj(out, o_noise, run), cache
+
+
+def own_kv_heads(x_BTKD: jax.Array, config: ModelConfig) -> jax.Array:
+    """Of all KV heads, those that this device's query heads use; where the heads are split already, x."""
+    tensor = local.size("tensor")
+    if config.num_kv_heads % tensor == 0:
+        return x_BTKD
+    heads, group = config.num_heads // tensor, config.num_heads // config.num_kv_heads
+    first = local.index("tensor") * heads
+    if group % heads == 0:  # all query heads here share one
+        return jax.lax.dynamic_slice_in_dim(x_BTKD, first // group, 1, axis=2)
+    return jnp.take(x_BTKD, (first + jnp.arange(heads)) // group, axis=2)
+
+
+def num_own_kv_heads(config: ModelConfig) -> int:
+    """How many heads `own_kv_heads` gives."""
+    tensor = local.size("tensor")
+    if config.num_kv_heads % tensor == 0:
+        return config.num_kv_heads // tensor
+    heads, group = config.num_heads // tensor, config.num_heads // config.num_kv_heads
+    return 1 if group % heads == 0 else heads
 
 
 class MLP(nnx.Module):
@@ -118,11 +166,11 @@ class MLP(nnx.Module):
         self.down_proj = Linear(name + "down_proj", narrow, ("embed", "mlp"), c.mlp_bias)
         self.activation = c.activation
 
-    def __call__(self, x_BTE: jax.Array, key: jax.Array | None) -> jax.Array:
-        gate_key, up_key, down_key = ops.split_keys(key, 3)
-        gate = _save(constrain(self.gate_proj(x_BTE, gate_key), "batch", None, "mlp"), "gate")
-        up = _save(constrain(self.up_proj(x_BTE, up_key), "batch", None, "mlp"), "up")
-        return self.down_proj(ops.ACTIVATIONS[self.activation](gate) * up, down_key)
+    def __call__(self, x_BTE: jax.Array, noise: Noise | None, execution: Execution) -> jax.Array:
+        gate_noise, up_noise, down_noise = ops.split_noise(noise, 3)
+        gate = _save(self.gate_proj(x_BTE, gate_noise, execution), "gate")
+        up = _save(self.up_proj(x_BTE, up_noise, execution), "up")
+        return self.down_proj(ops.ACTIVATIONS[self.activation](gate) * up, down_noise, execution)
 
 
 class Block(nnx.Module):
@@ -134,12 +182,14 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(LAYER + "post_attention_layernorm", c.hidden_size, c.norm_eps)
         self.mlp = MLP(c)
 
-    def __call__(self, x_BTE: jax.Array, context: Context, window, cache, key):
-        attention_key, mlp_key = ops.split_keys(key, 2)
-        attended, cache = self.attention(self.attention_norm(x_BTE), context, window, cache, attention_key)
-        x_BTE = _save(constrain(x_BTE + attended, "batch", None, None), "after_attention")
-        x_BTE = x_BTE + self.mlp(self.mlp_norm(x_BTE), mlp_key)
-        return constrain(x_BTE, "batch", None, None), cache
+    def __call__(self, x_BTE: jax.Array, context: Context, window, cache, noise):
+        run = context.execution
+        attention_noise, mlp_noise = ops.split_noise(noise, 2)
+        normed = enter(self.attention_norm(x_BTE), run)
+        attended, cache = self.attention(normed, context, window, cache, attention_noise)
+        x_BTE = _save(x_BTE + attended, "after_attention")
+        down = self.mlp(enter(self.mlp_norm(x_BTE), run), mlp_noise, run)
+        return x_BTE + _save(down, "down"), cache
 
 
 class Embedding(nnx.Module):
@@ -162,7 +212,8 @@ class Decoder(nnx.Module):
 class Model:
     """A decoder without its arrays: every method takes the parameter tree.
 
-    stacks: runs of consecutive layers; each is one scan over arrays stacked on axis 0.
+    On a mesh, all but `create` run inside parallel.local's region, on each device's own parts of the arrays.
+    stacks: the numbers of the layers along axis 0 of each stack of arrays, in order; each is one scan.
     """
 
     config: ModelConfig
@@ -170,19 +221,23 @@ class Model:
     block: Any  # of one layer
     weights: Tree  # of Weight
     stacks: tuple[range, ...]
+    execution: Execution = USUAL
 
     @classmethod
-    def create(cls, config: ModelConfig, stacks: tuple[range, ...] | None = None) -> "Model":
+    def create(
+        cls, config: ModelConfig, stacks: tuple[range, ...] | None = None, execution: Execution = USUAL
+    ) -> "Model":
         stacks = stacks or (range(config.num_layers),)
         graph, state = nnx.split(Decoder(config, stacks))
         weights = nnx.to_pure_dict(state)
         for name, layers in zip(list(weights["stacks"]), stacks, strict=True):
             weights["stacks"][name] = map_tree(partial(Weight.stacked, layers=layers), weights["stacks"][name])
-        return cls(config, graph, nnx.split(Block(config))[0], weights, stacks)
+        return cls(config, graph, nnx.split(Block(config))[0], weights, stacks, execution)
 
-    def head(self, params: Tree) -> Any:
-        """The leaf that turns hidden states into logits."""
-        return self._whole("embed" if self.config.tied else "head", params)
+    def head(self, params: Tree, dtype: Any) -> Any:
+        """The leaf that turns hidden states into logits, as it is used: [vocab, E], over the tensor axis split."""
+        name = "embed" if self.config.tied else "head"
+        return self._used(params[name]["weight"], self.weights[name]["weight"], dtype)
 
     def hidden(
         self,
@@ -191,62 +246,122 @@ class Model:
         positions_BT: jax.Array,
         segments_BT: jax.Array,
         dtype: Any = jnp.float32,
-        key: jax.Array | None = None,
+        noise: Noise | None = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """The hidden states after the final norm, [B, T, E] in `dtype`, and the cache with this pass in it.
 
-        key: of dropout; None turns it off. segments: 0 is padding; a token sees its own segment only.
+        noise: of dropout; None turns it off. segments: 0 is padding; a token sees its own segment only.
         """
-        x = ops.embed(tokens_BT, self._whole("embed", params), dtype)
-        x = constrain(x, "batch", None, None)
-        context, cache = self._context(positions_BT, segments_BT, cache)
+        x = self.embed(params, tokens_BT, dtype)
+        context, cache = self.context(positions_BT, segments_BT, cache)
         caches = []
-        for index in range(len(self.stacks)):
+        for index, layers in enumerate(self.stacks):
             stack_cache = None if cache is None else (cache.k[index], cache.v[index])
-            x, stack_cache = self._stack(params["stacks"][str(index)], index, x, context, stack_cache, key)
+            stack = params["stacks"][str(index)]
+            x, stack_cache = self.layers(stack, np.array(layers), x, context, noise, stack_cache)
             caches.append(stack_cache)
-        x = ops.rms_norm(x, params["norm"]["weight"], self.config.norm_eps)
         if cache is not None:
             k, v = zip(*caches, strict=True)
             cache = Cache(k, v, cache.segments, cache.length)
-        return x, cache
+        return self.final(params, x), cache
+
+    def embed(self, params: Tree, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+        """What the first layer takes."""
+        table = self._used(params["embed"]["weight"], self.weights["embed"]["weight"], None)
+        first = local.index("tensor") * (self.config.vocab_size // local.size("tensor"))
+        return leave(ops.embed(tokens_BT - first, table, dtype), self.execution)
+
+    def context(
+        self, positions_BT: jax.Array, segments_BT: jax.Array, cache: Cache | None = None
+    ) -> tuple[Context, Cache | None]:
+        """What every layer sees, and the cache with this pass's columns marked as filled."""
+        c, run = self.config, self.execution
+        cos, sin = cos_sin(c.rope, c.head_dim, c.max_positions, positions_BT)
+        if cache is None:
+            return Context(cos, sin, segments_BT, execution=run), None
+        start = jnp.int32(0) if cache.length is None else cache.length
+        columns = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments_BT, start, axis=1)
+        filled = Cache(cache.k, cache.v, columns, start + segments_BT.shape[1])
+        return Context(cos, sin, segments_BT, columns, cache.length, run), filled
+
+    def layers(
+        self,
+        params: Tree,
+        numbers: np.ndarray | jax.Array,
+        x_BTE: jax.Array,
+        context: Context,
+        noise: Noise | None = None,
+        cache: tuple[jax.Array, jax.Array] | None = None,
+        has_gaps: bool = False,
+    ) -> tuple[jax.Array, Any]:
+        """A stack of layers, one after another: what comes out of the last, and the stack's cache.
+
+        numbers: the layers' own, along axis 0 of `params`. has_gaps: some are -1, places without a layer, which change
+        nothing.
+        """
+        windows = self._windows(numbers)
+
+        def layer(x, inputs):
+            params, number, window, cache = inputs
+            params = map_tree(partial(self._used, dtype=x.dtype), params, self.weights["stacks"]["0"])
+            own = None if noise is None else noise.fold_in(number)
+            return nnx.merge(self.block, nnx.State(params))(x, context, window, cache, own)
+
+        def place(x, inputs):
+            return local.when(inputs[1] >= 0, layer, lambda x, inputs: (x, inputs[3]), x, inputs)
+
+        inputs = params, jnp.asarray(numbers, jnp.int32), windows, cache
+        return self._scan(place if has_gaps else layer, x_BTE, inputs, trains=cache is None)
+
+    def final(self, params: Tree, x_BTE: jax.Array) -> jax.Array:
+        """What the head takes: whole sequences, after the final norm."""
+        return enter(ops.rms_norm(x_BTE, params["norm"]["weight"], self.config.norm_eps), self.execution)
 
     def logits(self, params: Tree, hidden: jax.Array) -> jax.Array:
-        """[..., E] -> [..., vocab] in float32."""
-        return ops.linear(hidden, self.head(params)).astype(jnp.float32)
+        """[..., E] -> [..., vocab] in float32, the whole vocabulary on every device."""
+        own = ops.linear(hidden, self.head(params, hidden.dtype)).astype(jnp.float32)
+        return local.gathered(own, "tensor", own.ndim - 1)
 
     def empty_cache(self, batch: int, length: int, dtype: Any) -> Cache:
+        """Of `batch` rows of this device."""
         c = self.config
-        shapes = [(len(layers), batch, length, c.num_kv_heads, c.head_dim) for layers in self.stacks]
+        shapes = [(len(layers), batch, length, num_own_kv_heads(c), c.head_dim) for layers in self.stacks]
         k, v = (tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2))
         return Cache(k, v, jnp.zeros((batch, length), jnp.int32))
 
-    def _whole(self, name: str, params: Tree) -> Any:
-        return gather(params[name]["weight"], self.weights[name]["weight"], self.config)
+    def _scan(self, layer, x, inputs, trains: bool):
+        """`layer` over axis 0 of `inputs`, keeping for the backward pass what the execution says."""
+        if not trains:
+            return jax.lax.scan(layer, x, inputs)
+        layer = jax.checkpoint(layer, policy=self.execution.policy())
+        count = len(jax.tree.leaves(inputs)[0])
+        groups = self.execution.groups(count)
+        if groups == count:
+            return jax.lax.scan(layer, x, inputs)
+        nothing = jax.checkpoint_policies.nothing_saveable
+        group = jax.checkpoint(lambda x, inputs: jax.lax.scan(layer, x, inputs), policy=nothing)
+        split = jax.tree.map(lambda array: array.reshape(groups, count // groups, *array.shape[1:]), inputs)
+        return jax.lax.scan(group, x, split)
 
-    def _context(self, positions, segments, cache) -> tuple[Context, Cache | None]:
-        c = self.config
-        cos, sin = cos_sin(c.rope, c.head_dim, c.max_positions, positions)
-        if cache is None:
-            return Context(cos, sin, segments), None
-        start = jnp.int32(0) if cache.length is None else cache.length
-        columns = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, start, axis=1)
-        filled = Cache(cache.k, cache.v, columns, start + segments.shape[1])
-        return Context(cos, sin, segments, columns, cache.length), filled
+    def _windows(self, numbers: Sequence | np.ndarray | jax.Array) -> jax.Array | None:
+        table = self.config.windows
+        seen = [table[i] for i in numbers] if table and isinstance(numbers, np.ndarray) else table
+        if not any(seen or ()):
+            return None
+        return jnp.array([window or NO_WINDOW for window in self.config.windows], jnp.int32)[numbers]
 
-    def _stack(self, params, index, x, context, cache, key):
-        """One scan over the layers of a stack."""
-        layers, declared = self.stacks[index], self.weights["stacks"][str(index)]
-        windows = [self.config.windows[i] if self.config.windows else None for i in layers]
-        window = None if all(w is None for w in windows) else jnp.array([w or 2**30 for w in windows], jnp.int32)
-        keys = None if key is None else jax.vmap(partial(jax.random.fold_in, key))(jnp.array(list(layers)))
+    def _used(self, leaf: Any, weight: Weight, dtype: Any) -> Any:
+        """A weight as it is used, of one layer where it is of a stack: on the device, whole along fsdp, its matrices
+        in `dtype`. It is made anew for the backward pass, never kept."""
+        run = self.execution
 
-        @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*SAVED))
-        def layer(x, inputs):
-            params, window, cache, key = inputs
-            params = map_tree(partial(gather, config=self.config), params, declared)
-            block = nnx.merge(self.block, nnx.State(params))
-            return block(x, context, window, cache, key)
+        def use(x: jax.Array, axes: Axes) -> jax.Array:
+            if run.offload_params:
+                x = jax.device_put(x, jax.memory.Space.Device)
+            wanted = x.dtype if dtype is None or x.ndim < 2 else dtype
+            if run.weights_split and "embed" in axes and local.size("fsdp") > 1:
+                x = local.weight_gathered(x, "fsdp", axes.index("embed"), wanted, run.sum_dtype or x.dtype)
+            return _save(x.astype(wanted), WEIGHT)
 
-        return jax.lax.scan(layer, x, (params, window, cache, keys))
+        return map_parts(use, leaf, weight.axes, weight.is_table)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.models.config import Rope
+from jaxtune.parallel import local
 
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 
@@ -41,7 +42,9 @@ def cos_sin(rope: Rope, head_dim: int, max_positions: int, positions: jax.Array)
     rows, as in transformers; padding does not count. It is a function of this call alone: transformers
     keeps a longer length that it has seen before.
     """
-    length = jnp.max(positions) + 1 if rope.type == "dynamic" else None
+    length = None
+    if rope.type == "dynamic":
+        length = local.largest(jnp.max(positions), *local.ROWS, "context") + 1
     inverse, scale = frequencies(rope, head_dim, max_positions, length)
     inverse = inverse.reshape((1,) * positions.ndim + (-1,))
     angles = positions[..., None].astype(jnp.float32) * inverse

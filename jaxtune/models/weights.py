@@ -16,6 +16,8 @@ import jax.numpy as jnp
 Tree = dict[str, Any]  # nested dicts of strings; the leaves are Weights, arrays, or leaves.py's types
 Path = tuple[str, ...]
 
+TABLE = "model.embed_tokens.weight"
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -34,6 +36,11 @@ class Weight:
     @property
     def full_axes(self) -> tuple[str | None, ...]:
         return self.axes if self.layers is None else ("layers", *self.axes)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether its rows are looked up; other matrices are [out, in]."""
+        return self.key == TABLE
 
     @property
     def keys(self) -> list[str]:

@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtune.config import TuneSection
 from jaxtune.leaves import LowRank
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.weights import Tree, Weight, map_tree
+from jaxtune.models.weights import Path, Tree, Weight, map_tree
 from jaxtune.tune.full import FREEZE, FULL
 from jaxtune.tune.lora import LORA
 from jaxtune.tune.method import EMBEDDING, HEAD, Method, ShardingOf, declared, get_path, is_abstract
@@ -25,10 +26,10 @@ from jaxtune.tune.peft_config import resolve
 
 METHODS: dict[str, Method] = {"full": FULL, "freeze": FREEZE, "lora": LORA}
 
-__all__ = ["METHODS", "apply", "layout", "resolve"]
+__all__ = ["METHODS", "apply", "gates", "layout", "resolve"]
 
 
-def layout(section: TuneSection, config: ModelConfig) -> tuple[ModelConfig, tuple[range, ...]]:
+def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -> tuple[ModelConfig, tuple[range, ...]]:
     """The model's settings and stacks of layers that a method needs.
 
     The head is untied where an adapter, or a full copy, of it or of the embedding trains: as in PEFT, the two
@@ -45,6 +46,8 @@ def layout(section: TuneSection, config: ModelConfig) -> tuple[ModelConfig, tupl
         ends = {*get_path(weights, EMBEDDING).keys, *get_path(weights, HEAD).keys}
         if ends & (method.trained(section, weights) | method.adapted(section, weights)):
             config = apart
+    if one_stack:
+        return config, (range(config.num_layers),)
     weights = _declare(config)
     return config, _stacks(
         weights, config.num_layers, method.trained(section, weights), method.adapted(section, weights)
@@ -109,6 +112,11 @@ def _mask(weight: Weight, leaf: Any, trained: set[str]) -> Any:
     """Booleans in the leaf's own structure."""
     if isinstance(leaf, LowRank):
         return LowRank(base=False, a=True, b=True, scale=False, dropout=leaf.dropout)
-    trains = {key in trained for key in weight.keys}
-    assert len(trains) == 1, f"{weight.key}: part of a stack trains; layout() was not called"
-    return trains.pop()
+    return any(key in trained for key in weight.keys)
+
+
+def gates(section: TuneSection, weights: Tree) -> dict[Path, np.ndarray]:
+    """Of each stacked weight of which some layers train and others not: which do, a bool for each layer."""
+    trained = METHODS[section.method].trained(resolve(section), weights)
+    flags = {path: np.array([key in trained for key in weight.keys]) for path, weight in declared(weights)}
+    return {path: layers for path, layers in flags.items() if layers.any() and not layers.all()}

@@ -1,17 +1,13 @@
 """Twenty AdamW steps follow torch's: transformers, with peft where there is an adapter, on the same batches."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxtune.assemble import Source, assemble
-from jaxtune.config import ModelSection, OptimSection, TuneSection
-from jaxtune.leaves import partition
+from jaxtune.config import ModelSection, OptimSection, TuneSection, make_config
 from jaxtune.mesh import single_device_mesh
-from jaxtune.optim import make_optimizer, make_schedule
-from jaxtune.state import make_state
-from jaxtune.step import make_train_step
+from jaxtune.program import build
 from jaxtune.tune.peft_io import save_adapter
 from tests.peer import VOCAB
 
@@ -44,12 +40,9 @@ def our_losses(path, section, adapter=None):
     assembled = assemble(Source.open(ModelSection(path=str(path))), section, single_device_mesh())
     if adapter is not None:
         save_adapter(adapter, section, assembled.model.weights, assembled.params, str(path))
-    trainable, frozen = partition(assembled.params, assembled.mask)
-    optimizer = make_optimizer(OPTIM, assembled.model.weights)
-    schedule = make_schedule(OPTIM, STEPS)
-    settings = {"clip_norm": OPTIM.clip_norm, "dtype": jnp.float32, "seed": 0, "parts": 1}
-    step = jax.jit(make_train_step(assembled.model, optimizer, schedule, **settings), donate_argnums=0)
-    state, _ = make_state(trainable, optimizer, single_device_mesh())
+    tree = {"model": {"path": "-"}, "data": {"path": "-"}, "tune": section.model_dump(), "optim": OPTIM.model_dump()}
+    program = build(make_config(tree), assembled.model, assembled.mesh, assembled.params, assembled.mask, STEPS)
+    step, state, frozen = program.train_step, program.state, program.frozen
     losses = []
     for number in range(1, STEPS + 1):
         state, metrics = step(state, frozen, ours(*batch(number)), jnp.int32(number))

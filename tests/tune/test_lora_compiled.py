@@ -12,7 +12,8 @@ from jaxtune import ops
 from jaxtune.config import TuneSection
 from jaxtune.leaves import LowRank, combine, partition
 from jaxtune.models.weights import leaves_with_path
-from jaxtune.step import batch_loss
+from jaxtune.ops import Noise
+from jaxtune.step import batch_loss, token_numbers
 from tests.tune.support import TOKENS, tuned
 
 RANK = 3  # no size of the model, so that shapes tell adapters from weights
@@ -27,7 +28,8 @@ def gradient(section: TuneSection, **base):
     batch = {"tokens": TOKENS, "targets": TOKENS, "mask": ones, "positions": positions, "segments": ones}
 
     def loss(trainable, frozen):
-        return batch_loss(made.model, combine(trainable, frozen), batch, 1.0, jnp.float32, 1, jax.random.key(0))
+        noise = Noise(jax.random.key(0), token_numbers(0, *TOKENS.shape))
+        return batch_loss(made.model, combine(trainable, frozen), batch, 1.0, jnp.float32, noise)
 
     return jax.grad(loss), (trainable, frozen), matrices(made)
 

@@ -1,0 +1,80 @@
+"""How a forward pass is carried out: settings that change where and when things are computed, never what."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxtune.config import Config, MemorySection
+
+HOST = "pinned_host"  # jax's name for the host's memory that a device reads from
+WEIGHT = "weight"  # checkpoint name of a weight as a layer uses it: gathered, fetched or cast, and never kept
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Settings of a forward pass and its backward pass.
+
+    weights_split: weights lie in parts along fsdp, and are gathered layer by layer. sequence_parallel: between
+    attention and MLP the sequence is split over the tensor axis (Korthikanti et al. 2022, arXiv 2205.05198).
+    remat: none | dots | block | full, or the names that a layer keeps. sum_dtype: that gradients are summed up in;
+    None: the weights' own.
+    """
+
+    weights_split: bool = True
+    sequence_parallel: bool = False
+    context_attention: str = "ring"
+    remat: str | tuple[str, ...] = tuple(MemorySection().remat)
+    offload_activations: bool = False
+    offload_params: bool = False
+    sum_dtype: Any = None
+
+    @classmethod
+    def of(cls, config: Config, compute_dtype: Any) -> "Execution":
+        """As a configuration asks for it."""
+        mesh, memory = config.mesh, config.memory
+        return cls(
+            weights_split=mesh.zero == 3,
+            sequence_parallel=mesh.sequence_parallel,
+            context_attention=mesh.context_attention,
+            remat=memory.remat if isinstance(memory.remat, str) else tuple(memory.remat),
+            offload_activations="activations" in memory.offload,
+            offload_params="params" in memory.offload,
+            sum_dtype=compute_dtype if memory.gradients == "compute" else None,
+        )
+
+    @property
+    def places(self) -> tuple[int, str | None]:
+        """Where the weights lie: the level of ZeRO that splits them or not, and the kind of memory."""
+        return 3 if self.weights_split else 0, HOST if self.offload_params else None
+
+    def policy(self) -> Any:
+        """What a layer keeps for its backward pass; the rest is computed again."""
+        policies = jax.checkpoint_policies
+        if self.remat == "none":
+            return policies.save_anything_except_these_names(WEIGHT)
+        if self.remat == "dots":
+            return policies.dots_with_no_batch_dims_saveable
+        if isinstance(self.remat, str):
+            return policies.nothing_saveable
+        if self.offload_activations:
+            return policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=list(self.remat),
+                offload_src="device",
+                offload_dst=HOST,
+            )
+        return policies.save_only_these_names(*self.remat)
+
+    def groups(self, layers: int) -> int:
+        """In how many groups the layers are taken, of which only the inputs are kept; as many as layers: in none.
+
+        remat full: the divisor nearest to the square root, where groups and layers of a group together are fewest.
+        """
+        if self.remat != "full":
+            return layers
+        divisors = [n for n in range(1, layers + 1) if layers % n == 0]
+        return min(divisors, key=lambda n: n + layers // n)
+
+
+USUAL = Execution()
