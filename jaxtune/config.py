@@ -133,7 +133,7 @@ class TrainSection(Section):
 class OptimSection(Section):
     """How the weights move."""
 
-    name: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = "adamw"
+    name: Literal["adamw", "adamw_8bit", "adam", "sgd", "lion", "adafactor"] = "adamw"  # 8bit: moments in 2 bytes
     lr: Annotated[float, Field(gt=0)] = 1.0e-4
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
     warmup: Annotated[float, Field(ge=0)] = 0.03  # below 1: a share of all steps; else a number of steps
@@ -148,7 +148,7 @@ class OptimSection(Section):
 
     @model_validator(mode="after")
     def _nothing_unused(self):
-        adams = ("adamw", "adam")
+        adams = ("adamw", "adamw_8bit", "adam")
         users = {"beta1": (*adams, "lion"), "beta2": (*adams, "lion"), "eps": adams, "momentum": ("sgd",)}
         phases = {"decay": ("wsd",), "min_lr": ("linear", "cosine", "wsd")}
         for chosen, table in ((self.name, users), (self.schedule, phases)):
@@ -242,11 +242,29 @@ class MemorySection(Section):
         return self
 
 
+class LossScale(Section):
+    """The factor of a float16 loss: halved where a gradient overflows, which skips the step, and doubled in time."""
+
+    initial: Annotated[float, Field(ge=1)] = 65536.0
+    window: Positive = 2000  # good steps in a row after which it is doubled
+
+
 class PrecisionSection(Section):
-    """float32 on a CPU; on others bfloat16 is what the matmuls gain from."""
+    """float32 on a CPU; on others bfloat16 is what the matmuls gain from.
+
+    float16 is for devices without bfloat16: weights stay float32 beside it, since float16 ones would lose every step
+    below 1/2048 of their size, and the loss is scaled.
+    """
 
     params: Literal["float32", "bfloat16"] = "float32"  # of the model's weights; adapters are float32
-    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16, or float32 on a CPU
+    loss_scale: LossScale = LossScale()  # with compute float16
+
+    @model_validator(mode="after")
+    def _nothing_unused(self):
+        if self.compute != "float16" and self.loss_scale != LossScale():
+            raise ValueError(f"loss_scale belongs to compute float16 and would do nothing with {self.compute}")
+        return self
 
 
 class CheckpointSection(Section):

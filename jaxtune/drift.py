@@ -86,6 +86,7 @@ RULES = {
     "memory.gradients": LOG,
     "precision.params": REFUSE,
     "precision.compute": LOG,
+    "precision.loss_scale": LOG,
     "checkpoint.every": ALLOW,
     "checkpoint.keep": ALLOW,
     "checkpoint.resume": ALLOW,

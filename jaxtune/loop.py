@@ -156,6 +156,7 @@ def record(outcome: Outcome, recorder: Recorder, config: Config) -> None:
         grad_norm=numbers["grad_norm"],
         lr=numbers["lr"],
         bad_steps=numbers["skipped"],
+        loss_scale=numbers["loss_scale"] if config.precision.compute == "float16" else None,
         tokens=batch.num_tokens,
         supervised_tokens=batch.num_supervised,
         batch_sha256=batch.sha256(),
@@ -163,9 +164,10 @@ def record(outcome: Outcome, recorder: Recorder, config: Config) -> None:
     if bad:
         warn(f"step {outcome.step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}: not applied")
     if bad >= config.train.max_bad_steps:
+        hint = "Set precision.compute to bfloat16 or float32, l" if config.precision.compute == "float16" else "L"
         raise TrainingStopped(
             f"{bad} steps in a row had a loss or gradient that is not finite; the weights are those after step "
-            f"{outcome.step - bad}. Lower optim.lr ({config.optim.lr}), set optim.clip_norm, or look at the data; "
+            f"{outcome.step - bad}. {hint}ower optim.lr ({config.optim.lr}), set optim.clip_norm, or look at the data; "
             f"train.max_bad_steps ({config.train.max_bad_steps}) says how many are borne"
         )
 

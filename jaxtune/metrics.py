@@ -70,9 +70,11 @@ class Recorder:
         supervised_tokens: int,
         batch_sha256: str,
         bad_steps: int = 0,
+        loss_scale: float | None = None,
     ) -> None:
         """Record a step. tokens and supervised_tokens: of its batch, padding not counted, all devices together;
-        bad_steps: how many steps of the run were skipped so far, for a loss or gradient that was not finite.
+        bad_steps: how many steps of the run were skipped so far, for a loss or gradient that was not finite;
+        loss_scale: of float16, the next step's.
 
         Raises:
             SaveError: the ledger cannot be written; without it nobody could tell what the run did.
@@ -83,6 +85,7 @@ class Recorder:
         self._write_ledger({"step": step, "batch_sha256": batch_sha256, **exact, **counts})
         self._counts.add(**counts)
         self._latest = {"step": step, **values, "lr": float(lr), "bad_steps": int(bad_steps)}
+        self._latest |= {} if loss_scale is None else {"loss_scale": float(loss_scale)}
         if step % self._every == 0 or step == self._total_steps:
             self._log()
         if self._bar:

@@ -6,7 +6,7 @@ bfloat16 weights a step below 1/256 of a weight's size rounds away: that is the 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune.config import OptimSection
+from jaxtune.eight_bit import scale_by_adam_8bit
 from jaxtune.errors import ConfigError
 from jaxtune.models.weights import Tree, Weight
 
@@ -70,21 +71,27 @@ def _shape(name: str, left: jax.Array) -> jax.Array:
     return jnp.square(jnp.sin(0.5 * jnp.pi * left))  # (1 + cos(pi (1 - left))) / 2, exact near the end too
 
 
-def make_optimizer(optim: OptimSection, weights: Tree) -> optax.GradientTransformation:
+def make_optimizer(
+    optim: OptimSection, weights: Tree, sizes: Mapping[str, int] | None = None
+) -> optax.GradientTransformation:
     """The direction of descent: float32, without learning rate and without clipping.
 
     params - lr * direction is torch's step for adamw, adam (its decay is added to the gradient) and sgd,
     Chen et al. 2023's for lion, and optax.adafactor's, except that its decay is scaled by the rate as
-    adamw's is. The rate is the caller's, so a step that is skipped leaves nothing behind. Adafactor sees
-    every layer of a stack as a weight of its own; the others work on single numbers and cannot tell.
+    adamw's is. adamw_8bit is adamw whose moments lie as in bitsandbytes. The rate is the caller's, so a step that
+    is skipped leaves nothing behind. Adafactor sees every layer of a stack as a weight of its own; the others work
+    on single numbers, or on a row's, and cannot tell.
 
     weights: the declarations of the whole tree: a weight that has one dimension in a layer (norm, bias) does not
-    decay; others do, the parts of a LowRank too. `update` needs params.
+    decay; others do, the parts of a LowRank too. sizes: of the mesh's axes, as mesh.shape has them; they change no
+    number, only what devices have to tell each other. `update` needs params.
     """
     decayed = optax.add_decayed_weights(optim.weight_decay, mask=lambda tree: decay_mask(tree, weights))
     adam = _adam(optim.beta1, optim.beta2, optim.eps)
+    adam_8bit = scale_by_adam_8bit(optim.beta1, optim.beta2, optim.eps, sizes)
     pieces = {
         "adamw": lambda: (adam, decayed),
+        "adamw_8bit": lambda: (adam_8bit, decayed),
         "adam": lambda: (decayed, adam),
         "sgd": lambda: (decayed, optax.trace(optim.momentum) if optim.momentum else optax.identity()),
         "lion": lambda: (optax.scale_by_lion(optim.beta1, optim.beta2), decayed),
@@ -159,10 +166,11 @@ def _layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def state_shardings(state: Any, params: Tree, shardings: Tree) -> Any:
-    """A sharding for every array of an optimiser's state: its weight's where the shapes are the same.
+    """A sharding for every array of an optimiser's state, after the weight that it is of.
 
     state: the state's shapes, as jax.eval_shape(optimizer.init, params) gives them; params, shardings: the
-    trainable tree and its NamedShardings. What has another shape (counters, Adafactor's factors) is replicated.
+    trainable tree and its NamedShardings. An array of its weight's shape lies as the weight lies; a factor of
+    Adafactor's, and the scales of 8-bit blocks, as those dimensions lie that they have; counters are replicated.
     """
     places = jax.tree_util.tree_leaves_with_path(params)
     homes = {path: (array.shape, home) for (path, array), home in zip(places, jax.tree.leaves(shardings), strict=True)}
@@ -170,10 +178,27 @@ def state_shardings(state: Any, params: Tree, shardings: Tree) -> Any:
 
     def choose(path: tuple, array: Any) -> NamedSharding:
         parts = (path[i:j] for i in range(len(path)) for j in range(i + 1, len(path) + 1))
-        found = [homes[part][1] for part in parts if part in homes and homes[part][0] == array.shape]
-        return found[0] if found else NamedSharding(mesh, PartitionSpec())
+        found = [_home(array.shape, *homes[part], "v_col" in str(path)) for part in parts if part in homes]
+        return NamedSharding(mesh, found[0] if found else PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(choose, state)
+
+
+def _home(shape: tuple[int, ...], weight: tuple[int, ...], home: NamedSharding, first: bool) -> PartitionSpec:
+    """Where an array lies that belongs to a weight. first: of two equal dimensions a factor lacks the first."""
+    axes = (*home.spec, *[None] * (len(weight) - len(home.spec)))
+    if shape == weight:
+        return home.spec
+    lacking = [i for i in range(len(weight)) if weight[:i] + weight[i + 1 :] == shape]
+    if lacking:
+        gone = lacking[0 if first else -1]
+        return PartitionSpec(*axes[:gone], *axes[gone + 1 :])
+    if len(shape) == len(weight) and shape[:-1] == weight[:-1]:
+        # Scales of 8-bit blocks: a row's few are shared out as its numbers are where they divide.
+        names = (axes[-1],) if isinstance(axes[-1], str) else axes[-1] or ()
+        shares = math.prod(home.mesh.shape[name] for name in names)
+        return PartitionSpec(*axes[:-1], None if shape[-1] % shares else axes[-1])
+    return PartitionSpec()
 
 
 def global_norm(tree: Tree) -> jax.Array:

@@ -94,8 +94,9 @@ def build(config: Config, model: Model, mesh: Mesh, params: Tree, mask: Tree, to
         params = _staged(stages, model, mesh, params, config.mesh.zero)
     trainable, frozen = partition(params, mask)
     layout = Layout.of(mesh, model.config, model.weights, trainable, frozen, config.mesh.zero)
-    optimizer = make_optimizer(config.optim, model.weights)
-    state, homes = make_state(trainable, optimizer, layout, tuple(config.memory.offload))
+    optimizer = make_optimizer(config.optim, model.weights, mesh.shape)
+    precision = config.precision
+    state, homes = make_state(trainable, optimizer, layout, tuple(config.memory.offload), precision.loss_scale.initial)
     dtype = compute_dtype(config.precision.compute)
     pipeline = None if stages is None else _pipeline(config, model, layout, stages, dtype)
     step = make_train_step(
@@ -109,6 +110,7 @@ def build(config: Config, model: Model, mesh: Mesh, params: Tree, mask: Tree, to
         seed=config.train.seed,
         pipeline=pipeline,
         gates=_gate_arrays(gates, stages),
+        scale_window=precision.loss_scale.window if precision.compute == "float16" else None,
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(homes, None))
     eval_step = jax.jit(make_eval_step(model, layout, dtype, pipeline))

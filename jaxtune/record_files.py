@@ -104,9 +104,8 @@ class TensorBoard:
     step: of the checkpoint that the run goes on from; TensorBoard hides what older files hold after it.
     """
 
-    TAGS = {name: f"train/{name}" for name in ("loss", "lr", "grad_norm", "tokens_per_second")} | {
-        "eval_loss": "eval/loss"
-    }
+    TRAIN = ("loss", "lr", "grad_norm", "tokens_per_second", "loss_scale")
+    TAGS = {name: f"train/{name}" for name in TRAIN} | {"eval_loss": "eval/loss"}
 
     def __init__(self, directory: Path, step: int):
         from tensorboardX.event_file_writer import EventsWriter

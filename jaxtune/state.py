@@ -25,12 +25,19 @@ def state_homes(shapes: Tree, layout: Layout, offload: tuple[str, ...] = ()) -> 
 
 
 def make_state(
-    trainable: Tree, optimizer: optax.GradientTransformation, layout: Layout, offload: tuple[str, ...] = ()
+    trainable: Tree,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    offload: tuple[str, ...] = (),
+    scale: float = 1.0,
 ) -> tuple[Tree, Tree]:
-    """(state, its shardings). trainable: arrays in their shards, or their shapes: then the state is shapes too."""
+    """(state, its shardings). trainable: arrays in their shards, or their shapes: then the state is shapes too.
+
+    scale: the first one of a float16 loss.
+    """
 
     def initial(trainable: Tree) -> Tree:
-        return init_state(trainable, optimizer)
+        return init_state(trainable, optimizer, scale)
 
     shapes = jax.eval_shape(initial, trainable)
     where = state_homes(shapes, layout, offload)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from jaxtune import loss_scale
 from jaxtune.loss import cross_entropy
 from jaxtune.models.decoder import Model
 from jaxtune.models.weights import Path, Tree
@@ -23,10 +24,9 @@ Batch = dict[str, jax.Array]  # tokens, targets, mask, positions, segments: each
 EVERYWHERE = PartitionSpec()
 
 
-def init_state(trainable: Tree, optimizer: optax.GradientTransformation) -> Tree:
-    """Everything that a step changes. The step's number and the seed give all random keys."""
-    guard = {"bad_in_a_row": jnp.int32(0), "skipped": jnp.int32(0)}
-    return {"trainable": trainable, "optimizer": optimizer.init(trainable), "guard": guard}
+def init_state(trainable: Tree, optimizer: optax.GradientTransformation, scale: float = 1.0) -> Tree:
+    """Everything that a step changes. The step's number and the seed give all random keys. scale: of a float16 loss."""
+    return {"trainable": trainable, "optimizer": optimizer.init(trainable), "guard": loss_scale.init(scale)}
 
 
 def batch_loss(
@@ -50,15 +50,18 @@ def token_numbers(micro: Any, rows: int, time: int) -> jax.Array:
 
 
 def make_gradients(model: Model, layout: Layout, dtype: Any, seed: int, pipeline: Pipeline | None = None) -> Callable:
-    """(trainable, frozen, batch, step) -> (loss, gradients), on whole arrays.
+    """(trainable, frozen, batch, step, factor) -> (loss, gradients), on whole arrays.
 
-    Both are divided by the supervised tokens of the whole batch, so that any split into micro-batches and over
-    devices gives the same update.
+    Both are multiplied by `factor` and divided by the supervised tokens of the whole batch, so that any split into
+    micro-batches and over devices gives the same update.
     """
     sum_dtype = model.execution.sum_dtype or jnp.float32
 
-    def gradients(trained: list, frozen: list, batch: Batch, step: jax.Array) -> tuple[jax.Array, list]:
-        scale = 1.0 / jnp.maximum(local.total(jnp.sum(batch["mask"].astype(jnp.float32)), *local.ROWS, "context"), 1.0)
+    def gradients(
+        trained: list, frozen: list, batch: Batch, step: jax.Array, factor: jax.Array
+    ) -> tuple[jax.Array, list]:
+        supervised = local.total(jnp.sum(batch["mask"].astype(jnp.float32)), *local.ROWS, "context")
+        scale = factor / jnp.maximum(supervised, 1.0)
         key = jax.random.fold_in(jax.random.key(seed), step)
 
         noise_of = lambda index: Noise(key, token_numbers(index, *batch["tokens"].shape[1:]))  # noqa: E731
@@ -106,17 +109,22 @@ def make_train_step(
     seed: int,
     pipeline: Pipeline | None = None,
     gates: dict[Path, jax.Array] | None = None,
+    scale_window: int | None = None,
 ) -> Callable[[Tree, Tree, Batch, jax.Array], tuple[Tree, dict[str, jax.Array]]]:
     """(state, frozen params, batch, step) -> (state, metrics).
 
     homes: where the state's arrays lie between steps. Donate the state, and pass the homes as its out_shardings.
     pipeline: what computes the gradients, if it is one. gates: of a stack, 1 for each layer that trains.
+    scale_window: that of a float16 loss (loss_scale.py); None: the loss is not scaled.
     A loss or gradient that is not finite leaves params and optimiser as they were, bit for bit.
     """
     gradients = make_gradients(model, layout, dtype, seed, pipeline)
 
     def train_step(state: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[Tree, dict[str, jax.Array]]:
-        loss, grads = gradients(state["trainable"], frozen, batch, step)
+        factor = jnp.float32(1) if scale_window is None else state["guard"]["loss_scale"]
+        loss, grads = gradients(state["trainable"], frozen, batch, step, factor)
+        if scale_window is not None:
+            loss, grads = loss_scale.unscaled(loss, grads, factor)
         before = {name: fetched(state[name], homes[name]) for name in ("trainable", "optimizer")}
         before["trainable"] = layout.pinned(before["trainable"])
         grads = gated(grads, gates)
@@ -126,10 +134,7 @@ def make_train_step(
         direction, moved = optimizer.update(grads, before["optimizer"], before["trainable"])
         direction, lr = gated(direction, gates), schedule(step)
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-        guard = {
-            "bad_in_a_row": jnp.where(finite, 0, state["guard"]["bad_in_a_row"] + 1),
-            "skipped": state["guard"]["skipped"] + ~finite,
-        }
+        guard = loss_scale.advance(state["guard"], finite, scale_window)
         new = {
             "trainable": jax.tree.map(keep, descend(before["trainable"], direction, lr), before["trainable"]),
             "optimizer": jax.tree.map(keep, moved, before["optimizer"]),

@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jaxtune.config import OptimSection
+from jaxtune.config import MeshSection, OptimSection
 from jaxtune.errors import ConfigError
 from jaxtune.leaves import LowRank, partition
+from jaxtune.mesh import make_mesh, spec
 from jaxtune.models.weights import Weight
 from jaxtune.optim import clip, decay_mask, descend, global_norm, make_optimizer, make_schedule, state_shardings
 
@@ -171,7 +173,7 @@ def test_norms_and_biases_do_not_decay_and_the_parts_of_an_adapter_do():
     assert mask["embed"] == {"weight": None}
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lion", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "adam", "sgd", "lion", "adafactor"])
 def test_only_what_is_trained_has_state_and_moves(name):
     params = low_rank_params()
     optimizer = make_optimizer(OptimSection(name=name, weight_decay=0.1), WEIGHTS)
@@ -181,7 +183,7 @@ def test_only_what_is_trained_has_state_and_moves(name):
     assert (6, 4) not in {array.shape for array in jax.tree.leaves(state)}
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lion", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "adam", "sgd", "lion", "adafactor"])
 def test_moments_and_directions_of_bfloat16_weights_are_float32(name):
     section = OptimSection(name=name, weight_decay=0.1, momentum=0.9 if name == "sgd" else 0.0)
     params = draw(0, jnp.bfloat16)
@@ -293,22 +295,58 @@ def test_a_norm_of_bfloat16_gradients_is_summed_in_float32():
     assert float(global_norm(grads)) == pytest.approx(100_000**0.5, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_state_lies_where_its_weight_lies(name):
-    mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-    params = low_rank_params()
-    split, whole = NamedSharding(mesh, PartitionSpec(None, "fsdp")), NamedSharding(mesh, PartitionSpec())
-    homes = jax.tree.map(lambda _: split, params)
-    optimizer = make_optimizer(OptimSection(name=name), WEIGHTS)
-    state = jax.eval_shape(optimizer.init, params)
-    placed = jax.tree.leaves(state_shardings(state, params, homes))
-    shapes = {array.shape for array in jax.tree.leaves(params)}
-    assert [home == split for home in placed] == [array.shape in shapes for array in jax.tree.leaves(state)]
-    assert split in placed and whole in placed
+def homes_and_state(name, weights, section):
+    """The weights' shardings on a mesh, and those of an optimiser's state, by path."""
+    mesh = make_mesh(section)
+    leaf = {"is_leaf": lambda node: isinstance(node, Weight)}
+    homes = jax.tree.map(lambda weight: NamedSharding(mesh, spec(weight.full_axes)), weights, **leaf)
+    params = jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.full_shape, jnp.float32), weights, **leaf)
+    state = jax.eval_shape(make_optimizer(OptimSection(name=name), weights).init, params)
+    placed = jax.tree_util.tree_leaves_with_path(state_shardings(state, params, homes))
+    return {jax.tree_util.keystr(path): home.spec for path, home in placed}
+
+
+UP = {"stacks": {"0": {"up": {"weight": Weight((160, 256), ("mlp", "embed"), "{layer}", layers=range(3))}}}}
+DOWN = {"stacks": {"0": {"down": {"weight": Weight((256, 160), ("embed", "mlp"), "{layer}", layers=range(3))}}}}
+SQUARE = {"stacks": {"0": {"o": {"weight": Weight((256, 256), ("embed", "heads"), "{layer}", layers=range(3))}}}}
+
+
+@pytest.mark.parametrize(
+    ("weights", "row", "column"),
+    [
+        (UP, P(None, "tensor"), P(None, "fsdp")),
+        (DOWN, P(None, "tensor"), P(None, "fsdp")),  # optax's row is what is left without the largest dimension
+        (SQUARE, P(None, "fsdp"), P(None, "tensor")),
+    ],
+)
+def test_adafactors_factors_lie_as_the_dimensions_that_they_have(weights, row, column):
+    placed = homes_and_state("adafactor", weights, MeshSection(fsdp=4, tensor=2))
+    assert [home for path, home in placed.items() if ".v_row" in path] == [row]
+    assert [home for path, home in placed.items() if ".v_col" in path] == [column]
+    assert [home for path, home in placed.items() if path.endswith(".v")] == [P()]  # one number a layer
+
+
+def test_scales_of_8_bit_blocks_lie_as_their_weight_where_a_rows_blocks_divide():
+    placed = homes_and_state("adamw_8bit", UP, MeshSection(fsdp=4, tensor=2))
+    assert {path[-6:]: home for path, home in placed.items() if "weight" in path} == {
+        ".codes": P(None, "tensor", "fsdp"),
+        "absmax": P(None, "tensor", None),
+    }
+    wide = {"head": {"weight": Weight((64, 1024), ("vocab", "embed"), "head")}}
+    placed = homes_and_state("adamw_8bit", wide, MeshSection(fsdp=4, tensor=2))
+    assert {home for path, home in placed.items() if "weight" in path} == {P("tensor", "fsdp")}
+
+
+def test_moments_lie_where_their_weights_lie_and_counters_everywhere():
+    placed = homes_and_state("adamw", UP, MeshSection(fsdp=4, tensor=2))
+    assert {home for path, home in placed.items() if "weight" in path} == {P(None, "tensor", "fsdp")}
+    assert {home for path, home in placed.items() if "count" in path} == {P()}
 
 
 def test_an_unused_setting_of_another_optimiser_is_refused():
     with pytest.raises(ValueError, match="momentum belongs to sgd"):
         OptimSection(name="adamw", momentum=0.9)
+    with pytest.raises(ValueError, match="momentum belongs to sgd"):
+        OptimSection(name="adamw_8bit", momentum=0.9)
     with pytest.raises(ValueError, match="decay belongs to wsd"):
         OptimSection(schedule="cosine", decay=0.5)

@@ -17,8 +17,8 @@ CONFIG = ModelConfig("qwen2", VOCAB, 32, 64, 2, 4, 2, 8, 256, tied=True, qkv_bia
 class Setup:
     """A random model and a plain gradient step on it: the change of the weights is the gradient itself."""
 
-    def __init__(self, section=None, optim=None, seed=0, dtype="float32"):
-        sections = {"train": {"seed": seed}, "precision": {"compute": dtype}}
+    def __init__(self, section=None, optim=None, seed=0, dtype="float32", **precision):
+        sections = {"train": {"seed": seed}, "precision": {"compute": dtype, **precision}}
         plain = {"name": "sgd", "lr": 1.0, "schedule": "constant", "warmup": 0, "clip_norm": None}
         stepper = Stepper(CONFIG, std=0.3, tune=section or {"method": "full"}, optim=optim or plain, **sections)
         self.model, self.state, self.frozen = stepper.model, stepper.state, stepper.frozen
