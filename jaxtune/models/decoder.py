@@ -359,7 +359,7 @@ class Model:
 
         def use(x: jax.Array, axes: Axes) -> jax.Array:
             if run.offload_params:
-                x = jax.device_put(x, jax.memory.Space.Device)
+                x = local.near(x)
             wanted = x.dtype if dtype is None or x.ndim < 2 else dtype
             if run.weights_split and "embed" in axes and local.size("fsdp") > 1:
                 x = local.weight_gathered(x, "fsdp", axes.index("embed"), wanted, run.sum_dtype or x.dtype)

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.errors import MeshError
+from jaxtune.parallel import local
 
 STACKS = "stacks"
 
@@ -54,7 +55,7 @@ class Stages:
         """Arrays in layer order -> in stage order. Runs under jit; others than stacked ones stay as they are."""
         order = self.numbers.reshape(-1)
         places = np.where(order < 0, self.numbers.max() + 1, order)  # past the end: filled with zeros
-        return _of_stacks(lambda x: jnp.take(_near(x), places, axis=0, mode="fill", fill_value=0), tree)
+        return _of_stacks(lambda x: jnp.take(local.near(x), places, axis=0, mode="fill", fill_value=0), tree)
 
     def brought(self, tree: Any, homes: Any) -> Any:
         """`staged`, outside jit, array by array: each is given up when its like is there, so few are held twice."""
@@ -74,7 +75,7 @@ class Stages:
         """Arrays in stage order -> in layer order."""
         order = self.numbers.reshape(-1)
         places = np.argsort(np.where(order < 0, order.size, order), kind="stable")[: self.numbers.max() + 1]
-        return _of_stacks(lambda x: jnp.take(_near(x), places, axis=0), tree)
+        return _of_stacks(lambda x: jnp.take(local.near(x), places, axis=0), tree)
 
     def unstaged_homes(self, tree: Any) -> Any:
         """Shardings for what `unstaged` gives: split over pipe along another dimension, where one can be.
@@ -94,11 +95,6 @@ def _of_stacks(function: Any, tree: Any, other: Any = lambda x: x) -> Any:
     """`function` of every array on whose path a dict has the key "stacks", `other` of the rest."""
 
     return jax.tree_util.tree_map_with_path(lambda path, x: (function if is_stacked(path, x) else other)(x), tree)
-
-
-def _near(x: jax.Array) -> jax.Array:
-    """In the device's memory: nothing is computed in the host's."""
-    return jax.device_put(x, jax.memory.Space.Device)
 
 
 def is_stacked(path: tuple, x: Any) -> bool:
