@@ -1,6 +1,5 @@
 """The training run, from top to bottom: data, model, state, resume, steps, result."""
 
-import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtune import tune
+from jaxtune import processes, tune
 from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
 from jaxtune.checkpoint import Checkpointer
 from jaxtune.config import Config
@@ -21,7 +20,7 @@ from jaxtune.errors import TrainingStopped
 from jaxtune.export import write_result
 from jaxtune.leaves import combine, count, partition
 from jaxtune.mesh import RULES, batch_shards, check_batch, check_model, check_sharded, make_mesh
-from jaxtune.metrics import Recorder, read_rows
+from jaxtune.metrics import Recorder, Silent, read_rows
 from jaxtune.models.weights import Tree
 from jaxtune.optim import make_optimizer, make_schedule
 from jaxtune.rundir import Run, open_run
@@ -44,14 +43,18 @@ class Job:
     put: Callable[[Batch], dict[str, jax.Array]]  # onto the mesh
 
 
+@processes.together()
 def train(config: Config) -> list[dict]:
     """Run, or go on with, the run that `config` describes; the rows of its metrics.jsonl.
+
+    Every process of several calls this. An error in one of them ends all.
 
     Raises:
         UserError: something of the user's is wrong, by name.
         SystemExit: 143 after SIGTERM, when the step is finished and saved.
     """
     config = config.model_copy(update={"tune": tune.resolve(config.tune)})
+    processes.compare(lambda: processes.program(config))
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.train.batch_size, config.train.micro_batches)
     with open_run(config) as run, StopSignal() as stop:
@@ -65,10 +68,9 @@ def train(config: Config) -> list[dict]:
         data.report(console)
         run.check(data.train.fingerprint, source.path, data.train.steps)
         job = prepare(config, source, data, mesh)
-        checkpointer = Checkpointer(run.checkpoints, config.checkpoint.every, config.checkpoint.keep)
-        with contextlib.closing(checkpointer) as checkpoints:
+        with Checkpointer(run.checkpoints, config.checkpoint.every, config.checkpoint.keep) as checkpoints:
             done = resume(job, run, checkpoints)
-            with Recorder(run.directory, config.log, data.train.steps, done) as recorder:
+            with open_record(job, run, done) as recorder:
                 go_on(job, run, checkpoints, recorder, stop, done)
         finish(job, run)
     return recorder.rows
@@ -112,6 +114,7 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
 
 def resume(job: Job, run: Run, checkpoints: Checkpointer) -> int:
     """Take the state of the last valid checkpoint, if there is one; the step that it is of, else 0."""
+    processes.barrier("compiled")  # collectives wait for one another for a short time only
     step = checkpoints.latest_valid()
     if step is None:
         checkpoints.preflight(job.state)
@@ -121,28 +124,40 @@ def resume(job: Job, run: Run, checkpoints: Checkpointer) -> int:
     return step
 
 
-def go_on(job: Job, run: Run, checkpoints: Checkpointer, recorder: Recorder, stop: StopSignal, done: int) -> None:
+def open_record(job: Job, run: Run, done: int) -> Recorder | Silent:
+    """The run's record, which the first process alone writes."""
+    if not processes.is_first():
+        return Silent(run.directory)
+    return Recorder(run.directory, job.config.log, job.data.train.steps, done)
+
+
+def go_on(
+    job: Job, run: Run, checkpoints: Checkpointer, recorder: Recorder | Silent, stop: StopSignal, done: int
+) -> None:
     """The steps after `done`, with their records, evaluations and checkpoints."""
     total, every = job.data.train.steps, job.config.eval.every
+    told = processes.SharedStop(stop)
     waiting: Outcome | None = None  # the step before, not yet asked for: the device is kept busy meanwhile
     for step, batch in enumerate(job.data.train.batches(done + 1), done + 1):
+        told.ask()
         job.state, metrics = job.train_step(job.state, job.frozen, job.put(batch), _number(step))
         checkpoints.check_errors()
         if waiting:
             record(waiting, recorder, job.config)
         waiting = Outcome(step, batch, metrics)
+        stopping = told.answer()
         evaluates = job.data.eval is not None and (step == total or (every and step % every == 0))
-        saves = step == total or checkpoints.due(step) or stop.requested
+        saves = step == total or checkpoints.due(step) or stopping
         if evaluates or saves:
             record(waiting, recorder, job.config)
             waiting = None
         if evaluates:
             recorder.evaluation(step, evaluate(job))
         if saves:
-            checkpoints.save(step, job.state, run.meta, wait=stop.requested or step == total)
-        if stop.requested and step < total:
+            checkpoints.save(step, job.state, run.meta, wait=bool(stopping) or step == total)
+        if stopping and step < total:
             say(f"Stopped after step {step}, which is saved; the same command goes on from there")
-            raise SystemExit(stop.exit_code)
+            raise SystemExit(128 + stopping)
 
 
 @dataclass
@@ -154,7 +169,7 @@ class Outcome:
     metrics: dict[str, jax.Array]
 
 
-def record(outcome: Outcome, recorder: Recorder, config: Config) -> None:
+def record(outcome: Outcome, recorder: Recorder | Silent, config: Config) -> None:
     """Write a step down, and end a run that has come to nothing.
 
     Raises:
@@ -163,16 +178,17 @@ def record(outcome: Outcome, recorder: Recorder, config: Config) -> None:
     numbers = {name: value.item() for name, value in jax.device_get(outcome.metrics).items()}
     bad = numbers.pop("bad_in_a_row")
     batch = outcome.batch
-    recorder.step(
-        outcome.step,
-        loss=numbers["loss"],
-        grad_norm=numbers["grad_norm"],
-        lr=numbers["lr"],
-        bad_steps=numbers["skipped"],
-        tokens=batch.num_tokens,
-        supervised_tokens=batch.num_supervised,
-        batch_sha256=batch.sha256(),
-    )
+    if processes.is_first():  # the others have not all of the batch
+        recorder.step(
+            outcome.step,
+            loss=numbers["loss"],
+            grad_norm=numbers["grad_norm"],
+            lr=numbers["lr"],
+            bad_steps=numbers["skipped"],
+            tokens=batch.num_tokens,
+            supervised_tokens=batch.num_supervised,
+            batch_sha256=batch.sha256(),
+        )
     if bad:
         warn(f"step {outcome.step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}: not applied")
     if bad >= config.train.max_bad_steps:
