@@ -94,7 +94,7 @@ class Stepper:
                 trains = gates.get(path, [True] * len(weight.keys))
                 for row, key in ((row, key) for row, key in enumerate(weight.keys) if trains[row]):
                     name = key + jax.tree_util.keystr(part)
-                    found[name] = np.asarray(array if weight.layers is None else array[row])
+                    found[name] = np.asarray(array)[() if weight.layers is None else row]
         return found
 
     @property

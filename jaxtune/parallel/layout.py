@@ -81,7 +81,7 @@ class Layout:
         return combine(*(jax.tree.structure(tree).unflatten(leaves) for tree, leaves in trees))
 
     def scattered(self, grads: list[jax.Array]) -> list[jax.Array]:
-        """After a micro-batch, on the device: of a gradient that lies in parts though its weight is whole, this device's part.
+        """After a micro-batch, on the device: of a gradient that lies in parts though its weight is whole, one part.
 
         grads: in the order of the trainable tree's leaves.
         """
