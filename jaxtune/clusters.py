@@ -146,7 +146,8 @@ def _kubernetes(environment: Mapping[str, str]) -> Place | None:
 def _tpu_pod(environment: Mapping[str, str]) -> Place | None:
     """A host of a TPU slice of several, where the environment lists them, as on Google Kubernetes Engine."""
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
-    several = "," in hosts or environment.get("MEGASCALE_NUM_SLICES", "1") not in ("", "1")
+    # libtpu writes a warning into the variable where it knows no hosts.
+    several = re.fullmatch(r"[^,\s]+(,[^,\s]+)+", hosts) or environment.get("MEGASCALE_NUM_SLICES", "1") not in ("", "1")
     return Place("the TPU pod", environment.get(COORDINATOR)) if several else None
 
 

@@ -35,7 +35,7 @@ def launch(arguments: list[str], processes: int, devices: int) -> int:
     """
     if arguments[:1] != ["train"]:
         raise ConfigError(f"launch starts jaxtune train; found {' '.join(arguments)[:80] or 'nothing'}")
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory(prefix="jaxtune-") as logs:
         homes = [Path(logs) / f"process-{number}.log" for number in range(processes)]
         group = _Group()
@@ -158,7 +158,8 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201 - beside what process 0 says
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody uses at present."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
