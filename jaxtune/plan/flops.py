@@ -33,10 +33,11 @@ class Flops:
         return self.per_device + self.shared / devices
 
 
-def matmul_flops(jaxpr: Any, loop_trips: int = 1, inside: bool = False) -> Flops:
+def matmul_flops(jaxpr: Any, loop_trips: int = 1, active: float = 1.0, inside: bool = False) -> Flops:
     """The matmuls of a jaxpr (jax.make_jaxpr's or `jitted.trace(...).jaxpr`), what runs in loops as often as it does.
 
     loop_trips: how often a `while` runs whose length the data decide. Of a condition the dearest branch counts.
+    active: how often an outermost condition takes it, 0 to 1. inside: the jaxpr is one of shard_map's.
     """
     total = Flops()
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -46,9 +47,11 @@ def matmul_flops(jaxpr: Any, loop_trips: int = 1, inside: bool = False) -> Flops
             total += Flops(per_device=flops) if inside else Flops(shared=flops)
             continue
         within = inside or equation.primitive.name == "shard_map"
-        parts = [matmul_flops(part, loop_trips, within) for part in _jaxprs(equation)]
-        if equation.primitive.name == "cond":
-            parts = [max(parts, key=lambda part: part.per_device + part.shared)]
+        is_condition = equation.primitive.name == "cond"
+        deeper = 1.0 if is_condition else active
+        parts = [matmul_flops(part, loop_trips, deeper, within) for part in _jaxprs(equation)]
+        if is_condition:
+            parts = [max(parts, key=lambda part: part.per_device + part.shared) * active]
         total += sum(parts, Flops()) * _times(equation, loop_trips)
     return total
 

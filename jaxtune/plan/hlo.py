@@ -5,7 +5,6 @@ The text is that of `compiled.as_text()`, on CPU, GPU or TPU. Only collectives, 
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -68,18 +67,29 @@ class Instruction:
 Computations = dict[str, list[Instruction]]
 
 
-def collectives(text: str, mesh: dict[str, int], loop_trips: int = 1) -> list[Collective]:
+def collectives(text: str, mesh: dict[str, int], loop_trips: int = 1, active: float = 1.0) -> list[Collective]:
     """The transfers of a compiled program, most bytes first.
 
     mesh: axis -> size, in the order of the mesh. loop_trips: how often a loop runs whose length the data decide.
+    active: how often an outermost condition holds, 0 to 1.
     """
     computations, entry = parse(text)
-    found: Counter[Collective] = Counter()
-    for instruction, times, at_most in _walk(computations, entry, 1, False, loop_trips):
+    found: dict[Collective, float] = {}
+    for instruction, run in _walk(computations, entry, _Run(1.0, active), loop_trips):
         transfer = _transfer(instruction, mesh)
         if transfer is not None:
-            found[replace(transfer, at_most=at_most)] += times
-    return sorted((replace(one, times=times) for one, times in found.items()), key=lambda one: -one.sent)
+            transfer = replace(transfer, at_most=run.at_most)
+            found[transfer] = found.get(transfer, 0.0) + run.times
+    return sorted((replace(one, times=round(times)) for one, times in found.items()), key=lambda one: -one.sent)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How often a computation runs; active: how often a condition right in it holds."""
+
+    times: float
+    active: float = 1.0
+    at_most: bool = False
 
 
 def parse(text: str) -> tuple[Computations, str]:
@@ -114,21 +124,22 @@ def _closing(text: str, opening: int) -> int:
     raise ValueError(f"HLO that is not understood: {text[:100]}")
 
 
-def _walk(
-    computations: Computations, name: str, times: int, at_most: bool, loop_trips: int
-) -> Iterator[tuple[Instruction, int, bool]]:
+def _walk(computations: Computations, name: str, run: _Run, loop_trips: int) -> Iterator[tuple[Instruction, _Run]]:
     """Every collective below a computation, with how often it runs."""
     for instruction in computations.get(name, ()):
         if _kind(instruction):
-            yield instruction, times, at_most
+            yield instruction, run
             continue
-        inner, maybe = times, at_most or instruction.opcode == "conditional"
-        if instruction.opcode == "while":
+        inner = run
+        if instruction.opcode == "conditional":
+            inner = _Run(run.times * run.active, at_most=True)
+        elif instruction.opcode == "while":
             trips = trip_count(instruction, computations, name)
-            inner, maybe = times * (loop_trips if trips is None else trips), at_most or trips is None
+            times = run.times * (loop_trips if trips is None else trips)
+            inner = replace(run, times=times, at_most=run.at_most or trips is None)
         for names in instruction.called.values():
             for called in names:
-                yield from _walk(computations, called, inner, maybe, loop_trips)
+                yield from _walk(computations, called, inner, loop_trips)
 
 
 def trip_count(loop: Instruction, computations: Computations, home: str) -> int | None:

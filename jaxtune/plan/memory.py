@@ -19,20 +19,19 @@ def tree_bytes(tree: Any) -> Counter[str]:
 
 
 def array_bytes(array: Any) -> int:
-    """Of one array on one device; arrays of int4 and the like take a byte an element unless packed."""
+    """Of one array on one device."""
     shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
     return math.prod(shape) * array.dtype.itemsize
 
 
 def memory_kind(sharding: Any) -> str:
     """`device`, or `pinned_host` for what is offloaded."""
-    kind = getattr(sharding, "memory_kind", None)
-    return HOST if kind == HOST else DEVICE
+    return HOST if getattr(sharding, "memory_kind", None) == HOST else DEVICE
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one device needs to run a compiled program, in bytes; host: what lies in the host's pinned memory."""
+    """What a compiled program needs on one device, in bytes: in the device's memory, and in the host's for it."""
 
     arguments: int
     outputs: int
@@ -41,21 +40,23 @@ class Compiled:
     host: int = 0
 
     @classmethod
-    def of(cls, compiled: Any) -> "Compiled":
-        """From compiled.memory_analysis()."""
+    def of(cls, compiled: Any, host: int = 0) -> "Compiled":
+        """From compiled.memory_analysis(). host: bytes of the state that lie on the host between steps.
+
+        A CPU has one memory, and counts everything as the device's: there `host` is taken off.
+        """
         found = compiled.memory_analysis()
+        on_host = found.host_argument_size_in_bytes + found.host_output_size_in_bytes - found.host_alias_size_in_bytes
+        away = 0 if on_host else host
         return cls(
-            arguments=found.argument_size_in_bytes,
-            outputs=found.output_size_in_bytes,
-            aliased=found.alias_size_in_bytes,
+            arguments=found.argument_size_in_bytes - away,
+            outputs=found.output_size_in_bytes - away,
+            aliased=found.alias_size_in_bytes - away,
             temporaries=found.temp_size_in_bytes,
-            host=found.host_argument_size_in_bytes
-            + found.host_output_size_in_bytes
-            - found.host_alias_size_in_bytes
-            + found.host_temp_size_in_bytes,
+            host=away + on_host + found.host_temp_size_in_bytes,
         )
 
     @property
     def peak(self) -> int:
-        """All that is there at once, in the device's own memory."""
+        """All that is in the device's own memory at once."""
         return self.arguments + self.outputs - self.aliased + self.temporaries

@@ -1,95 +1,109 @@
 """The step that a configuration describes, with shapes in place of arrays: what `plan` compiles."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from jaxtune import tune
+from jaxtune import program, tune
 from jaxtune.assemble import compute_dtype
 from jaxtune.config import Config
-from jaxtune.leaves import partition
-from jaxtune.mesh import RULES, axes_sharding, batch_shards, check_batch, check_model, shardings
+from jaxtune.loss import CHUNK
+from jaxtune.mesh import axes_sharding, batch_shards, check_batch, check_model, check_time, shardings
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import Model
+from jaxtune.models.execution import Execution
 from jaxtune.models.weights import Tree, map_tree
-from jaxtune.optim import make_optimizer, make_schedule, state_shardings
-from jaxtune.step import init_state, make_train_step
+from jaxtune.plan.flops import model_flops
+from jaxtune.plan.memory import tree_bytes
+
+TOTAL_STEPS = 1000  # of the schedule of learning rates, which changes nothing that is counted here
 
 
 @dataclass(frozen=True)
-class Program:
-    """A jitted step and its arguments (state, frozen, batch, step), shapes with shardings, on a mesh."""
+class Step:
+    """A step and its arguments' shapes and shardings."""
 
     config: Config
     model: Model
     mesh: Mesh
-    step: Any
-    arguments: tuple[Any, ...]
+    program: program.Program
     params: Tree
     mask: Tree
-    time: int
-
-    @property
-    def state(self) -> Tree:
-        return self.arguments[0]
 
     @property
     def tokens(self) -> int:
-        """Of an optimiser step, padding counted."""
-        return self.config.train.batch_size * self.time
+        """Of an optimiser step, all devices together, padding counted."""
+        return self.config.train.batch_size * self.config.data.max_length
+
+    @property
+    def loop_trips(self) -> int:
+        """Rounds of the loss's loop over a micro-batch when every token is supervised."""
+        own = self.tokens // (self.config.train.micro_batches * batch_shards(self.mesh) * self.mesh.shape["context"])
+        return -(-own // CHUNK)
+
+    @property
+    def active(self) -> float:
+        """The share of a pipeline's ticks in which a stage works; 1 without a pipeline."""
+        return 1.0
+
+    @property
+    def model_flops(self) -> float:
+        """Of a step, all devices together."""
+        length = self.config.data.max_length
+        return model_flops(self.model.config, self.model.weights, self.mask, self.params, self.tokens, length)
+
+    @property
+    def gradients(self) -> Counter[str]:
+        """Bytes of the gradients on one device, as they are summed up over micro-batches."""
+        kind = self.model.execution.sum_dtype or jnp.float32
+        homes = self.program.layout.homes(self.program.layout.grads)
+        shapes = self.program.state["trainable"]
+        return tree_bytes(
+            jax.tree.map(lambda x, home: jax.ShapeDtypeStruct(x.shape, kind, sharding=home), shapes, homes)
+        )
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the step takes, as shapes: state, frozen, batch, step."""
+        return self.program.state, self.program.frozen, self._batch(), jax.ShapeDtypeStruct((), jnp.int32)
 
     def trace(self) -> Any:
+        """The step, traced for these arguments."""
         with jax.set_mesh(self.mesh):
-            return self.step.trace(*self.arguments)
+            return self.program.train_step.trace(*self.arguments)
+
+    def _batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        train = self.config.train
+        shape = train.micro_batches, train.batch_size // train.micro_batches, self.config.data.max_length
+        kinds = dict.fromkeys(("tokens", "targets", "positions", "segments"), jnp.int32) | {"mask": jnp.bool_}
+        return {name: jax.ShapeDtypeStruct(shape, kind, sharding=self.program.rows) for name, kind in kinds.items()}
 
 
-def build(config: Config, model_config: ModelConfig, mesh: Mesh) -> Program:
-    """From settings alone: no weight, tokenizer or data is read. Rows are data.max_length long."""
+def make_step(config: Config, model_config: ModelConfig, mesh: Mesh) -> Step:
+    """From settings alone: no weight, tokenizer or data is read. Rows are data.max_length long.
+
+    Raises:
+        MeshError, AdapterError: as a run of this configuration would.
+    """
     check_batch(mesh, config.train.batch_size, config.train.micro_batches)
     check_model(mesh, model_config)
-    section = tune.resolve(config.tune)
+    check_time(mesh, config.mesh, config.data.max_length)
+    section = tune.resolve(config.tune).model_copy(update={"adapter": None})  # its settings; its weights are not read
     settings, stacks = tune.layout(section, model_config)
-    model = Model.create(settings, stacks)
+    execution = Execution.of(config, compute_dtype(config.precision.compute))
+    model = Model.create(settings, stacks, execution)
     stored = Model.create(model_config, stacks).weights
     dtype = jnp.dtype(config.precision.params)
     params = map_tree(
-        lambda weight, where: jax.ShapeDtypeStruct(weight.full_shape, dtype, sharding=where),
+        lambda weight, home: jax.ShapeDtypeStruct(weight.full_shape, dtype, sharding=home),
         stored,
-        shardings(mesh, settings, stored),
+        shardings(mesh, settings, stored, *execution.places),
     )
-    params, mask = tune.apply(section, params, model.weights, config.train.seed, axes_sharding(mesh, settings))
-    trainable, frozen = partition(params, mask)
-    optimizer = make_optimizer(config.optim, model.weights)
-    state, where = _state(trainable, optimizer, mesh)
-    step = make_train_step(
-        model,
-        optimizer,
-        make_schedule(config.optim, config.train.steps or 1000),
-        clip_norm=config.optim.clip_norm,
-        dtype=compute_dtype(config.precision.compute),
-        seed=config.train.seed,
-        parts=batch_shards(mesh),
-    )
-    arguments = (state, frozen, _batch(config, mesh), jax.ShapeDtypeStruct((), jnp.int32))
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-    return Program(config, model, mesh, jitted, arguments, params, mask, config.data.max_length)
-
-
-def _state(trainable: Tree, optimizer: Any, mesh: Mesh) -> tuple[Tree, Tree]:
-    shapes = jax.eval_shape(lambda trainable: init_state(trainable, optimizer), trainable)
-    homes = jax.tree.map(lambda array: array.sharding, trainable)
-    everywhere = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes["guard"])
-    moments = state_shardings(shapes["optimizer"], trainable, homes)
-    where = {"trainable": homes, "optimizer": moments, "guard": everywhere}
-    return jax.tree.map(lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), shapes, where), where
-
-
-def _batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    micro_batches = config.train.micro_batches
-    shape = (micro_batches, config.train.batch_size // micro_batches, config.data.max_length)
-    where = NamedSharding(mesh, PartitionSpec(None, RULES["batch"], None))
-    kinds = dict.fromkeys(("tokens", "targets", "positions", "segments"), jnp.int32) | {"mask": jnp.bool_}
-    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=where) for name, kind in kinds.items()}
+    where = axes_sharding(mesh, settings, *execution.places)
+    params, mask = tune.apply(section, params, model.weights, config.train.seed, where)
+    built = program.build(config, model, mesh, params, mask, TOTAL_STEPS)
+    return Step(config, model, mesh, built, params, mask)
