@@ -17,6 +17,7 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import Model
 from jaxtune.models.execution import Execution
 from jaxtune.models.weights import Tree, map_tree
+from jaxtune.parallel.schedule import make_schedule
 from jaxtune.plan.flops import model_flops
 from jaxtune.plan.memory import tree_bytes
 
@@ -48,7 +49,12 @@ class Step:
     @property
     def active(self) -> float:
         """The share of a pipeline's ticks in which a stage works; 1 without a pipeline."""
-        return 1.0
+        mesh, micro_batches = self.config.mesh, self.config.train.micro_batches
+        stages = self.mesh.shape["pipe"]
+        if stages == 1:
+            return 1.0
+        schedule = make_schedule(mesh.schedule, stages, micro_batches, mesh.virtual_stages)
+        return micro_batches * mesh.virtual_stages / schedule.ticks
 
     @property
     def model_flops(self) -> float:
