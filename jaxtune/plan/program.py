@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,14 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxtune import program, tune
-from jaxtune.assemble import compute_dtype
+from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
 from jaxtune.config import Config
 from jaxtune.loss import CHUNK
-from jaxtune.mesh import axes_sharding, batch_shards, check_batch, check_model, check_time, shardings
+from jaxtune.mesh import batch_shards, check_batch, check_time
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.decoder import Model
 from jaxtune.models.execution import Execution
-from jaxtune.models.weights import Tree, map_tree
 from jaxtune.parallel.schedule import make_schedule
 from jaxtune.plan.flops import model_flops
 from jaxtune.plan.memory import tree_bytes
@@ -29,11 +28,9 @@ class Step:
     """A step and its arguments' shapes and shardings."""
 
     config: Config
-    model: Model
+    assembled: Assembled
     mesh: Mesh
     program: program.Program
-    params: Tree
-    mask: Tree
 
     @property
     def tokens(self) -> int:
@@ -60,12 +57,13 @@ class Step:
     def model_flops(self) -> float:
         """Of a step, all devices together."""
         length = self.config.data.max_length
-        return model_flops(self.model.config, self.model.weights, self.mask, self.params, self.tokens, length)
+        model, params, mask = self.assembled.model, self.assembled.params, self.assembled.mask
+        return model_flops(model.config, model.weights, mask, params, self.tokens, length)
 
     @property
     def gradients(self) -> Counter[str]:
         """Bytes of the gradients on one device, as they are summed up over micro-batches."""
-        kind = self.model.execution.sum_dtype or jnp.float32
+        kind = self.assembled.model.execution.sum_dtype or jnp.float32
         homes = self.program.layout.homes(self.program.layout.grads)
         shapes = self.program.state["trainable"]
         return tree_bytes(
@@ -79,8 +77,7 @@ class Step:
 
     def trace(self) -> Any:
         """The step, traced for these arguments."""
-        with jax.set_mesh(self.mesh):
-            return self.program.train_step.trace(*self.arguments)
+        return self.program.train_step.trace(*self.arguments)
 
     def _batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         train = self.config.train
@@ -89,27 +86,24 @@ class Step:
         return {name: jax.ShapeDtypeStruct(shape, kind, sharding=self.program.rows) for name, kind in kinds.items()}
 
 
-def make_step(config: Config, model_config: ModelConfig, mesh: Mesh) -> Step:
+def make_step(config: Config, model: ModelConfig, mesh: Mesh) -> Step:
     """From settings alone: no weight, tokenizer or data is read. Rows are data.max_length long.
 
     Raises:
         MeshError, AdapterError: as a run of this configuration would.
     """
     check_batch(mesh, config.train.batch_size, config.train.micro_batches)
-    check_model(mesh, model_config)
     check_time(mesh, config.mesh, config.data.max_length)
-    section = tune.resolve(config.tune).model_copy(update={"adapter": None})  # its settings; its weights are not read
-    settings, stacks = tune.layout(section, model_config)
-    execution = Execution.of(config, compute_dtype(config.precision.compute))
-    model = Model.create(settings, stacks, execution)
-    stored = Model.create(model_config, stacks).weights
-    dtype = jnp.dtype(config.precision.params)
-    params = map_tree(
-        lambda weight, home: jax.ShapeDtypeStruct(weight.full_shape, dtype, sharding=home),
-        stored,
-        shardings(mesh, settings, stored, *execution.places),
+    # An adapter to start from has given its settings; its numbers are not read.
+    section = tune.resolve(config.tune).model_copy(update={"adapter": None})
+    config = config.model_copy(update={"tune": section})
+    assembled = assemble(
+        Source(Path(config.model.path), model, None),
+        section,
+        mesh,
+        init="shapes",
+        dtype=config.precision.params,
+        execution=Execution.of(config, compute_dtype(config.precision.compute)),
     )
-    where = axes_sharding(mesh, settings, *execution.places)
-    params, mask = tune.apply(section, params, model.weights, config.train.seed, where)
-    built = program.build(config, model, mesh, params, mask, TOTAL_STEPS)
-    return Step(config, model, mesh, built, params, mask)
+    built = program.build(config, assembled.model, mesh, assembled.params, assembled.mask, TOTAL_STEPS)
+    return Step(config, assembled, mesh, built)

@@ -24,7 +24,12 @@ CONFIGS = {
     "context": {"mesh": {"fsdp": 2, "context": 2}},
     "pipeline": {"tune": FULL, "mesh": {"fsdp": 2, "pipe": 2}, "train": {"micro_batches": 4}},
     "block-offload": {"tune": FULL, "mesh": {"fsdp": 4}, "memory": {"remat": "block", "offload": ["optimizer"]}},
-    "adafactor-bfloat16": {"tune": FULL, "mesh": {"fsdp": 2}, "optim": {"name": "adafactor"}, "precision": {"params": "bfloat16"}},
+    "adafactor-bfloat16": {
+        "tune": FULL,
+        "mesh": {"fsdp": 2},
+        "optim": {"name": "adafactor"},
+        "precision": {"params": "bfloat16"},
+    },
 }
 
 
@@ -58,7 +63,9 @@ def test_a_plan_has_the_bytes_that_the_run_compiles(name, tiny_model, tmp_path, 
     theirs = compiled_by_the_run(config).memory_analysis()
 
     (tmp_path / "data.json").unlink()  # a plan does not read it
-    plan = compile_step(make_step(config, model_settings(config), make_mesh(config.mesh, devices)), Target("cpu", devices, GENERIC))
+    plan = compile_step(
+        make_step(config, model_settings(config), make_mesh(config.mesh, devices)), Target("cpu", devices, GENERIC)
+    )
     ours = plan.memory
     assert ours.arguments + ours.host == theirs.argument_size_in_bytes
     assert ours.outputs + ours.host == theirs.output_size_in_bytes
