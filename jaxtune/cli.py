@@ -152,6 +152,7 @@ def plan(
     devices: Annotated[int | None, typer.Option(help="How many to pretend to have; else this machine's.")] = None,
     target: Annotated[str | None, typer.Option(help="cpu, or a TPU slice to compile for.", metavar="v5e:8x8")] = None,
     budget: Annotated[str | None, typer.Option(help="Memory of a device.", metavar="80GB")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Look for mesh and memory settings that fit.")] = False,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
 ) -> None:
     """Compile a step without its weights, and print what it needs of each device."""
@@ -163,10 +164,9 @@ def plan(
         size = None if budget is None else parse_bytes(budget)
         _keep_compiled_programs()
         chosen = choose(target, devices)
-        from jaxtune.console import console
         from jaxtune.plan import command
 
-        command.plan(settings, chosen, size, console)
+        (command.search_and_print if search else command.plan)(settings, chosen, size)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jaxtune.errors import UserError
-from jaxtune.plan.flops import matmul_flops
+from jaxtune.plan.flops import Place, matmul_flops
 from jaxtune.plan.hlo import Collective, collectives
 from jaxtune.plan.memory import DEVICE, HOST, Compiled, tree_bytes
 from jaxtune.plan.program import Step
@@ -60,9 +60,9 @@ def compile_step(step: Step, target: Target) -> Plan:
         parameters=tree_bytes(state["trainable"]) + tree_bytes(step.program.frozen),
         gradients=step.gradients,
         optimizer=tree_bytes(state["optimizer"]),
-        flops=matmul_flops(traced.jaxpr, step.loop_trips, step.active).on_each(devices),
+        flops=matmul_flops(traced.jaxpr, step.loop_trips, Place(step.shares)).on_each(devices),
         model_flops=step.model_flops / devices,
-        transfers=collectives(text, dict(step.mesh.shape), step.loop_trips, step.active),
+        transfers=collectives(text, dict(step.mesh.shape), step.loop_trips, step.shares),
         seconds=time.monotonic() - started,
         refused=refused,
     )

@@ -33,26 +33,50 @@ class Flops:
         return self.per_device + self.shared / devices
 
 
-def matmul_flops(jaxpr: Any, loop_trips: int = 1, active: float = 1.0, inside: bool = False) -> Flops:
+@dataclass(frozen=True)
+class Place:
+    """Where in a program an equation stands.
+
+    shares: how often the dearest branch of a condition is taken, 0 to 1: of an outermost one, of one right in it.
+    Conditions further down, or in loops within a condition, are counted as always taken.
+    """
+
+    shares: tuple[float, ...] = ()
+    is_local: bool = False  # in shard_map
+    is_conditional: bool = False
+
+    @property
+    def share(self) -> float:
+        return self.shares[0] if self.shares else 1.0
+
+    def within(self, primitive: str) -> "Place":
+        """Inside an equation of this primitive."""
+        if primitive == "cond":
+            return Place(self.shares[1:], self.is_local, True)
+        shares = () if primitive in ("scan", "while") and self.is_conditional else self.shares
+        return Place(shares, self.is_local or primitive == "shard_map", self.is_conditional)
+
+
+TOP = Place()
+
+
+def matmul_flops(jaxpr: Any, loop_trips: int = 1, place: Place = TOP) -> Flops:
     """The matmuls of a jaxpr (jax.make_jaxpr's or `jitted.trace(...).jaxpr`), what runs in loops as often as it does.
 
     loop_trips: how often a `while` runs whose length the data decide. Of a condition the dearest branch counts.
-    active: how often an outermost condition takes it, 0 to 1. inside: the jaxpr is one of shard_map's.
     """
     total = Flops()
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        rule = RULES.get(equation.primitive.name)
-        if rule is not None:
-            flops = rule(equation)
-            total += Flops(per_device=flops) if inside else Flops(shared=flops)
+        name = equation.primitive.name
+        if name in RULES:
+            flops = RULES[name](equation)
+            total += Flops(per_device=flops) if place.is_local else Flops(shared=flops)
             continue
-        within = inside or equation.primitive.name == "shard_map"
-        is_condition = equation.primitive.name == "cond"
-        deeper = 1.0 if is_condition else active
-        parts = [matmul_flops(part, loop_trips, deeper, within) for part in _jaxprs(equation)]
-        if is_condition:
-            parts = [max(parts, key=lambda part: part.per_device + part.shared) * active]
-        total += sum(parts, Flops()) * _times(equation, loop_trips)
+        parts = [matmul_flops(part, loop_trips, place.within(name)) for part in _jaxprs(equation)]
+        if name == "cond":
+            total += max(parts, key=lambda part: part.per_device + part.shared) * place.share
+        else:
+            total += sum(parts, Flops()) * _times(equation, loop_trips)
     return total
 
 

@@ -67,15 +67,17 @@ class Instruction:
 Computations = dict[str, list[Instruction]]
 
 
-def collectives(text: str, mesh: dict[str, int], loop_trips: int = 1, active: float = 1.0) -> list[Collective]:
+def collectives(
+    text: str, mesh: dict[str, int], loop_trips: int = 1, shares: tuple[float, ...] = ()
+) -> list[Collective]:
     """The transfers of a compiled program, most bytes first.
 
     mesh: axis -> size, in the order of the mesh. loop_trips: how often a loop runs whose length the data decide.
-    active: how often an outermost condition holds, 0 to 1.
+    shares: how often an outermost condition holds, 0 to 1, and one right in it; others are counted as always held.
     """
     computations, entry = parse(text)
     found: dict[Collective, float] = {}
-    for instruction, run in _walk(computations, entry, _Run(1.0, active), loop_trips):
+    for instruction, run in _walk(computations, entry, _Run(1.0, shares), loop_trips):
         transfer = _transfer(instruction, mesh)
         if transfer is not None:
             transfer = replace(transfer, at_most=run.at_most)
@@ -85,11 +87,21 @@ def collectives(text: str, mesh: dict[str, int], loop_trips: int = 1, active: fl
 
 @dataclass(frozen=True)
 class _Run:
-    """How often a computation runs; active: how often a condition right in it holds."""
+    """How often a computation runs; shares: how often a condition right in it holds, and one in that."""
 
     times: float
-    active: float = 1.0
+    shares: tuple[float, ...] = ()
+    is_conditional: bool = False
     at_most: bool = False
+
+    def branch(self) -> "_Run":
+        share, rest = (self.shares[0], self.shares[1:]) if self.shares else (1.0, ())
+        return _Run(self.times * share, rest, True, self.at_most or not self.shares)
+
+    def loop(self, trips: int | None, otherwise: int) -> "_Run":
+        shares = () if self.is_conditional else self.shares
+        times = self.times * (otherwise if trips is None else trips)
+        return _Run(times, shares, self.is_conditional, self.at_most or trips is None)
 
 
 def parse(text: str) -> tuple[Computations, str]:
@@ -132,11 +144,9 @@ def _walk(computations: Computations, name: str, run: _Run, loop_trips: int) -> 
             continue
         inner = run
         if instruction.opcode == "conditional":
-            inner = _Run(run.times * run.active, at_most=True)
+            inner = run.branch()
         elif instruction.opcode == "while":
-            trips = trip_count(instruction, computations, name)
-            times = run.times * (loop_trips if trips is None else trips)
-            inner = replace(run, times=times, at_most=run.at_most or trips is None)
+            inner = run.loop(trip_count(instruction, computations, name), loop_trips)
         for names in instruction.called.values():
             for called in names:
                 yield from _walk(computations, called, inner, loop_trips)

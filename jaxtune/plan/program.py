@@ -16,7 +16,7 @@ from jaxtune.loss import CHUNK
 from jaxtune.mesh import batch_shards, check_batch, check_time
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.execution import Execution
-from jaxtune.parallel.schedule import make_schedule
+from jaxtune.parallel.schedule import Schedule, bubble, make_schedule
 from jaxtune.plan.flops import model_flops
 from jaxtune.plan.memory import tree_bytes
 
@@ -44,14 +44,26 @@ class Step:
         return -(-own // CHUNK)
 
     @property
-    def active(self) -> float:
-        """The share of a pipeline's ticks in which a stage works; 1 without a pipeline."""
-        mesh, micro_batches = self.config.mesh, self.config.train.micro_batches
-        stages = self.mesh.shape["pipe"]
+    def schedule(self) -> Schedule | None:
+        """Of the pipeline, where there is one."""
+        mesh, stages = self.config.mesh, self.mesh.shape["pipe"]
         if stages == 1:
-            return 1.0
-        schedule = make_schedule(mesh.schedule, stages, micro_batches, mesh.virtual_stages)
-        return micro_batches * mesh.virtual_stages / schedule.ticks
+            return None
+        return make_schedule(mesh.schedule, stages, self.config.train.micro_batches, mesh.virtual_stages)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """With a pipeline: in which share of its ticks a stage works, and of its work that is in the chunk with the
+        head. A model's own conditions, within its layers, are counted as met."""
+        schedule = self.schedule
+        if schedule is None:
+            return ()
+        return schedule.micro_batches * schedule.virtual / schedule.ticks, 1 / schedule.virtual
+
+    @property
+    def bubble(self) -> float:
+        """The share of a step in which a pipeline's stage waits."""
+        return 0.0 if self.schedule is None else bubble(self.schedule)
 
     @property
     def model_flops(self) -> float:

@@ -1,28 +1,58 @@
 """What a person reads of a plan: memory against the budget, operations, and transfers, all of one device."""
 
-from rich.console import Group, RenderableType
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from jaxtune.plan.compiling import Plan
 from jaxtune.plan.memory import DEVICE, HOST
+from jaxtune.plan.search import Found, pasteable
 from jaxtune.plan.target import Target
 
 SHOWN = 12  # transfers; the rest are summed up in a line
 
 
-def report(plan: Plan, target: Target, budget: int | None) -> RenderableType:
+def print_plan(plan: Plan, target: Target, budget: int | None, console: Console) -> None:
     """The whole report."""
-    return Group(
-        Text(_heading(plan, target)),
-        Text(),
-        memory_table(plan, budget),
-        Text(_verdict(plan, budget), style="bold green" if plan.fits(budget) else "bold red"),
-        Text(),
-        operations_table(plan),
-        Text(),
-        transfers_table(plan),
+    _line(console, heading(plan, target))
+    console.print()
+    console.print(memory_table(plan, budget))
+    _line(console, verdict(plan, budget), "bold green" if plan.fits(budget) else "bold red")
+    console.print()
+    console.print(operations_table(plan))
+    console.print()
+    console.print(transfers_table(plan))
+
+
+def print_found(found: Found, target: Target, budget: int, seconds: float, console: Console) -> None:
+    """The best few that a search found, each with its numbers and as YAML."""
+    _line(
+        console,
+        f"{found.candidates:,} candidates, {found.compiled} compiled in {seconds:.0f} s for {target.name}; "
+        f"{len(found.plans)} fit into {size(budget)}.",
     )
+    if found.nearest is not None:
+        used = size(found.nearest.memory.peak)
+        _line(console, f"The smallest that was compiled needs {used} on each device:", "bold red")
+        _line(console, pasteable(found.nearest.step.config))
+    for number, (plan, estimated) in enumerate(zip(found.plans, found.seconds, strict=True), 1):
+        console.print()
+        _line(console, f"# {number}: {drivers(plan, estimated)}", "bold")
+        _line(console, pasteable(plan.step.config))
+
+
+def drivers(plan: Plan, seconds: float) -> str:
+    """What a step needs and what its time comes from, in a line."""
+    idle = f", {plan.step.bubble:.0%} of the time idle" if plan.step.bubble else ""
+    return (
+        f"{size(plan.memory.peak)} a device"
+        + (f" and {size(plan.memory.host)} of its host" if plan.memory.host else "")
+        + f"; {operations(plan.flops)} of matmuls{idle}, {size(plan.sent)} sent; about {seconds:.2g} s a step"
+    )
+
+
+def _line(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(text), style=style, soft_wrap=True)
 
 
 def size(count: float) -> str:
@@ -46,7 +76,7 @@ def axes_text(sizes: dict[str, int]) -> str:
     return ", ".join(f"{axis} {number}" for axis, number in sizes.items() if number > 1) or "no axis above 1"
 
 
-def _heading(plan: Plan, target: Target) -> str:
+def heading(plan: Plan, target: Target) -> str:
     step, train = plan.step, plan.step.config.train
     kept = "" if train.micro_batches == 1 else f" in {train.micro_batches} micro-batches"
     return (
@@ -79,7 +109,7 @@ def memory_table(plan: Plan, budget: int | None) -> Table:
     return table
 
 
-def _verdict(plan: Plan, budget: int | None) -> str:
+def verdict(plan: Plan, budget: int | None) -> str:
     if plan.refused:
         return f"The compiler refuses: {size(plan.memory.peak)} do not fit into this device."
     if budget is None:

@@ -19,22 +19,32 @@ _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MI
 
 @dataclass(frozen=True)
 class Chip:
-    """Of one JAX device: memory in bytes, bfloat16 operations a second, bytes a second to and from its neighbours."""
+    """Of one JAX device: memory in bytes, bfloat16 operations a second, bytes that it sends a second.
+
+    island: neighbours that it reaches at `network`; others it reaches at `far`.
+    """
 
     memory: int
     flops: float
     network: float
+    island: int = 2**30
+    far: float = 0.0
+
+    def bandwidth(self, span: int) -> float:
+        """Within groups whose members lie among `span` neighbours."""
+        return self.network if span <= self.island else self.far
 
 
-# Google Cloud's pages on each TPU version; a v4 device is half a chip's cores where JAX counts so.
+# Google Cloud's pages on each TPU version.
 TPUS = {
     "v4": Chip(32 * 2**30, 275e12, 300e9),
     "v5e": Chip(16 * 2**30, 197e12, 200e9),
     "v5p": Chip(95 * 2**30, 459e12, 600e9),
     "v6e": Chip(32 * 2**30, 918e12, 448e9),
 }
-# What stands for an unknown accelerator where candidates are compared: an H100's data sheet (dense bfloat16, NVLink).
-GENERIC = Chip(80 * 10**9, 989e12, 450e9)
+# What stands for an unknown accelerator where candidates are compared: an H100's data sheet (dense bfloat16, NVLink),
+# eight in a machine, with a network port of 400 Gbit/s each.
+GENERIC = Chip(80 * 10**9, 989e12, 450e9, island=8, far=50e9)
 
 
 @dataclass(frozen=True)

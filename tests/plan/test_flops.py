@@ -13,7 +13,7 @@ from jaxtune.mesh import make_mesh
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import Model
 from jaxtune.models.weights import leaves_with_path, map_tree
-from jaxtune.plan.flops import Flops, matmul_flops, model_flops
+from jaxtune.plan.flops import Flops, Place, matmul_flops, model_flops
 
 A, B = jnp.zeros((4, 8)), jnp.zeros((8, 16))
 ONE = 2 * 4 * 8 * 16  # of A @ B
@@ -69,6 +69,18 @@ def test_of_a_condition_the_dearest_branch_counts():
         return jax.lax.cond(a[0, 0] > 0, lambda a: (a @ B) @ B.T, lambda a: a, a)
 
     assert flops(function, A).shared == 2 * ONE
+
+
+def test_a_condition_whose_share_is_known_counts_by_it_and_a_loop_within_it_as_a_whole():
+    def often(a):
+        return jax.lax.cond(a[0, 0] > 1, lambda a: a @ B @ B.T, lambda a: a, a)
+
+    def function(a):
+        inner = lambda a: jax.lax.scan(lambda a, _: (often(a), None), often(a), None, length=3)[0]  # noqa: E731
+        return jax.lax.cond(a[0, 0] > 0, inner, lambda a: a, a)
+
+    assert flops(function, A).shared == 4 * 2 * ONE
+    assert flops(function, A, place=Place((0.5, 0.25))).shared == 0.5 * (0.25 + 3) * 2 * ONE
 
 
 def test_a_custom_gradient_counts_what_it_computes():

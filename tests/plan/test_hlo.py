@@ -92,8 +92,10 @@ def test_a_condition_is_marked():
     def function(x):
         return jax.lax.cond(x[0, 0] > 0, psum("tensor"), lambda x: x, x)
 
-    (one,) = sent(function)
-    assert one.at_most and one.times == 1
+    text = compiled_text(lambda x: jax.lax.scan(lambda x, _: (function(x), None), x, None, length=8)[0])
+    (one,), (shared,) = collectives(text, MESH), collectives(text, MESH, shares=(0.25,))
+    assert one.at_most and one.times == 8
+    assert not shared.at_most and shared.times == 2
 
 
 def test_what_a_device_sends_is_that_of_the_ring_algorithms():
