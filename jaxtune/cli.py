@@ -1,4 +1,4 @@
-"""The command `jaxtune`: train, generate, chat, export, schedule. What they do is elsewhere; this file reads the
+"""The command `jaxtune`: train, generate, chat, export, plan, schedule. What they do is elsewhere; this file reads the
 command line and turns what can go wrong into one line and an exit code.
 
 Exit codes: 0 done, 2 the input is wrong, 130 stopped by Ctrl-C, 143 stopped by SIGTERM after a save, 75 another
@@ -187,6 +187,29 @@ def export(
             f"{done.directory}: the largest logit difference against the run is {done.difference:.2e} "
             f"(allowed: {done.tolerance:g} of the largest logit, {done.largest:.2f})"
         )
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Option(help="YAML file, as for train; its data need not be there.")],
+    devices: Annotated[int | None, typer.Option(help="How many to pretend to have; else this machine's.")] = None,
+    target: Annotated[str | None, typer.Option(help="cpu, or a TPU slice to compile for.", metavar="v5e:8x8")] = None,
+    budget: Annotated[str | None, typer.Option(help="Memory of a device.", metavar="80GB")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Look for mesh and memory settings that fit.")] = False,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+) -> None:
+    """Compile a step without its weights, and print what it needs of each device."""
+    with _one_line_errors():
+        from jaxtune.config import load_config
+        from jaxtune.plan.target import choose, parse_bytes
+
+        settings = load_config(config, overrides or [])
+        size = None if budget is None else parse_bytes(budget)
+        _keep_compiled_programs()
+        chosen = choose(target, devices)
+        from jaxtune.plan import command
+
+        (command.search_and_print if search else command.plan)(settings, chosen, size)
 
 
 @app.command()
