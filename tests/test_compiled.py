@@ -133,7 +133,7 @@ def test_remat_policies_keep_less_in_the_promised_order():
     sizes = [kept(remat) for remat in ("none", "dots", None, "block", "full")]
     assert sizes == sorted(sizes, reverse=True)
     none, dots, names, block, full = sizes  # the names are those of most matmuls' results
-    assert none > 1.5 * dots and names > 1.5 * block and block > 1.2 * full, sizes
+    assert none > 1.5 * dots and names > 1.5 * block and block > 1.05 * full, sizes
 
 
 def test_temporary_memory_falls_with_the_ring_s_size():
