@@ -147,7 +147,10 @@ def _tpu_pod(environment: Mapping[str, str]) -> Place | None:
     """A host of a TPU slice of several, where the environment lists them, as on Google Kubernetes Engine."""
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
     # libtpu writes a warning into the variable where it knows no hosts.
-    several = re.fullmatch(r"[^,\s]+(,[^,\s]+)+", hosts) or environment.get("MEGASCALE_NUM_SLICES", "1") not in ("", "1")
+    several = re.fullmatch(r"[^,\s]+(,[^,\s]+)+", hosts) or environment.get("MEGASCALE_NUM_SLICES", "1") not in (
+        "",
+        "1",
+    )
     return Place("the TPU pod", environment.get(COORDINATOR)) if several else None
 
 

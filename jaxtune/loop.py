@@ -18,10 +18,11 @@ from jaxtune.data.loader import Batch, Data, build_data
 from jaxtune.errors import TrainingStopped
 from jaxtune.export import write_result
 from jaxtune.leaves import count, partition
-from jaxtune.mesh import check_batch, check_model, check_time, make_mesh
+from jaxtune.mesh import check_batch, check_time, make_mesh
 from jaxtune.metrics import Recorder, Silent, read_rows
 from jaxtune.models.execution import Execution
 from jaxtune.models.weights import Tree
+from jaxtune.parallel.checks import check_fit
 from jaxtune.parallel.layout import check_sharded
 from jaxtune.program import Program, build
 from jaxtune.rundir import Run, open_run
@@ -59,7 +60,7 @@ def train(config: Config) -> list[dict]:
             return read_rows(run.directory)
         stage(f"Reading {config.model.path}")
         source = Source.open(config.model, config.data.template)
-        check_model(mesh, source.config)
+        check_fit(config, mesh, source.config)
         stage("Reading the data")
         data = build_data(config.data, config.eval, config.train, source.tokenizer)
         data.report(console)

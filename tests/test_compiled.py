@@ -54,7 +54,7 @@ def test_zero_levels_hold_an_eighth_of_optimiser_then_gradients_then_weights():
     for level in range(4):
         # Norms and biases, which have no axis to split, are a small rest.
         def share(count, of, is_split):
-            assert count / of == pytest.approx(1 / DEVICES if is_split else 1, abs=0.02)  # noqa: B023
+            assert count / of == pytest.approx(1 / DEVICES if is_split else 1, abs=0.02)
 
         share(held(zero(level), "optimizer"), whole["optimizer"], level >= 1)
         share(grads[level], grads[0], level >= 2)

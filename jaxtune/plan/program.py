@@ -13,9 +13,10 @@ from jaxtune import program, tune
 from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
 from jaxtune.config import Config
 from jaxtune.loss import CHUNK
-from jaxtune.mesh import batch_shards, check_batch, check_time
+from jaxtune.mesh import batch_shards, check_time
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.execution import Execution
+from jaxtune.parallel.checks import check_fit
 from jaxtune.parallel.schedule import Schedule, bubble, make_schedule
 from jaxtune.plan.flops import model_flops
 from jaxtune.plan.memory import tree_bytes
@@ -104,7 +105,7 @@ def make_step(config: Config, model: ModelConfig, mesh: Mesh) -> Step:
     Raises:
         MeshError, AdapterError: as a run of this configuration would.
     """
-    check_batch(mesh, config.train.batch_size, config.train.micro_batches)
+    check_fit(config, mesh, model)
     check_time(mesh, config.mesh, config.data.max_length)
     # An adapter to start from has given its settings; its numbers are not read.
     section = tune.resolve(config.tune).model_copy(update={"adapter": None})

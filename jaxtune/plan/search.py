@@ -16,10 +16,9 @@ from pydantic import ValidationError
 
 from jaxtune.config import AXES, Config, MemorySection, MeshSection, make_config
 from jaxtune.errors import MeshError
-from jaxtune.mesh import check_batch, check_model, check_time, make_mesh
+from jaxtune.mesh import check_time, make_mesh
 from jaxtune.models.config import ModelConfig
-from jaxtune.parallel.schedule import check_numbers
-from jaxtune.parallel.stages import Stages
+from jaxtune.parallel.checks import check_fit
 from jaxtune.plan.compiling import Plan, compile_step
 from jaxtune.plan.estimate import USED, Estimate, Facts, Sizes, estimate, span_of
 from jaxtune.plan.program import make_step
@@ -189,12 +188,8 @@ def _legal(config: Config, changes: dict, sizes: Sizes, model: ModelConfig) -> C
 def _fits_model(config: Config, sizes: Sizes, model: ModelConfig) -> bool:
     mesh: Any = SimpleNamespace(shape=sizes, size=1)
     try:
-        check_model(mesh, model)
-        check_batch(mesh, config.train.batch_size, config.train.micro_batches)
+        check_fit(config, mesh, model)
         check_time(mesh, config.mesh, config.data.max_length)
-        if sizes["pipe"] > 1:
-            Stages.of(model.num_layers, sizes["pipe"], config.mesh.virtual_stages)
-            check_numbers(config.mesh.schedule, sizes["pipe"], config.train.micro_batches, config.mesh.virtual_stages)
     except MeshError:
         return False
     return True

@@ -4,7 +4,6 @@ The processes have gloo between them, and two or four fake devices each. Two pro
 order of additions (gloo's and XLA's own reductions associate differently); the same processes again agree in every bit.
 """
 
-import json
 import signal
 import time
 
@@ -22,7 +21,6 @@ from tests.multiprocess.support import (
     start,
     wait_for_steps,
 )
-from tests.runs import unfinish
 
 pytestmark = pytest.mark.slow
 
