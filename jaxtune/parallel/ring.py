@@ -1,7 +1,8 @@
 """Ring attention: queries stay, and every device's keys and values pass by on their way round the context axis.
 
 After Liu et al. 2023 (arXiv 2310.01889), in zigzag order. Scores exist one tile at a time, forward and backward, so
-memory falls with the size of the ring. To be called inside a shard_map that is manual over the context axis.
+memory falls with the size of the ring. To be called inside a shard_map that is manual over the context axis; with one
+device on that axis, or without a shard_map, the ring is the whole sequence's own tiles.
 
 Legend: B batch, T tokens of this device, H query heads, K key/value heads, G = H / K, D head size.
 """
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtune.parallel import local
 from jaxtune.parallel.tiles import LATEST, Grid, Partial, Tokens, attend, attend_backward, may_see, visible
 from jaxtune.parallel.zigzag import AXIS, positions_of
 
@@ -87,7 +89,7 @@ class _Ring:
 
     @classmethod
     def of(cls, q_BKGTD, segments_BT, window) -> "_Ring":
-        size, rank, time = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS), segments_BT.shape[1]
+        size, rank, time = local.size(AXIS), local.index(AXIS), segments_BT.shape[1]
         grid = Grid.of(time, 1 if size == 1 else 2, q_BKGTD[..., 0, 0].size)
         return cls(size, rank, grid, Tokens(positions_of(rank, time, size), segments_BT), window)
 
