@@ -100,13 +100,14 @@ def launch(
 @contextlib.contextmanager
 def _among_others(coordinator: str | None, processes: str | None, process_id: int | None) -> Iterator[None]:
     """Join the other processes, where the options or the environment name some, and end with them."""
-    from jaxtune import clusters
+    from jaxtune import clusters, launch
 
     given = {clusters.COORDINATOR: coordinator, clusters.PROCESSES: processes, clusters.PROCESS: process_id}
     place = clusters.find_place(os.environ | {name: str(value) for name, value in given.items() if value is not None})
     if place is None:
         yield
         return
+    launch.stop_with_launcher()
     clusters.start(place)
     from jaxtune.fate import together
 
