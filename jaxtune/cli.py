@@ -2,7 +2,7 @@
 command line and turns what can go wrong into one line and an exit code.
 
 Exit codes: 0 done, 2 the input is wrong, 130 stopped by Ctrl-C, 143 stopped by SIGTERM after a save, 75 another
-process of the run is gone, 1 a failure.
+process of the run is gone or never came, 1 a failure.
 
 Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/jaxtune/xla, so that a second start
 is quick; JAX_ENABLE_COMPILATION_CACHE=false turns that off.
@@ -100,15 +100,16 @@ def launch(
 @contextlib.contextmanager
 def _among_others(coordinator: str | None, processes: str | None, process_id: int | None) -> Iterator[None]:
     """Join the other processes, where the options or the environment name some, and end with them."""
-    from jaxtune import clusters
+    from jaxtune import clusters, launch
 
     given = {clusters.COORDINATOR: coordinator, clusters.PROCESSES: processes, clusters.PROCESS: process_id}
     place = clusters.find_place(os.environ | {name: str(value) for name, value in given.items() if value is not None})
     if place is None:
         yield
         return
+    launch.stop_with_launcher()
     clusters.start(place)
-    from jaxtune.processes import together
+    from jaxtune.fate import together
 
     with together():
         yield

@@ -6,12 +6,14 @@ the processes then do together is processes.py's.
 
 import os
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import NoReturn
 
 from jaxtune.console import warn
-from jaxtune.errors import ProcessError, listing
+from jaxtune.errors import LostProcess, ProcessError, listing
 
 COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 LOCAL_DEVICES, HEARTBEAT, PATIENCE = "JAX_LOCAL_DEVICE_IDS", "JAXTUNE_HEARTBEAT_SECONDS", "JAXTUNE_START_SECONDS"
@@ -52,12 +54,18 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
 def start(place: Place) -> None:
     """Join the other processes; to be called before JAX is used for anything.
 
+    When they do not come in time, this process ends with a message and exit code 75.
+
     Raises:
-        ProcessError: the others did not come, or JAX cannot make out who they are.
+        ProcessError: JAX cannot make out who they are.
     """
     import jax
 
     heartbeat, patience = (seconds(os.environ, name) for name in (HEARTBEAT, PATIENCE))
+    told = place.coordinator is not None and place.process is not None
+    timer = threading.Timer(patience, _give_up, (place, patience))
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             place.coordinator,
@@ -65,16 +73,26 @@ def start(place: Place) -> None:
             place.process,
             place.local_devices,
             # Who says all is not to be asked again: a launcher may stand inside another's job.
-            cluster_detection_method=None if None in (place.coordinator, place.process) else "deactivate",
+            cluster_detection_method="deactivate" if told else None,
             heartbeat_timeout_seconds=heartbeat,
-            initialization_timeout=patience,
+            initialization_timeout=patience + 60,  # JAX's own end is an abort
         )
     except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ProcessError(
-            f"The processes that {place.launcher} started did not find together within {patience} s: {reason[:300]}; "
-            f"{DOCS}"
-        ) from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ProcessError(f"{place.launcher}: JAX cannot join the processes: {reason[:300]}. {DOCS}") from error
+    finally:
+        timer.cancel()
+
+
+def _give_up(place: Place, patience: int) -> NoReturn:
+    process = "" if place.process is None else f" (this is process {place.process})"
+    message = (
+        f"Of {place.processes or 'the'} processes of the run{process}, not all came to "
+        f"{place.coordinator or 'the coordinator'} within {patience} s; {PATIENCE} sets another time. Look whether all "
+        f"were started with the same address, and can reach it. {DOCS}\n"
+    )
+    os.write(2, message.encode())
+    os._exit(LostProcess.exit_code)
 
 
 def seconds(environment: Mapping[str, str], name: str) -> int:

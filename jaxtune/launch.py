@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 from jaxtune.clusters import COORDINATOR, HEARTBEAT, LOCAL_DEVICES, PROCESS, PROCESSES, seconds
 from jaxtune.errors import ConfigError
 
-BIND = "JAX_COORDINATOR_BIND_ADDRESS"
+BIND, LAUNCHED = "JAX_COORDINATOR_BIND_ADDRESS", "JAXTUNE_LAUNCHED"
 STOPS = (signal.SIGTERM, signal.SIGINT)
 LATE = 15  # seconds beyond the heartbeat after which a process that outlives another's failure is ended
 TAIL = 50  # lines of a failed process that are shown
@@ -38,13 +39,14 @@ def launch(arguments: list[str], processes: int, devices: int) -> int:
     address = f"127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory(prefix="jaxtune-") as logs:
         homes = [Path(logs) / f"process-{number}.log" for number in range(processes)]
-        group = _Group()
+        group = Group()
         with group.passing_signals_on():
             for number, log in enumerate(homes):
                 environment = child_environment(os.environ, address, number, processes, devices)
-                group.start(arguments, environment, None if number == 0 else log)
+                command = [sys.executable, "-m", "jaxtune", *arguments]
+                group.start(command, environment, None if number == 0 else log)
             group.wait(seconds(os.environ, HEARTBEAT) + LATE)
-        return _report(group, homes)
+        return report(group, homes)
 
 
 def child_environment(
@@ -69,27 +71,28 @@ def child_environment(
     }
 
 
-class _Group:
+class Group:
     """The processes, in order; `failed` is the number of the first that failed."""
 
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen] = []
         self.failed: int | None = None
-        self._stops: list[int] = []
+        self.stops: list[int] = []
 
-    def start(self, arguments: list[str], environment: dict[str, str], log: Path | None) -> None:
+    def start(self, command: list[str], environment: Mapping[str, str], log: Path | None) -> None:
         """Begin one process. log: where its output goes, in place of ours.
 
-        Each is a session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on once.
+        Each is a session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on once. Its
+        input is a pipe that closes when this process is gone; see `stop_with_launcher`.
         """
-        if self._stops:
+        if self.stops:
             return
         with contextlib.nullcontext() if log is None else log.open("wb") as file:
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "jaxtune", *arguments],
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
+                    command,
+                    env={**environment, LAUNCHED: "1"},
+                    stdin=subprocess.PIPE,
                     stdout=file,
                     stderr=file,
                     start_new_session=True,
@@ -128,7 +131,7 @@ class _Group:
             self.failed = min(failed, key=lambda number: self.processes[number].returncode, default=None)
 
     def _pass_on(self, number: int, _: object) -> None:
-        self._stops.append(number)
+        self.stops.append(number)
         self._send(number)
 
     def _send(self, number: int) -> None:
@@ -137,10 +140,22 @@ class _Group:
                 process.send_signal(number)
 
 
-def _report(group: _Group, logs: list[Path]) -> int:
+def stop_with_launcher() -> None:
+    """In a process that a Group started: save and stop when the launcher is gone, as SIGTERM would have it."""
+
+    def listen() -> None:
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if LAUNCHED in os.environ:
+        threading.Thread(target=listen, name="launcher", daemon=True).start()
+
+
+def report(group: Group, logs: list[Path]) -> int:
     """Say which process failed and of what, where process 0 has not; the exit code."""
     if group.failed is None:
-        return 128 + group._stops[0] if group._stops and not group.processes else 0
+        return 128 + group.stops[0] if group.stops and not group.processes else 0
     status = group.processes[group.failed].returncode
     code = 128 - status if status < 0 else status
     if code in TOLD:

@@ -17,6 +17,7 @@ from jaxtune.console import console, loading_bar, say, stage, warn
 from jaxtune.data.loader import Batch, Data, build_data
 from jaxtune.errors import TrainingStopped
 from jaxtune.export import write_result
+from jaxtune.fate import together
 from jaxtune.leaves import count, partition
 from jaxtune.mesh import check_batch, check_time, make_mesh
 from jaxtune.metrics import Recorder, Silent, read_rows
@@ -41,7 +42,7 @@ class Job:
     train_step: Callable[[Tree, Tree, dict, jax.Array], tuple[Tree, dict[str, jax.Array]]]
 
 
-@processes.together()
+@together()
 def train(config: Config) -> list[dict]:
     """Run, or go on with, the run that `config` describes; the rows of its metrics.jsonl.
 
@@ -92,7 +93,7 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
     program = build(config, assembled.model, mesh, assembled.params, assembled.mask, data.train.steps)
     say(f"Training {trained:,} of {total:,} parameters ({trained / total:.3%}) on {_devices(mesh)}")
     check_sharded(program.state["trainable"], program.homes["trainable"])
-    first = program.put(data.train.batch(1).arrays())
+    first = program.put(data.train.batch(1, rows=()).arrays())  # any will do
     compiled = _compile(program.train_step, program.state, program.frozen, first, _number(1))
     return Job(config, data, assembled, program, program.state, compiled)
 
@@ -121,9 +122,9 @@ def go_on(
 ) -> None:
     """The steps after `done`, with their records, evaluations and checkpoints."""
     total, every = job.data.train.steps, job.config.eval.every
-    told = processes.SharedStop(stop)
+    told, own = processes.SharedStop(stop), processes.own_rows(job.program.rows, job.data.train.shape)
     waiting: Outcome | None = None  # the step before, not yet asked for: the device is kept busy meanwhile
-    for step, batch in enumerate(job.data.train.batches(done + 1), done + 1):
+    for step, batch in enumerate(job.data.train.batches(done + 1, own), done + 1):
         told.ask()
         placed = job.program.put(batch.arrays())
         job.state, metrics = job.train_step(job.state, job.program.frozen, placed, _number(step))
@@ -191,7 +192,8 @@ def evaluate(job: Job) -> float:
     """The mean loss over the supervised tokens of the held-out data."""
     assert job.data.eval is not None
     trainable, frozen, ask = job.state["trainable"], job.program.frozen, job.program.eval_step
-    sums = [ask(trainable, frozen, job.program.put(batch.arrays())) for batch in job.data.eval.batches()]
+    batches = job.data.eval.batches(rows=processes.own_rows(job.program.rows, job.data.eval.shape))
+    sums = [ask(trainable, frozen, job.program.put(batch.arrays())) for batch in batches]
     losses, tokens = zip(*jax.device_get(sums), strict=True)
     return float(sum(losses) / sum(tokens))
 

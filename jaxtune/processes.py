@@ -1,29 +1,19 @@
-"""What the processes of one run do together: agree, wait for one another, and end together.
+"""What the processes of one run do together: agree, and wait for one another.
 
 Everything goes through JAX's coordination service and XLA's collectives. With one process nothing here does anything.
-Who starts them is clusters.py's and launch.py's business.
-
-Process 0 decides, records and prints. An error of one ends all with its message and exit code: `together` posts it,
-and a thread in each of the others, which may be stuck in a collective, ends its process. A process that is gone
-without a word is noticed by the service when it has not been heard of for the heartbeat time.
+Process 0 decides, records and prints. Who starts the processes is clusters.py's and launch.py's business, how they
+end fate.py's.
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
-import os
-import re
 import socket
-import sys
-import threading
-import time
-import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jaxlib
@@ -31,18 +21,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune import __version__
-from jaxtune.clusters import HEARTBEAT, seconds
 from jaxtune.config import Config
-from jaxtune.console import console
-from jaxtune.errors import LostProcess, ProcessError, explained
+from jaxtune.errors import ProcessError
 from jaxtune.signals import StopSignal
 
 EVER = 365 * 24 * 3600.0  # seconds; what is waited for this long is ended by the death of its process
 PATIENCE = 3600.0  # for the slowest of processes that do the same
-GRACE = 1.0  # for the others to read an error before process 0, who holds the service, goes
 
 _serial: dict[str, Iterator[int]] = defaultdict(itertools.count)
-_joined: "_Joined | None" = None
 
 
 def count() -> int:
@@ -64,13 +50,13 @@ def barrier(name: str, timeout: float = PATIENCE) -> None:
     if count() == 1:
         return
     try:
-        _client().wait_at_barrier(f"jaxtune/{name}", int(timeout * 1000))
+        client().wait_at_barrier(f"jaxtune/{name}", int(timeout * 1000))
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
         if "DEADLINE_EXCEEDED" not in text:
             raise
         raise ProcessError(
-            f"Not every process came to the point {name!r} within {timeout:.0f} s: {_first_line(text)}"
+            f"Not every process came to the point {name!r} within {timeout:.0f} s: {first_line(text)}"
         ) from error
 
 
@@ -78,22 +64,22 @@ def decided_by_first(name: str, decide: Callable[[], Any]) -> Any:
     """What `decide` gives in process 0, in every process: JSON. In the others it is not called."""
     if count() == 1:
         return decide()
-    key = _key(name)
+    key = key_of(name)
     if is_first():
         value = decide()
-        _client().key_value_set(key, json.dumps(value))
+        client().key_value_set(key, json.dumps(value))
         return value
-    return json.loads(_client().blocking_key_value_get(key, int(EVER * 1000)))
+    return json.loads(client().blocking_key_value_get(key, int(EVER * 1000)))
 
 
 def gathered(name: str, value: Any) -> list[Any]:
     """What each process gives, in order and in every process: JSON, and short."""
     if count() == 1:
         return [value]
-    key = _key(name)
-    _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    key = key_of(name)
+    client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
     barrier(name)
-    found = {int(path.rpartition("/")[2]): json.loads(text) for path, text in _client().key_value_dir_get(key)}
+    found = {int(path.rpartition("/")[2]): json.loads(text) for path, text in client().key_value_dir_get(key)}
     return [found[process] for process in range(count())]
 
 
@@ -134,6 +120,19 @@ def program(config: Config) -> dict[str, str]:
     return {**fields, **versions, "jaxtune's code (SHA-256)": _code()}
 
 
+def own_rows(home: NamedSharding, shape: tuple[int, int, int]) -> frozenset[int] | None:
+    """Which of a batch's sequences this process has to make: those that lie on its devices.
+
+    home: of arrays of `shape`, [micro_batches, rows, time]; sequences are counted through all micro-batches. None is
+    all of them, which the first process needs for the record.
+    """
+    if is_first():
+        return None
+    places = home.addressable_devices_indices_map(shape).values()
+    spans = [[range(*part.indices(size)) for part, size in zip(place[:2], shape, strict=False)] for place in places]
+    return frozenset(micro * shape[1] + row for micros, rows in spans for micro in micros for row in rows)
+
+
 class SharedStop:
     """Whether any process was told to stop, known to all of them at the same step.
 
@@ -158,130 +157,17 @@ class SharedStop:
         return (self._stop.signum or 0) if self._stop.requested else 0
 
 
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Around all that processes do together: none is left behind when another fails or ends.
-
-    An error in one of several processes ends them all, this one too, with its message and exit code. A SystemExit
-    is taken for a decision of all. Inside another `together`, and with one process, this does nothing.
-    """
-    global _joined
-    if _joined is not None or count() == 1:
-        yield
-        return
-    _joined = _Joined()
-    console.quiet = not is_first()
-    try:
-        yield
-    except SystemExit:
-        _joined.end()
-        raise
-    except BaseException as error:
-        _joined.fail(error)
-    else:
-        _joined.end()
-    finally:
-        _joined = None
-
-
-class _Joined:
-    """Two threads, each waiting for one thing: an error that is posted, a process that is lost."""
-
-    def __init__(self) -> None:
-        self._key = _key("run")
-        self._failing = False
-        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._hear, self._watch)]
-        for thread in self._threads:
-            thread.start()
-
-    def end(self) -> None:
-        """Wait for the others, and let the threads go.
-
-        Two barriers: the threads of the others wait at one for process 0, and that of process 0 at another for them.
-        Whoever dies before breaks the one that the rest is waiting at.
-        """
-        self._wait_at("first" if is_first() else "others")
-        self._threads[1].join()
-        if is_first():
-            _client().key_value_set(f"{self._key}/failed", "")
-        self._threads[0].join()
-
-    def fail(self, error: BaseException) -> NoReturn:
-        """Tell the others and the person, and end this process."""
-        known = explained(error)
-        if known is None and isinstance(error, jax.errors.JaxRuntimeError):
-            # A collective breaks when another process is gone; the service will say which, and `_watch` end this one.
-            time.sleep(seconds(os.environ, HEARTBEAT) + 5)
-        self._failing = True
-        message, code = known or (f"{type(error).__name__}: {_first_line(str(error))}", 1)
-        failure = {"process": jax.process_index(), "host": socket.gethostname(), "message": message, "code": code}
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another failed before, or the service is gone
-            _client().key_value_set(f"{self._key}/failed", json.dumps(failure))
-        if known is None:
-            message = "".join(traceback.format_exception(error)).rstrip()
-        if is_first():
-            time.sleep(GRACE)
-        _leave(message if is_first() or known is None else "", code)
-
-    def _hear(self) -> None:
-        try:
-            text = _client().blocking_key_value_get(f"{self._key}/failed", int(EVER * 1000))
-        except jax.errors.JaxRuntimeError:  # the service is gone, which is `_watch`'s business
-            return
-        failure = json.loads(text) if text else None
-        if failure is None or failure["process"] == jax.process_index():
-            return
-        time.sleep(GRACE if is_first() else GRACE / 2)
-        if not self._failing:  # with the same error, most likely
-            message = f"process {failure['process']} ({failure['host']}): {failure['message']}"
-            _leave(message if is_first() else "", failure["code"])
-
-    def _watch(self) -> None:
-        try:
-            self._wait_at("others" if is_first() else "first")
-        except jax.errors.JaxRuntimeError as error:
-            if not self._failing:
-                lost = _lost(str(error))
-                _leave(str(lost) if is_first() or lost.process == 0 else "", lost.exit_code)
-
-    def _wait_at(self, name: str) -> None:
-        _client().wait_at_barrier(f"{self._key}/{name}", int(EVER * 1000))
-
-
-def _lost(text: str) -> LostProcess:
-    """What the service says when a process is gone, in our words."""
-    found = re.search(r"[Tt]ask[ :](\d+)", text)
-    process, silence = int(found[1]) if found else 0, seconds(os.environ, HEARTBEAT)
-    how = f"nothing was heard of it for {silence} s" if found else "the connection to it broke"
-    return LostProcess(
-        f"Process {process} of {count()} is gone: {how}. It was killed, ran out of memory, or its machine is down; its "
-        "own output may say more. The others end too: start all with the same command, and the run goes on from its "
-        "last checkpoint",
-        process,
-    )
-
-
-def _leave(message: str, code: int) -> NoReturn:
-    """End this process from any thread, whatever the others are stuck in."""
-    if console.is_terminal:
-        console.show_cursor()
-    sys.stdout.flush()
-    if message:
-        os.write(2, f"{message}\n".encode())
-    os._exit(code)
-
-
-def _client() -> Any:
+def client() -> Any:
     """JAX's connection to the coordination service, which has no public name; Orbax takes it from here too."""
     return jax._src.distributed.global_state.client
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
     """A name that is used once. All processes ask for the same ones in the same order."""
     return f"jaxtune/{name}/{next(_serial[name])}"
 
 
-def _first_line(text: str) -> str:
+def first_line(text: str) -> str:
     return text.strip().partition("\n")[0][:500]
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -112,23 +112,26 @@ class Dataset:
         digest.update(np.packbits(self.examples.supervised).tobytes())
         return digest.hexdigest()
 
-    def batch(self, step: int) -> Batch:
-        """The batch of `step`, counted from 1. The last one is filled up with empty rows."""
+    def batch(self, step: int, rows: Container[int] | None = None) -> Batch:
+        """The batch of `step`, counted from 1. The last one is filled up with empty rows.
+
+        rows: those to make, counted through all micro-batches; the others are left empty. None: all.
+        """
         if not 1 <= step <= self.steps:
             raise IndexError(f"step {step} of {self.steps}")
         size, time = self.batch_size, self.shape[-1]
         batch = Batch(*(np.zeros((size, time), kind) for kind in ("i4", "i4", "?", "i4", "i4")))
         for row, index in enumerate(range((step - 1) * size, step * size)):
-            if self._limit is None or index < self._limit:
+            if (rows is None or row in rows) and (self._limit is None or index < self._limit):
                 self._fill(batch, row, self._stream(index))
         return Batch(*(array.reshape(self.shape) for array in batch.arrays().values()))
 
-    def batches(self, first_step: int = 1) -> Iterator[Batch]:
-        """The batches from `first_step` to the last, made ahead of time by a thread."""
+    def batches(self, first_step: int = 1, rows: Container[int] | None = None) -> Iterator[Batch]:
+        """The batches from `first_step` to the last, made ahead of time by a thread; `rows` as `batch` has it."""
         if first_step > self.steps:
             return iter(())
         steps = grain.MapDataset.range(first_step, self.steps + 1)
-        return iter(steps.map(lambda step: self.batch(int(step))).to_iter_dataset(_READ))
+        return iter(steps.map(lambda step: self.batch(int(step), rows)).to_iter_dataset(_READ))
 
     def _fill(self, batch: Batch, row: int, members: np.ndarray) -> None:
         """Write the examples `members` one after another into a row."""

@@ -43,7 +43,13 @@ def single(config: Path, *overrides: str, devices: int) -> tuple[int, str]:
     return finish(_open(["-m", "jaxtune.train", "--config", str(config), *overrides], child_environment(devices)))
 
 
-def by_hand(*scripts: list[str], devices: int = 1) -> list[subprocess.Popen]:
+def script(config: Path, *overrides: str, fault: str = "") -> list[str]:
+    """Python's arguments for a process of `jaxtune train`, after the lines of `fault`, which break something in it."""
+    arguments = ["train", "--config", str(config), *overrides]
+    return ["-c", f"{fault}\nfrom jaxtune.cli import main\nmain({arguments!r})"]
+
+
+def by_hand(*scripts: list[str], devices: int = 2) -> list[subprocess.Popen]:
     """A process for each list of Python's arguments."""
     address, count = f"127.0.0.1:{free_port()}", len(scripts)
     environment = child_environment(env=ENVIRONMENT)

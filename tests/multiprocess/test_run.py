@@ -4,6 +4,8 @@ The processes have gloo between them, and two or four fake devices each. Two pro
 order of additions (gloo's and XLA's own reductions associate differently); the same processes again agree in every bit.
 """
 
+import os
+import shutil
 import signal
 import time
 
@@ -21,6 +23,7 @@ from tests.multiprocess.support import (
     start,
     wait_for_steps,
 )
+from tests.runs import unfinish
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +53,44 @@ def assert_close(ledger, expected):
             assert float.fromhex(ours[name]) == pytest.approx(float.fromhex(theirs[name]), rel=tolerance)
 
 
+def test_what_two_save_one_restores_bit_for_bit_and_the_other_way_round(model, tmp_path, uninterrupted):
+    # A run that is complete but for its result has nothing left to do but to restore the last state and to write it.
+    two, one = tmp_path / "two", tmp_path / "one"
+    shutil.copytree(uninterrupted.parent, two)
+    unfinish(two / "run")
+    moved = f"train.output_dir={two / 'run'}"
+    code, output = single(uninterrupted.parent / "config.yaml", moved, "mesh.data=1", devices=1)
+    assert code == 0 and f"from the checkpoint of step {STEPS}" in output, output
+    assert result(two / "run") == result(uninterrupted)
+
+    config = configuration(model, one)
+    assert single(config, devices=4)[0] == 0
+    before = result(one / "run")
+    assert_close(before[0], result(uninterrupted)[0])
+    unfinish(one / "run")
+    code, output = finish(start(config))
+    assert code == 0 and f"from the checkpoint of step {STEPS}" in output, output
+    assert result(one / "run") == before
+
+
+def test_sigterm_to_one_stops_both_at_the_same_saved_step(model, tmp_path, uninterrupted):
+    config, run = configuration(model, tmp_path, checkpoint={"every": 1000}), tmp_path / "run"
+    launcher = start(config)
+    wait_for_steps(launcher, run, 3)
+    os.kill(children(launcher)[1], signal.SIGTERM)
+    code, output = finish(launcher)
+    assert code == 143, output
+    [saved] = saved_steps(run)
+    assert 3 <= saved < STEPS
+    assert f"Stopped after step {saved}, which is saved" in output
+    # On from there in one process, with the same losses but for rounding.
+    code, output = single(config, devices=4)
+    assert code == 0 and f"from the checkpoint of step {saved}" in output, output
+    ledger, expected = result(run)[0], result(uninterrupted)[0]
+    assert ledger[:saved] == expected[:saved]
+    assert_close(ledger, expected)
+
+
 def test_two_processes_with_four_devices_are_one_with_eight(model, tmp_path):
     two, one = (tmp_path / name for name in ("two", "one"))
     code, output = finish(start(configuration(model, two), devices=4))
@@ -66,8 +107,6 @@ def test_when_one_is_killed_the_other_ends_and_all_go_on_bit_for_bit(model, tmp_
     launcher = start(config)
     wait_for_steps(launcher, run, 5)
     killed = time.monotonic()
-    import os
-
     os.kill(children(launcher)[victim], signal.SIGKILL)
     code, output = finish(launcher)
     assert time.monotonic() - killed < HEARTBEAT + 8

@@ -1,0 +1,142 @@
+"""How the processes of one run end: all together. With one process nothing here does anything.
+
+An error of one ends all with its message and exit code: `together` posts it, and a thread in each of the others, which
+may be stuck in a collective, ends its process. A process that is gone without a word is noticed by JAX's coordination
+service, when nothing has been heard of it for the heartbeat time.
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import NoReturn
+
+import jax
+
+from jaxtune.clusters import HEARTBEAT, seconds
+from jaxtune.console import console
+from jaxtune.errors import LostProcess, explained
+from jaxtune.processes import EVER, client, count, first_line, is_first, key_of
+
+GRACE = 1.0  # seconds for the others to read an error before process 0, who holds the service, goes
+
+_joined: "_Joined | None" = None
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Around all that processes do together: none is left behind when another fails or ends.
+
+    An error in one of several processes ends them all, this one too, with its message and exit code. A SystemExit
+    is taken for a decision of all. Inside another `together`, and with one process, this does nothing.
+    """
+    global _joined
+    if _joined is not None or count() == 1:
+        yield
+        return
+    _joined = _Joined()
+    console.quiet = not is_first()
+    try:
+        yield
+    except SystemExit:
+        _joined.end()
+        raise
+    except BaseException as error:
+        _joined.fail(error)
+    else:
+        _joined.end()
+    finally:
+        _joined = None
+
+
+class _Joined:
+    """Two threads, each waiting for one thing: an error that is posted, a process that is lost."""
+
+    def __init__(self) -> None:
+        self._key = key_of("run")
+        self._failing = False
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._hear, self._watch)]
+        for thread in self._threads:
+            thread.start()
+
+    def end(self) -> None:
+        """Wait for the others, and let the threads go.
+
+        Two barriers: the threads of the others wait at one for process 0, and that of process 0 at another for them.
+        Whoever dies before breaks the one that the rest is waiting at.
+        """
+        self._wait_at("first" if is_first() else "others")
+        self._threads[1].join()
+        if is_first():
+            client().key_value_set(f"{self._key}/failed", "")
+        self._threads[0].join()
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """Tell the others and the person, and end this process."""
+        known = explained(error)
+        if known is None and isinstance(error, jax.errors.JaxRuntimeError):
+            # A collective breaks when another process is gone; the service will say which, and `_watch` end this one.
+            time.sleep(seconds(os.environ, HEARTBEAT) + 5)
+        self._failing = True
+        message, code = known or (f"{type(error).__name__}: {first_line(str(error))}", 1)
+        failure = {"process": jax.process_index(), "host": socket.gethostname(), "message": message, "code": code}
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another failed before, or the service is gone
+            client().key_value_set(f"{self._key}/failed", json.dumps(failure))
+        if known is None:
+            message = "".join(traceback.format_exception(error)).rstrip()
+        if is_first():
+            time.sleep(GRACE)
+        _leave(message if is_first() or known is None else "", code)
+
+    def _hear(self) -> None:
+        try:
+            text = client().blocking_key_value_get(f"{self._key}/failed", int(EVER * 1000))
+        except jax.errors.JaxRuntimeError:  # the service is gone, which is `_watch`'s business
+            return
+        failure = json.loads(text) if text else None
+        if failure is None or failure["process"] == jax.process_index():
+            return
+        time.sleep(GRACE if is_first() else GRACE / 2)
+        if not self._failing:  # with the same error, most likely
+            message = f"process {failure['process']} ({failure['host']}): {failure['message']}"
+            _leave(message if is_first() else "", failure["code"])
+
+    def _watch(self) -> None:
+        try:
+            self._wait_at("others" if is_first() else "first")
+        except jax.errors.JaxRuntimeError as error:
+            if not self._failing:
+                lost = _lost(str(error))
+                _leave(str(lost) if is_first() or lost.process == 0 else "", lost.exit_code)
+
+    def _wait_at(self, name: str) -> None:
+        client().wait_at_barrier(f"{self._key}/{name}", int(EVER * 1000))
+
+
+def _lost(text: str) -> LostProcess:
+    """What the service says when a process is gone, in our words."""
+    found = re.search(r"[Tt]ask[ :](\d+)", text)
+    process, silence = int(found[1]) if found else 0, seconds(os.environ, HEARTBEAT)
+    how = f"nothing was heard of it for {silence} s" if found else "the connection to it broke"
+    return LostProcess(
+        f"Process {process} of {count()} is gone: {how}. It was killed, ran out of memory, or its machine is down; its "
+        "own output may say more. The others end too: start all with the same command, and the run goes on from its "
+        "last checkpoint",
+        process,
+    )
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    """End this process from any thread, whatever the others are stuck in."""
+    if console.is_terminal:
+        console.show_cursor()
+    sys.stdout.flush()
+    if message:
+        os.write(2, f"{message}\n".encode())
+    os._exit(code)
