@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from jaxtune import tune
+from jaxtune import float8, tune
 from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
 from jaxtune.checkpoint import Checkpointer
 from jaxtune.config import Config
@@ -90,6 +90,8 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
     program = build(config, assembled.model, mesh, assembled.params, assembled.mask, data.train.steps)
     trained, total = count(program.state["trainable"]), count(assembled.params)
     say(f"Training {trained:,} of {total:,} parameters ({trained / total:.3%}) on {_devices(mesh)}")
+    if config.precision.matmul == "float8" and not float8.has_units(mesh.devices.flat[0]):
+        warn(f"{mesh.devices.flat[0].device_kind} has no float8 units: its matmuls are computed in wider types, slower")
     check_sharded(program.state["trainable"], program.homes["trainable"])
     put = partial(_put, program.rows)
     compiled = _compile(program.train_step, program.state, program.frozen, put(data.train.batch(1)), _number(1))
