@@ -4,6 +4,7 @@ export and the Python calls all start from.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import Model
 from jaxtune.models.execution import USUAL, Execution
 from jaxtune.models.families import read_config
-from jaxtune.models.weights import Tree, init_params
+from jaxtune.models.weights import Tree, init_params, map_tree
 from jaxtune.tokenizer import check_tokenizer, load_tokenizer
 
 FULL = TuneSection(method="full")
@@ -78,6 +79,7 @@ def assemble(
 ) -> Assembled:
     """Declare, load (or initialise) and wrap: every array is made in its own shards.
 
+    init: pretrained, random, or shapes: then the parameters are jax.ShapeDtypeStructs and nothing is read or made.
     execution: also says where the arrays lie. progress: called with (what, bytes done, bytes in all) while weights
     are read.
 
@@ -90,7 +92,11 @@ def assemble(
     stored = Model.create(source.config, stacks).weights
     places = execution.places
     where = shardings(mesh, config, stored, *places)
-    if init == "random":
+    params: Tree
+    if init == "shapes":
+        shape = partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
+        params = map_tree(lambda weight, home: shape(weight.full_shape, sharding=home), stored, where)
+    elif init == "random":
         params = init_params(stored, where, seed, config.init_std, jnp.dtype(dtype))
     else:
         params = load_params(open_source(source.path), stored, where, jnp.dtype(dtype), progress)

@@ -7,6 +7,8 @@ checkpoints/
   300.saving/        a save under way: it becomes 300 by one rename, after its manifest is on disk
   100.deleting/      an old one on its way out
 
+Of several processes each writes its own shards, and the first does the rest, when all have written.
+
 Nothing is deleted before a newer checkpoint is complete. No Python class is stored: a state is any pytree, and
 comes back in the structure that the reader gives. Where arrays of a state lie is the reader's choice too.
 """
@@ -27,8 +29,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
+from jaxtune import processes
 from jaxtune.console import warn
-from jaxtune.errors import CheckpointError, SaveError, listing
+from jaxtune.errors import CheckpointError, SaveError, UserError, listing
 from jaxtune.files import read_json
 from jaxtune.manifest import damages, read_manifest, sync, write_manifest
 from jaxtune.models.weights import Tree, set_path
@@ -57,14 +60,16 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: SaveError | None = None
         self._damaged: set[int] = set()
-        if jax.process_index() == 0:
+        if processes.is_first():
             _clean(self.directory)
 
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        alone = processes.count() == 1
+        if alone or kind is None or issubclass(kind, (SystemExit, UserError)):
+            self.close()  # else what the save under way waits for may never come
 
     def due(self, step: int) -> bool:
         """Whether the configuration asks for a save after this step."""
@@ -76,6 +81,8 @@ class Checkpointer:
         Raises:
             CheckpointError: it has not; the message says how much is needed and how much is free.
         """
+        if not processes.is_first():
+            return
         missing = max(self.keep + 1 - len(saved_steps(self.directory)), 1)
         try:
             _require_space(self.directory, missing * _size(_by_path(state)))
@@ -92,14 +99,13 @@ class Checkpointer:
             SaveError: this save could not begin, or the one before, or with `wait` this one, failed.
         """
         self.wait()
-        there = step in saved_steps(self.directory) and step not in self._damaged
-        if there and not problems(self.directory, step, read=False):
+        if processes.decided_by_first("save", lambda: self._has(step)):
             return
         arrays = _by_path(state)
         home = self.directory / f"{step}{SAVING}"
         with self._reported(step, home):
-            _require_space(self.directory, _size(arrays))
-            if jax.process_index() == 0:
+            if processes.is_first():
+                _require_space(self.directory, _size(arrays))
                 shutil.rmtree(home, ignore_errors=True)
                 home.mkdir(parents=True)
             self._orbax.save(home / STATE, args=ocp.args.PyTreeSave(_nested(_own(arrays))))
@@ -111,13 +117,18 @@ class Checkpointer:
         if wait:
             self.wait()
 
+    def _has(self, step: int) -> bool:
+        there = step in saved_steps(self.directory) and step not in self._damaged
+        return there and not problems(self.directory, step, read=False)
+
     def _finish(self, step: int, home: Path, shapes: dict[str, list], meta: str) -> None:
         with self._reported(step, home):
-            self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
+            self._orbax.wait_until_finished()  # all processes' shards
+            if processes.is_first():
                 (home / META).write_text(meta, encoding="utf-8")
                 write_manifest(home, step, shapes)
                 self._commit(step, home)
+            processes.barrier("saved", SAVE_SECONDS)
 
     def _commit(self, step: int, home: Path) -> None:
         final = self.directory / str(step)
@@ -146,7 +157,8 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            shutil.rmtree(home, ignore_errors=True)
+            if processes.is_first():
+                shutil.rmtree(home, ignore_errors=True)
             whole = [s for s in saved_steps(self.directory) if s not in self._damaged]
             last = f"the last checkpoint is step {whole[-1]}" if whole else "there is no checkpoint yet"
             self._error = SaveError(
@@ -181,11 +193,23 @@ class Checkpointer:
 
     def latest_valid(self) -> int | None:
         """The newest step whose files are all as they were written; see the function of the same name."""
+        return processes.decided_by_first("step", self._search)
+
+    def _search(self) -> int | None:
         step, self._damaged = _search(self.directory)
         return step
 
     def restore(self, step: int, abstract: Any) -> Any:
-        """The state of a step that `latest_valid` gave; see `restore`."""
+        """The state of a step that `latest_valid` gave; see `restore`.
+
+        Raises:
+            CheckpointError: what is there is of another model, or this process does not see what process 0 sees.
+        """
+        if not processes.is_first() and (wrong := problems(self.directory, step, read=False)):
+            raise CheckpointError(
+                f"{self.directory / str(step)}: process 0 sees this checkpoint whole, and this machine does not: "
+                f"{listing(wrong, 3)}; the run directory must be on storage that the machines share"
+            )
         return _restore(self._orbax, self.directory, step, abstract, partial=False)
 
 

@@ -1,7 +1,8 @@
-"""The command `jaxtune`: train, generate, chat, export, schedule. What they do is elsewhere; this file reads the
+"""The command `jaxtune`: train, generate, chat, export, plan, schedule. What they do is elsewhere; this file reads the
 command line and turns what can go wrong into one line and an exit code.
 
-Exit codes: 0 done, 2 the input is wrong, 130 stopped by Ctrl-C, 143 stopped by SIGTERM after a save, 1 a failure.
+Exit codes: 0 done, 2 the input is wrong, 130 stopped by Ctrl-C, 143 stopped by SIGTERM after a save, 75 another
+process of the run is gone, 1 a failure.
 
 Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/jaxtune/xla, so that a second start
 is quick; JAX_ENABLE_COMPILATION_CACHE=false turns that off.
@@ -20,7 +21,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import jaxtune
-from jaxtune.errors import UserError
+from jaxtune.errors import explained
 
 app = typer.Typer(
     help="Fine-tune and train decoder language models in JAX: Hugging Face files in, Hugging Face files out.",
@@ -59,16 +60,58 @@ def _top(
 def train(
     config: Annotated[Path, typer.Option(help="YAML file; docs/config.md lists its keys.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="Of several processes: where process 0 is.", metavar="HOST:PORT")
+    ] = None,
+    processes: Annotated[str | None, typer.Option(help="How many; auto: JAX finds out.", metavar="N|auto")] = None,
+    process_id: Annotated[int | None, typer.Option(help="Which one this is, from 0.")] = None,
 ) -> None:
     """Train as a YAML file says. The same command again goes on with a run that was stopped."""
     with _one_line_errors():
-        from jaxtune.config import load_config
-
-        settings = load_config(config, overrides or [])
         _keep_compiled_programs()
-        from jaxtune import loop
+        with _among_others(coordinator, processes, process_id):
+            from jaxtune.config import load_config
 
-        loop.train(settings)
+            settings = load_config(config, overrides or [])
+            from jaxtune import loop
+
+            loop.train(settings)
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def launch(
+    arguments: Annotated[list[str], typer.Argument(metavar="-- train --config FILE ...")],
+    processes: Annotated[int, typer.Option(help="How many, on this machine.", min=1)],
+    devices_per_process: Annotated[int, typer.Option(help="GPUs of each; on a CPU, devices to make.", min=1)] = 1,
+    heartbeat: Annotated[
+        int | None, typer.Option(help="Seconds of silence after which one is given up.", min=1)
+    ] = None,
+) -> None:
+    """Train in several processes on this machine, one for each GPU. They end together."""
+    with _one_line_errors():
+        from jaxtune import launch as launcher
+
+        if heartbeat is not None:
+            os.environ[launcher.HEARTBEAT] = str(heartbeat)
+        code = launcher.launch(arguments, processes, devices_per_process)
+    raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def _among_others(coordinator: str | None, processes: str | None, process_id: int | None) -> Iterator[None]:
+    """Join the other processes, where the options or the environment name some, and end with them."""
+    from jaxtune import clusters
+
+    given = {clusters.COORDINATOR: coordinator, clusters.PROCESSES: processes, clusters.PROCESS: process_id}
+    place = clusters.find_place(os.environ | {name: str(value) for name, value in given.items() if value is not None})
+    if place is None:
+        yield
+        return
+    clusters.start(place)
+    from jaxtune.processes import together
+
+    with together():
+        yield
 
 
 @app.command()
@@ -147,6 +190,29 @@ def export(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Option(help="YAML file, as for train; its data need not be there.")],
+    devices: Annotated[int | None, typer.Option(help="How many to pretend to have; else this machine's.")] = None,
+    target: Annotated[str | None, typer.Option(help="cpu, or a TPU slice to compile for.", metavar="v5e:8x8")] = None,
+    budget: Annotated[str | None, typer.Option(help="Memory of a device.", metavar="80GB")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Look for mesh and memory settings that fit.")] = False,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+) -> None:
+    """Compile a step without its weights, and print what it needs of each device."""
+    with _one_line_errors():
+        from jaxtune.config import load_config
+        from jaxtune.plan.target import choose, parse_bytes
+
+        settings = load_config(config, overrides or [])
+        size = None if budget is None else parse_bytes(budget)
+        _keep_compiled_programs()
+        chosen = choose(target, devices)
+        from jaxtune.plan import command
+
+        (command.search_and_print if search else command.plan)(settings, chosen, size)
+
+
+@app.command()
 def schedule(
     name: Annotated[str, typer.Option(help="As mesh.schedule.", metavar="1f1b|gpipe|interleaved|zero_bubble")],
     stages: Annotated[int, typer.Option(help="As mesh.pipe.")],
@@ -202,29 +268,15 @@ def _one_line_errors() -> Iterator[None]:
     """What a person can put right, or did on purpose, ends with one message and its exit code."""
     try:
         yield
-    except UserError as error:
-        _leave(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _leave("Stopped by Ctrl-C.", 130)
     except BrokenPipeError:
         # Nobody reads on; without this, Python's own flush at the end would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except Exception as error:
-        if not _is_out_of_memory(error):
+    except (Exception, KeyboardInterrupt) as error:
+        told = explained(error)
+        if told is None:
             raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        _leave(
-            f"Out of memory: {first[:300]}\nWhat needs less: a smaller train.batch_size, more train.micro_batches, a "
-            "smaller data.max_length, precision.params: bfloat16, tune.method: lora, or more devices in mesh",
-            1,
-        )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or (
-        type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
-    )
+        _leave(*told)
 
 
 def _leave(message: str, code: int) -> NoReturn:

@@ -37,6 +37,20 @@ class CheckpointError(UserError):
     """A run directory or a checkpoint in it."""
 
 
+class ProcessError(UserError):
+    """Several processes that do not make one run: their number, their addresses, or what each of them was given."""
+
+
+class LostProcess(ProcessError):
+    """Another process of the run is gone, so this one cannot go on either."""
+
+    exit_code = 75  # sysexits.h: a temporary failure; the same command again goes on with the run
+
+    def __init__(self, message: str, process: int):
+        super().__init__(message)
+        self.process = process
+
+
 class SaveError(CheckpointError):
     """A checkpoint could not be written: no fault in what the user asked for, but the run cannot go on."""
 
@@ -47,6 +61,28 @@ class TrainingStopped(UserError):
     """Training has come to nothing, though no input was found to be wrong."""
 
     exit_code = 1
+
+
+def explained(error: BaseException) -> tuple[str, int] | None:
+    """The message and the exit code of what a person can put right, or did on purpose; None for anything else."""
+    if isinstance(error, UserError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "Stopped by Ctrl-C.", 130
+    if not _is_out_of_memory(error):
+        return None
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        f"Out of memory: {first[:300]}\nWhat needs less: a smaller train.batch_size, more train.micro_batches, a "
+        "smaller data.max_length, precision.params: bfloat16, tune.method: lora, or more devices in mesh",
+        1,
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or (
+        type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
+    )
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxtune import processes
 from jaxtune.errors import ModelError, listing
 from jaxtune.files import inside, read_json
 from jaxtune.models.config import ModelConfig
@@ -53,8 +54,9 @@ def write_model(
     Raises:
         ModelError: `directory` holds something that is not a model that jaxtune wrote, or cannot be written.
     """
-    check_target(directory)
-    first = jax.process_index() == 0
+    first = processes.is_first()
+    if first:
+        check_target(directory)
     partial = directory.parent / f".{directory.name}.partial"
     try:
         if first:
@@ -65,6 +67,7 @@ def write_model(
             _write_tokenizer(partial, source, tokenizer)
             _write_generation(partial, source, config)
             _put_in_place(partial, directory)
+        processes.barrier("model saved")
     except (OSError, SafetensorError) as problem:
         raise ModelError(f"{directory}: cannot be written: {' '.join(str(problem).split())}") from None
     finally:

@@ -1,17 +1,15 @@
 """The training run, from top to bottom: data, model, state, resume, steps, result."""
 
-import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from jaxtune import float8, tune
+from jaxtune import float8, processes, tune
 from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
 from jaxtune.checkpoint import Checkpointer
 from jaxtune.config import Config
@@ -19,11 +17,12 @@ from jaxtune.console import console, loading_bar, say, stage, warn
 from jaxtune.data.loader import Batch, Data, build_data
 from jaxtune.errors import TrainingStopped
 from jaxtune.export import write_result
-from jaxtune.leaves import count
-from jaxtune.mesh import check_batch, check_model, check_time, make_mesh
-from jaxtune.metrics import Recorder, read_rows
+from jaxtune.leaves import count, partition
+from jaxtune.mesh import check_batch, check_time, make_mesh
+from jaxtune.metrics import Recorder, Silent, read_rows
 from jaxtune.models.execution import Execution
 from jaxtune.models.weights import Tree
+from jaxtune.parallel.checks import check_fit
 from jaxtune.parallel.layout import check_sharded
 from jaxtune.program import Program, build
 from jaxtune.rundir import Run, open_run
@@ -40,17 +39,20 @@ class Job:
     program: Program
     state: Tree
     train_step: Callable[[Tree, Tree, dict, jax.Array], tuple[Tree, dict[str, jax.Array]]]
-    put: Callable[[Batch], dict[str, jax.Array]]  # onto the mesh
 
 
+@processes.together()
 def train(config: Config) -> list[dict]:
     """Run, or go on with, the run that `config` describes; the rows of its metrics.jsonl.
+
+    Every process of several calls this. An error in one of them ends all.
 
     Raises:
         UserError: something of the user's is wrong, by name.
         SystemExit: 143 after SIGTERM, when the step is finished and saved.
     """
     config = config.model_copy(update={"tune": tune.resolve(config.tune)})
+    processes.compare(lambda: processes.program(config))
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.train.batch_size, config.train.micro_batches)
     with open_run(config) as run, StopSignal() as stop:
@@ -58,17 +60,16 @@ def train(config: Config) -> list[dict]:
             return read_rows(run.directory)
         stage(f"Reading {config.model.path}")
         source = Source.open(config.model, config.data.template)
-        check_model(mesh, source.config)
+        check_fit(config, mesh, source.config)
         stage("Reading the data")
         data = build_data(config.data, config.eval, config.train, source.tokenizer)
         data.report(console)
         check_time(mesh, config.mesh, data.train.shape[-1])
         run.check(data.train.fingerprint, source.path, data.train.steps)
         job = prepare(config, source, data, mesh)
-        checkpointer = Checkpointer(run.checkpoints, config.checkpoint.every, config.checkpoint.keep)
-        with contextlib.closing(checkpointer) as checkpoints:
+        with Checkpointer(run.checkpoints, config.checkpoint.every, config.checkpoint.keep) as checkpoints:
             done = resume(job, run, checkpoints)
-            with Recorder(run.directory, config.log, data.train.steps, done) as recorder:
+            with open_record(job, run, done) as recorder:
                 go_on(job, run, checkpoints, recorder, stop, done)
         finish(job, run)
     return recorder.rows
@@ -87,19 +88,20 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
             execution=Execution.of(config, compute_dtype(config.precision.compute)),
             progress=progress,
         )
+    trained, total = count(partition(assembled.params, assembled.mask)[0]), count(assembled.params)
     program = build(config, assembled.model, mesh, assembled.params, assembled.mask, data.train.steps)
-    trained, total = count(program.state["trainable"]), count(assembled.params)
     say(f"Training {trained:,} of {total:,} parameters ({trained / total:.3%}) on {_devices(mesh)}")
     if config.precision.matmul == "float8" and not float8.has_units(mesh.devices.flat[0]):
         warn(f"{mesh.devices.flat[0].device_kind} has no float8 units: its matmuls are computed in wider types, slower")
     check_sharded(program.state["trainable"], program.homes["trainable"])
-    put = partial(_put, program.rows)
-    compiled = _compile(program.train_step, program.state, program.frozen, put(data.train.batch(1)), _number(1))
-    return Job(config, data, assembled, program, program.state, compiled, put)
+    first = program.put(data.train.batch(1).arrays())
+    compiled = _compile(program.train_step, program.state, program.frozen, first, _number(1))
+    return Job(config, data, assembled, program, program.state, compiled)
 
 
 def resume(job: Job, run: Run, checkpoints: Checkpointer) -> int:
     """Take the state of the last valid checkpoint, if there is one; the step that it is of, else 0."""
+    processes.barrier("compiled")  # collectives wait for one another for a short time only
     step = checkpoints.latest_valid()
     if step is None:
         checkpoints.preflight(job.state)
@@ -109,28 +111,41 @@ def resume(job: Job, run: Run, checkpoints: Checkpointer) -> int:
     return step
 
 
-def go_on(job: Job, run: Run, checkpoints: Checkpointer, recorder: Recorder, stop: StopSignal, done: int) -> None:
+def open_record(job: Job, run: Run, done: int) -> Recorder | Silent:
+    """The run's record, which the first process alone writes."""
+    if not processes.is_first():
+        return Silent(run.directory)
+    return Recorder(run.directory, job.config.log, job.data.train.steps, done)
+
+
+def go_on(
+    job: Job, run: Run, checkpoints: Checkpointer, recorder: Recorder | Silent, stop: StopSignal, done: int
+) -> None:
     """The steps after `done`, with their records, evaluations and checkpoints."""
     total, every = job.data.train.steps, job.config.eval.every
+    told = processes.SharedStop(stop)
     waiting: Outcome | None = None  # the step before, not yet asked for: the device is kept busy meanwhile
     for step, batch in enumerate(job.data.train.batches(done + 1), done + 1):
-        job.state, metrics = job.train_step(job.state, job.program.frozen, job.put(batch), _number(step))
+        told.ask()
+        placed = job.program.put(batch.arrays())
+        job.state, metrics = job.train_step(job.state, job.program.frozen, placed, _number(step))
         checkpoints.check_errors()
         if waiting:
             record(waiting, recorder, job.config)
         waiting = Outcome(step, batch, metrics)
+        stopping = told.answer()
         evaluates = job.data.eval is not None and (step == total or (every and step % every == 0))
-        saves = step == total or checkpoints.due(step) or stop.requested
+        saves = step == total or checkpoints.due(step) or stopping
         if evaluates or saves:
             record(waiting, recorder, job.config)
             waiting = None
         if evaluates:
             recorder.evaluation(step, evaluate(job))
         if saves:
-            checkpoints.save(step, job.program.saved(job.state), run.meta, wait=stop.requested or step == total)
-        if stop.requested and step < total:
+            checkpoints.save(step, job.program.saved(job.state), run.meta, wait=bool(stopping) or step == total)
+        if stopping and step < total:
             say(f"Stopped after step {step}, which is saved; the same command goes on from there")
-            raise SystemExit(stop.exit_code)
+            raise SystemExit(128 + stopping)
 
 
 @dataclass
@@ -142,7 +157,7 @@ class Outcome:
     metrics: dict[str, jax.Array]
 
 
-def record(outcome: Outcome, recorder: Recorder, config: Config) -> None:
+def record(outcome: Outcome, recorder: Recorder | Silent, config: Config) -> None:
     """Write a step down, and end a run that has come to nothing.
 
     Raises:
@@ -151,17 +166,18 @@ def record(outcome: Outcome, recorder: Recorder, config: Config) -> None:
     numbers = {name: value.item() for name, value in jax.device_get(outcome.metrics).items()}
     bad = numbers.pop("bad_in_a_row")
     batch = outcome.batch
-    recorder.step(
-        outcome.step,
-        loss=numbers["loss"],
-        grad_norm=numbers["grad_norm"],
-        lr=numbers["lr"],
-        bad_steps=numbers["skipped"],
-        loss_scale=numbers["loss_scale"] if config.precision.compute == "float16" else None,
-        tokens=batch.num_tokens,
-        supervised_tokens=batch.num_supervised,
-        batch_sha256=batch.sha256(),
-    )
+    if processes.is_first():  # the others have not all of the batch
+        recorder.step(
+            outcome.step,
+            loss=numbers["loss"],
+            grad_norm=numbers["grad_norm"],
+            lr=numbers["lr"],
+            bad_steps=numbers["skipped"],
+            loss_scale=numbers["loss_scale"] if config.precision.compute == "float16" else None,
+            tokens=batch.num_tokens,
+            supervised_tokens=batch.num_supervised,
+            batch_sha256=batch.sha256(),
+        )
     if bad:
         warn(f"step {outcome.step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}: not applied")
     if bad >= config.train.max_bad_steps:
@@ -177,7 +193,7 @@ def evaluate(job: Job) -> float:
     """The mean loss over the supervised tokens of the held-out data."""
     assert job.data.eval is not None
     trainable, frozen, ask = job.state["trainable"], job.program.frozen, job.program.eval_step
-    sums = [ask(trainable, frozen, job.put(batch)) for batch in job.data.eval.batches()]
+    sums = [ask(trainable, frozen, job.program.put(batch.arrays())) for batch in job.data.eval.batches()]
     losses, tokens = zip(*jax.device_get(sums), strict=True)
     return float(sum(losses) / sum(tokens))
 
@@ -200,12 +216,6 @@ def _compile(jitted: Any, *arguments: Any) -> Any:
     held, temporary = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
     say(f"Compiled in {time.monotonic() - started:.1f} s; a step needs {held:.2f} + {temporary:.2f} GB on each device")
     return compiled
-
-
-def _put(sharding: NamedSharding, batch: Batch) -> dict[str, jax.Array]:
-    """A batch onto the mesh; each process gives the rows of its own devices."""
-    arrays = batch.arrays()
-    return {k: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for k, x in arrays.items()}
 
 
 def _number(step: int) -> jax.Array:

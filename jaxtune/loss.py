@@ -36,7 +36,8 @@ def cross_entropy(
     drops = isinstance(head, LowRank) and noise is not None and head.dropout > 0
     inputs = (hidden_BTE, ops.dropout(hidden_BTE, head.dropout, noise)) if drops else (hidden_BTE,)
     hidden = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
-    return _cross_entropy(hidden, head, targets_BT.reshape(-1), weights_BT.reshape(-1).astype(jnp.float32))
+    targets, weights = jnp.asarray(targets_BT), jnp.asarray(weights_BT, jnp.float32)
+    return _cross_entropy(hidden, head, targets.reshape(-1), weights.reshape(-1))
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -142,6 +143,30 @@ class Recorder:
         if self._latest["bad_steps"]:
             parts.append(f"{self._latest['bad_steps']} skipped (not finite)")
         return "  ".join(parts)
+
+
+class Silent:
+    """What the other processes have in place of a Recorder: the first one writes for all."""
+
+    def __init__(self, run_dir: Path):
+        self._run_dir = run_dir
+
+    @property
+    def rows(self) -> list[Row]:
+        """What the first process has written so far."""
+        return read_rows(self._run_dir)
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def step(self, step: int, **_: Any) -> None:
+        pass
+
+    def evaluation(self, step: int, loss: float) -> None:
+        pass
 
 
 class _Counts:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxtune import tune
@@ -20,6 +21,7 @@ from jaxtune.parallel.layout import Layout, partitions
 from jaxtune.parallel.pipeline import Pipeline
 from jaxtune.parallel.schedule import make_schedule as make_pipeline_schedule
 from jaxtune.parallel.stages import Stages
+from jaxtune.parallel.zigzag import into_zigzag
 from jaxtune.state import abstract, make_state
 from jaxtune.step import make_eval_step, make_train_step
 
@@ -43,6 +45,17 @@ class Program:
     def rows(self) -> NamedSharding:
         """Where a batch lies."""
         return NamedSharding(self.layout.mesh, BATCH)
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """A batch onto the mesh, each sequence in the order that the context axis wants: every process gives the rows
+        of its own devices."""
+        parts = self.layout.mesh.shape["context"]
+
+        def place(array: np.ndarray) -> jax.Array:
+            ordered = into_zigzag(array, parts, array.ndim - 1)
+            return jax.make_array_from_callback(ordered.shape, self.rows, ordered.__getitem__)
+
+        return {name: place(array) for name, array in batch.items()}
 
     def saved(self, state: Tree) -> Tree:
         """A state as checkpoints have it: its layers in order, whatever the pipeline."""

@@ -3,6 +3,8 @@
 run.json is the mark of a run: the configuration and the fingerprints that it began with, what was changed
 since, and whether it is finished. config.yaml beside it is for people. What a step writes is metrics.py's and
 checkpoint.py's business.
+
+Of several processes the first holds the directory, decides and writes; the others look whether they see the same one.
 """
 
 import contextlib
@@ -11,10 +13,11 @@ import fcntl
 import json
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
-from jaxtune import __version__
+from jaxtune import __version__, processes
 from jaxtune.config import Config, dump_config, make_config
 from jaxtune.console import say, warn
 from jaxtune.drift import LOG, REFUSE, Change, changes, fingerprint
@@ -27,6 +30,7 @@ __all__ = ["Run", "StopSignal", "open_run"]
 RECORD, CONFIG, LOCK, CHECKPOINTS = "run.json", "config.yaml", "run.lock", "checkpoints"
 TRACES = ("ledger.jsonl", CHECKPOINTS, "adapter", "model")  # something was trained here
 PARTIAL = ".partial"
+SHARED_SECONDS = 30  # for a network file system to show one machine what another wrote
 
 
 class Run:
@@ -36,7 +40,8 @@ class Run:
     more; there is nothing to do.
     """
 
-    def __init__(self, directory: Path, config: Config, record: dict[str, Any], found: list[Change], lock: int):
+    def __init__(self, directory: Path, config: Config, record: dict[str, Any], found: list[Change], lock: int | None):
+        """lock: the file handle that holds the directory; None where another process does."""
         self.directory, self.checkpoints = directory, directory / CHECKPOINTS
         self.begun = _begun(directory)
         self._config, self._record, self._changes, self._lock = config, record, found, lock
@@ -48,7 +53,8 @@ class Run:
         return self
 
     def __exit__(self, *_) -> None:
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def check(self, data: str, model: Path, total_steps: int | None = None) -> None:
         """Compare what the run reads with what it began with, and write the configuration that holds from now on.
@@ -58,10 +64,12 @@ class Run:
         Raises:
             CheckpointError: the data, the model or the adapter to start from has other contents, or the run is
                 longer already than it is to be.
+            ProcessError: another process reads other contents.
         """
         prints = {"data": data, "model": fingerprint(model)}
         if self._config.tune.adapter is not None:
             prints["adapter"] = fingerprint(Path(self._config.tune.adapter).expanduser())
+        processes.compare(lambda: {f"the {name} (SHA-256)": print for name, print in prints.items()})
         before = self._record.get("fingerprints")
         if self.begun and before is not None:
             self._compare(before, prints)
@@ -104,6 +112,8 @@ class Run:
 
     def _write(self, **fields: Any) -> None:
         self._record = {"jaxtune": __version__, **self._record, "config": self._config.model_dump(), **fields}
+        if self._lock is None:
+            return
         with _told(self.directory):
             _replace(self.directory / RECORD, json.dumps(self._record, indent=1, ensure_ascii=False))
             _replace(self.directory / CONFIG, dump_config(self._config))
@@ -119,6 +129,40 @@ def open_run(config: Config) -> Run:
         CheckpointError: the directory cannot be used; the message says what is there and what to do.
     """
     directory = Path(config.train.output_dir).expanduser()
+    if not processes.is_first():
+        return _follow(directory, config)
+    run = _hold(directory, config)
+    told = {"begun": run.begun, "finished": run.finished, "mark": (directory / LOCK).read_text(errors="replace")}
+    processes.decided_by_first("directory", lambda: told)
+    return run
+
+
+def _follow(directory: Path, config: Config) -> Run:
+    """The run that process 0 holds, as it sees it."""
+    told = processes.decided_by_first("directory", dict)
+    _require_shared(directory, told["mark"])
+    run = Run(directory, config, {}, [], None)
+    run.begun, run.finished = told["begun"], told["finished"]
+    return run
+
+
+def _require_shared(directory: Path, mark: str) -> None:
+    """Refuse a directory that is not the one with process 0's `mark` in it."""
+    end = time.monotonic() + SHARED_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            if (directory / LOCK).read_text(errors="replace") == mark:
+                return
+        if time.monotonic() > end:
+            break
+        time.sleep(0.5)
+    raise CheckpointError(
+        f"train.output_dir {directory.absolute()} on {socket.gethostname()} is not the directory that process 0 "
+        f"({mark.strip()}) writes to; all processes need the same one, on storage that the machines share"
+    )
+
+
+def _hold(directory: Path, config: Config) -> Run:
     with _told(directory):
         _require_ours(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -221,6 +265,7 @@ def _take_lock(directory: Path) -> int:
         ) from None
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    os.fsync(handle)  # other machines shall see it
     return handle
 
 

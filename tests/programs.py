@@ -13,8 +13,9 @@ from jaxtune.mesh import axes_sharding, check_model, make_mesh, shardings
 from jaxtune.models.config import ModelConfig, Rope
 from jaxtune.models.decoder import Model
 from jaxtune.models.execution import Execution
-from jaxtune.models.weights import init_params
+from jaxtune.models.weights import init_params, leaves_with_path
 from jaxtune.program import build
+from jaxtune.tune.method import get_path
 
 HIDDEN, VOCAB, LAYERS, ROWS, TIME = 64, 512, 4, 16, 32
 CONFIG = ModelConfig("qwen2", VOCAB, HIDDEN, 128, LAYERS, 8, 2, 8, 256, tied=True, qkv_bias=True, rope=Rope(theta=1e4))
@@ -70,9 +71,7 @@ class Stepper:
         return build(self.config, declared, self.mesh, params, mask, STEPS)
 
     def batch(self, step):
-        return jax.device_put(
-            make_batch(step, self.config.train.micro_batches, self.rows, self.time, self.vocab), self.program.rows
-        )
+        return self.program.put(make_batch(step, self.config.train.micro_batches, self.rows, self.time, self.vocab))
 
     @cached_property
     def compiled(self):
@@ -85,6 +84,18 @@ class Stepper:
             self.state, metrics = self.compiled(self.state, self.frozen, self.batch(number), jnp.int32(number))
             losses.append(float(metrics["loss"]))
         return losses
+
+    def weights(self):
+        """Every trained array by its Hugging Face key, as it is now."""
+        found, gates = {}, tune.gates(self.config.tune, self.model.weights)
+        trained = self.program.saved(self.state)["trainable"]
+        for path, weight in leaves_with_path(self.model.weights):
+            for part, array in jax.tree_util.tree_leaves_with_path(get_path(trained, path)):
+                trains = gates.get(path, [True] * len(weight.keys))
+                for row, key in ((row, key) for row, key in enumerate(weight.keys) if trains[row]):
+                    name = key + jax.tree_util.keystr(part)
+                    found[name] = np.asarray(array)[() if weight.layers is None else row]
+        return found
 
     @property
     def memory(self):

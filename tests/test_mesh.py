@@ -58,7 +58,7 @@ def test_data_parallel_lora_reduces_adapters_alone():
     found = collectives(LORA, (8, 1, 1))
     assert set(found) == {"all-reduce"}
     largest = max(np.prod([int(n) for n in shape.split(",")]) for shape in found["all-reduce"])
-    assert largest == 128 * 4  # a or b of the widest matrix, of one layer
+    assert largest == LAYERS * 128 * 4  # a or b of the widest matrix
 
 
 def test_fsdp_gathers_weights_layer_by_layer_and_moves_no_activation():

@@ -101,7 +101,7 @@ def test_several_stacks_are_the_same_model(whole_batch):
 
 
 def test_evaluation_is_the_loss_without_dropout(whole_batch):
-    lora = Setup({"rank": 4, "dropout": 0.5, "targets": "all-linear", "init": "gaussian"})
+    lora = Setup({"method": "lora", "rank": 4, "dropout": 0.5, "targets": "all-linear", "init": "gaussian"})
     total, number = lora.eval_step(lora.state["trainable"], lora.frozen, micro(whole_batch, 2))
     plain = Setup()
     _, metrics = plain.run(micro(whole_batch, 1))
@@ -115,7 +115,7 @@ def with_noise(setup):
 
 
 def test_dropout_depends_on_step_and_seed_alone(whole_batch):
-    section = {"rank": 4, "dropout": 0.5, "targets": "all-linear"}
+    section = {"method": "lora", "rank": 4, "dropout": 0.5, "targets": "all-linear"}
     batch = micro(whole_batch, 1)
     first, again, other_seed = (with_noise(Setup(section, seed=seed)) for seed in (0, 0, 1))
     assert first(batch, 3) == again(batch, 3)

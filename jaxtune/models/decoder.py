@@ -316,7 +316,8 @@ class Model:
 
     def final(self, params: Tree, x_BTE: jax.Array) -> jax.Array:
         """What the head takes: whole sequences, after the final norm."""
-        return enter(ops.rms_norm(x_BTE, params["norm"]["weight"], self.config.norm_eps), self.execution)
+        weight = self._used(params["norm"]["weight"], self.weights["norm"]["weight"], None)
+        return enter(ops.rms_norm(x_BTE, weight, self.config.norm_eps), self.execution)
 
     def logits(self, params: Tree, hidden: jax.Array) -> jax.Array:
         """[..., E] -> [..., vocab] in float32, the whole vocabulary on every device."""
@@ -358,7 +359,7 @@ class Model:
 
         def use(x: jax.Array, axes: Axes) -> jax.Array:
             if run.offload_params:
-                x = jax.device_put(x, jax.memory.Space.Device)
+                x = local.near(x)
             wanted = x.dtype if dtype is None or x.ndim < 2 else dtype
             if run.weights_split and "embed" in axes and local.size("fsdp") > 1:
                 x = local.weight_gathered(x, "fsdp", axes.index("embed"), wanted, run.sum_dtype or x.dtype)

@@ -81,12 +81,12 @@ class Layout:
         return combine(*(jax.tree.structure(tree).unflatten(leaves) for tree, leaves in trees))
 
     def scattered(self, grads: list[jax.Array]) -> list[jax.Array]:
-        """After a micro-batch: of a gradient that lies in parts though its weight is whole, this device's part.
+        """After a micro-batch, on the device: of a gradient that lies in parts though its weight is whole, one part.
 
         grads: in the order of the trainable tree's leaves.
         """
         homes = zip(grads, jax.tree.leaves(self.trainable), self.split_grads, strict=True)
-        return [_scattered(grad, whole, split) for grad, whole, split in homes]
+        return [_scattered(local.near(grad), whole, split) for grad, whole, split in homes]
 
     def summed(self, grads: list[jax.Array]) -> list[jax.Array]:
         """After the last: the sum over every axis along which the gradient is still each device's own."""

@@ -94,5 +94,10 @@ def _weight_gathered_bwd(axis, dim, dtype, sum_dtype, like, d):
 weight_gathered.defvjp(_weight_gathered_fwd, _weight_gathered_bwd)
 
 
+def near(x: jax.Array) -> jax.Array:
+    """An array from the host's memory in the device's; its gradient goes the other way."""
+    return jax.device_put(x, jax.memory.Space.Device)
+
+
 def _real(axes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(axis for axis in axes if size(axis) > 1)

@@ -125,7 +125,8 @@ class _Run:
             def function(trained, x):
                 return self._with_loss(trained, frozen, micro, chunk, x)
 
-            trained = self._chunk_of(self.trained, layout.trainable, chunk)
+            # Near at once, not layer by layer: jax cannot bring a gradient to the host out of a cond.
+            trained = [local.near(x) for x in self._chunk_of(self.trained, layout.trainable, chunk)]
             (_, share), pull = jax.vjp(function, trained, x)
             grads, dx = pull((dy, jnp.float32(1)))
             return dx, loss + share, self._added(sums, layout.scattered(grads), chunk)

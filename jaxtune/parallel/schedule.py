@@ -89,11 +89,12 @@ def make_schedule(name: str, stages: int, micro_batches: int, virtual: int = 1) 
     Raises:
         MeshError: an unknown name, or numbers that the schedule cannot be made for.
     """
-    _check_numbers(name, stages, micro_batches, virtual)
+    check_numbers(name, stages, micro_batches, virtual)
     return _tabulate(name, stages, virtual, SCHEDULES[name](stages, virtual, micro_batches))
 
 
-def _check_numbers(name: str, stages: int, micro_batches: int, virtual: int) -> None:
+def check_numbers(name: str, stages: int, micro_batches: int, virtual: int) -> None:
+    """Refuse what make_schedule would."""
     if name not in SCHEDULES:
         raise MeshError(f"mesh.schedule {name}: allowed: {', '.join(SCHEDULES)}{nearest(name, SCHEDULES)}")
     for what, number in (("stages", stages), ("micro-batches", micro_batches), ("virtual stages", virtual)):

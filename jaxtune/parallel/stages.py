@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.errors import MeshError
+from jaxtune.parallel import local
 
 STACKS = "stacks"
 
@@ -40,7 +41,7 @@ class Stages:
                 f"{what} makes {chunks} chunks of layers; the model has {layers} layers, and each needs one"
             )
         sizes = [layers // chunks + (chunk < layers % chunks) for chunk in range(chunks)]
-        numbers = np.full((stages, virtual, max(sizes)), -1, np.int32)
+        numbers: np.ndarray = np.full((stages, virtual, max(sizes)), -1, np.int32)
         for chunk, (size, stop) in enumerate(zip(sizes, np.cumsum(sizes), strict=True)):
             numbers[chunk % stages, chunk // stages, :size] = np.arange(stop - size, stop)
         return cls(numbers)
@@ -54,7 +55,7 @@ class Stages:
         """Arrays in layer order -> in stage order. Runs under jit; others than stacked ones stay as they are."""
         order = self.numbers.reshape(-1)
         places = np.where(order < 0, self.numbers.max() + 1, order)  # past the end: filled with zeros
-        return _of_stacks(lambda x: jnp.take(x, places, axis=0, mode="fill", fill_value=0), tree)
+        return _of_stacks(lambda x: jnp.take(local.near(x), places, axis=0, mode="fill", fill_value=0), tree)
 
     def brought(self, tree: Any, homes: Any) -> Any:
         """`staged`, outside jit, array by array: each is given up when its like is there, so few are held twice."""
@@ -74,7 +75,7 @@ class Stages:
         """Arrays in stage order -> in layer order."""
         order = self.numbers.reshape(-1)
         places = np.argsort(np.where(order < 0, order.size, order), kind="stable")[: self.numbers.max() + 1]
-        return _of_stacks(lambda x: jnp.take(x, places, axis=0), tree)
+        return _of_stacks(lambda x: jnp.take(local.near(x), places, axis=0), tree)
 
     def unstaged_homes(self, tree: Any) -> Any:
         """Shardings for what `unstaged` gives: split over pipe along another dimension, where one can be.

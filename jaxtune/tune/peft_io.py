@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from safetensors.numpy import save
 
+from jaxtune import processes
 from jaxtune.config import TuneSection
 from jaxtune.errors import AdapterError, listing
 from jaxtune.models.weights import Tree
@@ -43,12 +44,11 @@ def save_adapter(
     """
     section = section if is_resolved(section) else resolve(section)
     tensors = adapter_tensors(section, weights, params)
-    if jax.process_index() == 0:
+    if processes.is_first():
         config = json.dumps(to_peft(section, weights, base_model_name), indent=2, ensure_ascii=False)
         files = {TENSORS_NAME: save(tensors, {"format": "pt"}), CONFIG_NAME: f"{config}\n".encode()}
         _replace_directory(Path(directory), files)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("adapter saved")
+    processes.barrier("adapter saved")
 
 
 def adapter_tensors(section: TuneSection, weights: Tree, params: Tree) -> dict[str, np.ndarray]:

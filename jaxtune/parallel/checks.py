@@ -1,0 +1,26 @@
+"""Whether a configuration fits its mesh and its model: asked before a weight or a row of data is read."""
+
+from jax.sharding import Mesh
+
+from jaxtune.config import Config
+from jaxtune.mesh import check_batch, check_model
+from jaxtune.models.config import ModelConfig
+from jaxtune.parallel.schedule import check_numbers
+from jaxtune.parallel.stages import Stages
+from jaxtune.parallel.ulysses import check_heads
+
+
+def check_fit(config: Config, mesh: Mesh, model: ModelConfig) -> None:
+    """Refuse what the mesh cannot share out: heads, sizes, layers, rows. Lengths are mesh.check_time's.
+
+    Raises:
+        MeshError: the message has the numbers that would do.
+    """
+    section, train, sizes = config.mesh, config.train, mesh.shape
+    check_batch(mesh, train.batch_size, train.micro_batches)
+    check_model(mesh, model)
+    if sizes["context"] > 1 and section.context_attention == "ulysses":
+        check_heads(model.num_heads // sizes["tensor"], sizes["context"])
+    if sizes["pipe"] > 1:
+        check_numbers(section.schedule, sizes["pipe"], train.micro_batches, section.virtual_stages)
+        Stages.of(model.num_layers, sizes["pipe"], section.virtual_stages)

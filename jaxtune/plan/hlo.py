@@ -1,0 +1,251 @@
+"""What a compiled program sends between devices, read from its HLO text: what, how much, how often, along which axes.
+
+The text is that of `compiled.as_text()`, on CPU, GPU or TPU. Only collectives, loops and calls are looked at.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+BITS = {"pred": 8, "token": 0, "opaque": 0}  # others have their number of bits in the name
+_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
+_SHAPE = re.compile(r"\b([a-z]\w*?)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"(calls|to_apply|body|condition|branch_computations|called_computations|\w+_computation)=([^,{]+|\{[^}]*\})"
+)
+_IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of transfer of a program, the same ones together.
+
+    bytes: of one device's buffer, as NCCL counts: of an all-gather the whole result, of a reduce-scatter the whole
+    operand. times: in one run of the program. axes: of the mesh; empty: groups that no set of axes gives.
+    at_most: it stands under a condition, or in a loop whose length the data decide.
+    """
+
+    kind: str
+    dtype: str
+    bytes: int
+    devices: int  # that exchange with each other
+    axes: tuple[str, ...]
+    times: int
+    at_most: bool = False
+
+    @property
+    def sent(self) -> int:
+        """Bytes that one device sends in a run, by the ring algorithms."""
+        share = (self.devices - 1) / self.devices
+        factor = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}
+        return round(self.times * self.bytes * factor.get(self.kind, share))
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line: `name = shape opcode(operands), attributes`."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+
+    @cached_property
+    def called(self) -> dict[str, list[str]]:
+        """Attribute -> the computations that it names."""
+        return {key: re.findall(r"[\w.-]+", names) for key, names in _CALLED.findall(self.attributes)}
+
+
+Computations = dict[str, list[Instruction]]
+
+
+def collectives(
+    text: str, mesh: dict[str, int], loop_trips: int = 1, shares: tuple[float, ...] = ()
+) -> list[Collective]:
+    """The transfers of a compiled program, most bytes first.
+
+    mesh: axis -> size, in the order of the mesh. loop_trips: how often a loop runs whose length the data decide.
+    shares: how often an outermost condition holds, 0 to 1, and one right in it; others are counted as always held.
+    """
+    computations, entry = parse(text)
+    found: dict[Collective, float] = {}
+    for instruction, run in _walk(computations, entry, _Run(1.0, shares), loop_trips):
+        transfer = _transfer(instruction, mesh)
+        if transfer is not None:
+            transfer = replace(transfer, at_most=run.at_most)
+            found[transfer] = found.get(transfer, 0.0) + run.times
+    return sorted((replace(one, times=round(times)) for one, times in found.items()), key=lambda one: -one.sent)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How often a computation runs; shares: how often a condition right in it holds, and one in that."""
+
+    times: float
+    shares: tuple[float, ...] = ()
+    is_conditional: bool = False
+    at_most: bool = False
+
+    def branch(self) -> "_Run":
+        share, rest = (self.shares[0], self.shares[1:]) if self.shares else (1.0, ())
+        return _Run(self.times * share, rest, True, self.at_most or not self.shares)
+
+    def loop(self, trips: int | None, otherwise: int) -> "_Run":
+        shares = () if self.is_conditional else self.shares
+        times = self.times * (otherwise if trips is None else trips)
+        return _Run(times, shares, self.is_conditional, self.at_most or trips is None)
+
+
+def parse(text: str) -> tuple[Computations, str]:
+    """(the instructions of each computation, the name of the entry)."""
+    computations: Computations = {}
+    entry, current = "", []
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = computations.setdefault(header[1], [])
+            entry = header[1] if line.startswith("ENTRY") else entry
+        elif match := _INSTRUCTION.match(line):
+            current.append(_instruction(match[1], match[2]))
+    return computations, entry
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    opening = rest.index("(")
+    closing = _closing(rest, opening)
+    operands = tuple(re.findall(r"%([\w.-]+)", rest[opening:closing])) or (rest[opening + 1 : closing],)
+    return Instruction(name, shape, rest[:opening], operands, rest[closing + 1 :])
+
+
+def _closing(text: str, opening: int) -> int:
+    """Where the parenthesis that opens at `opening` closes."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, opening):
+        depth += 1 if match[0] == "(" else -1
+        if not depth:
+            return match.start()
+    raise ValueError(f"HLO that is not understood: {text[:100]}")
+
+
+def _walk(computations: Computations, name: str, run: _Run, loop_trips: int) -> Iterator[tuple[Instruction, _Run]]:
+    """Every collective below a computation, with how often it runs."""
+    for instruction in computations.get(name, ()):
+        if _kind(instruction):
+            yield instruction, run
+            continue
+        inner = run
+        if instruction.opcode == "conditional":
+            inner = run.branch()
+        elif instruction.opcode == "while":
+            inner = run.loop(trip_count(instruction, computations, name), loop_trips)
+        for names in instruction.called.values():
+            for called in names:
+                yield from _walk(computations, called, inner, loop_trips)
+
+
+def trip_count(loop: Instruction, computations: Computations, home: str) -> int | None:
+    """How often a while loop runs; None: the data decide.
+
+    XLA for CPU and GPU says so; for TPU it is read off a condition `index < constant` and the index's first value.
+    """
+    if said := _TRIPS.search(loop.attributes):
+        return int(said[1])
+    condition = computations[loop.called["condition"][0]]
+    names = {one.name: one for one in condition}
+    root = condition[-1]
+    pair = [names[name] for name in root.operands if name in names]
+    if root.opcode not in ("compare", "fusion") or len(pair) != 2:
+        return None
+    index, limit = pair
+    compare = root if root.opcode == "compare" else computations[root.called["calls"][0]][-1]
+    position = re.search(r"index=(\d+)", index.attributes)
+    if limit.opcode != "constant" or position is None or "direction=LT" not in compare.attributes:
+        return None
+    first = _element(computations[home], loop.operands[0], int(position[1]))
+    return None if first is None else int(limit.operands[0]) - first
+
+
+def _element(computation: list[Instruction], name: str, position: int) -> int | None:
+    """The integer at a position of a tuple, where it is a constant."""
+    names = {one.name: one for one in computation}
+    made = names.get(name)
+    if made is None or made.opcode != "tuple":
+        return None
+    value = names.get(made.operands[position])
+    while value is not None and value.opcode == "copy":
+        value = names.get(value.operands[0])
+    return int(value.operands[0]) if value is not None and value.opcode == "constant" else None
+
+
+def _kind(instruction: Instruction) -> str | None:
+    opcode = instruction.opcode.removesuffix("-start")
+    return opcode if opcode in COLLECTIVES else None
+
+
+def _transfer(instruction: Instruction, mesh: dict[str, int]) -> Collective | None:
+    """What an instruction sends; None within groups of one."""
+    kind = _kind(instruction)
+    assert kind is not None
+    if kind == "collective-permute":
+        pairs = _list_of_lists(instruction.attributes, "source_target_pairs")
+        groups, devices = [pair for pair in pairs if pair[0] != pair[1]], 2
+    else:
+        groups = replica_groups(instruction.attributes, math.prod(mesh.values()))
+        devices = len(groups[0])
+    if not groups or devices == 1:
+        return None
+    shapes = _SHAPE.findall(instruction.shape)
+    size = sum(_bytes(dtype, dims) for dtype, dims in shapes)
+    if instruction.opcode == "all-gather-start":  # operands and results
+        size = size * devices // (devices + 1)
+    elif instruction.opcode == "collective-permute-start":  # operand, result, and two words of context
+        size = _bytes(*shapes[0])
+    elif kind == "reduce-scatter":
+        size *= devices
+    axes = axes_of(groups, mesh, whole=kind != "collective-permute")
+    devices = math.prod(mesh[axis] for axis in axes) if kind == "collective-permute" and axes else devices
+    return Collective(kind, shapes[0][0], size, devices, axes, 1)
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    digits = re.search(r"\d+", dtype)
+    bits = BITS.get(dtype, int(digits[0]) if digits else 0)
+    return math.prod(int(dim) for dim in dims.split(",") if dim) * bits // 8
+
+
+def replica_groups(attributes: str, devices: int) -> list[list[int]]:
+    """The groups in `replica_groups={{0,1},{2,3}}`, `[2,2]<=[4]` or `[2,2]<=[2,2]T(1,0)`; none named: one of all."""
+    after = attributes.partition("replica_groups=")[2]
+    if match := _IOTA.match(after):
+        shape, source, order = ([int(n) for n in part.split(",")] if part else [] for part in match.groups())
+        ids = np.arange(math.prod(source)).reshape(source)
+        return (ids.transpose(order) if order else ids).reshape(shape).tolist()
+    return _list_of_lists(attributes, "replica_groups") or [list(range(devices))]
+
+
+def _list_of_lists(attributes: str, name: str) -> list[list[int]]:
+    found = re.search(name + r"=\{((?:\{[\d,]*\},?)*)\}", attributes)
+    lists = re.findall(r"\{([\d,]*)\}", found[1]) if found else []
+    return [[int(n) for n in one.split(",")] for one in lists if one]
+
+
+def axes_of(groups: Sequence[Sequence[int]], mesh: dict[str, int], whole: bool = True) -> tuple[str, ...]:
+    """The axes of a mesh along which the devices of a group differ, all groups alike.
+
+    whole: a group must hold every device along these axes; where it does not, there is no answer: ().
+    """
+    places = [np.array(np.unravel_index(np.array(group), tuple(mesh.values()))) for group in groups]
+    differs = np.any([(place != place[:, :1]).any(axis=1) for place in places], axis=0)
+    axes = tuple(axis for axis, differ in zip(mesh, differs, strict=True) if differ)
+    if whole and any(len(group) != math.prod(mesh[axis] for axis in axes) for group in groups):
+        return ()
+    return axes

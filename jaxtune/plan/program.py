@@ -1,0 +1,122 @@
+"""The step that a configuration describes, with shapes in place of arrays: what `plan` compiles."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxtune import program, tune
+from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
+from jaxtune.config import Config
+from jaxtune.loss import CHUNK
+from jaxtune.mesh import batch_shards, check_time
+from jaxtune.models.config import ModelConfig
+from jaxtune.models.execution import Execution
+from jaxtune.parallel.checks import check_fit
+from jaxtune.parallel.schedule import Schedule, bubble, make_schedule
+from jaxtune.plan.flops import model_flops
+from jaxtune.plan.memory import tree_bytes
+
+TOTAL_STEPS = 1000  # of the schedule of learning rates, which changes nothing that is counted here
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step and its arguments' shapes and shardings."""
+
+    config: Config
+    assembled: Assembled
+    mesh: Mesh
+    program: program.Program
+
+    @property
+    def tokens(self) -> int:
+        """Of an optimiser step, all devices together, padding counted."""
+        return self.config.train.batch_size * self.config.data.max_length
+
+    @property
+    def loop_trips(self) -> int:
+        """Rounds of the loss's loop over a micro-batch when every token is supervised."""
+        own = self.tokens // (self.config.train.micro_batches * batch_shards(self.mesh) * self.mesh.shape["context"])
+        return -(-own // CHUNK)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """Of the pipeline, where there is one."""
+        mesh, stages = self.config.mesh, self.mesh.shape["pipe"]
+        if stages == 1:
+            return None
+        return make_schedule(mesh.schedule, stages, self.config.train.micro_batches, mesh.virtual_stages)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """With a pipeline: in which share of its ticks a stage works, and of its work that is in the chunk with the
+        head. A model's own conditions, within its layers, are counted as met."""
+        schedule = self.schedule
+        if schedule is None:
+            return ()
+        return schedule.micro_batches * schedule.virtual / schedule.ticks, 1 / schedule.virtual
+
+    @property
+    def bubble(self) -> float:
+        """The share of a step in which a pipeline's stage waits."""
+        return 0.0 if self.schedule is None else bubble(self.schedule)
+
+    @property
+    def model_flops(self) -> float:
+        """Of a step, all devices together."""
+        length = self.config.data.max_length
+        model, params, mask = self.assembled.model, self.assembled.params, self.assembled.mask
+        return model_flops(model.config, model.weights, mask, params, self.tokens, length)
+
+    @property
+    def gradients(self) -> Counter[str]:
+        """Bytes of the gradients on one device, as they are summed up over micro-batches."""
+        kind = self.assembled.model.execution.sum_dtype or jnp.float32
+        homes = self.program.layout.homes(self.program.layout.grads)
+        shapes = self.program.state["trainable"]
+        return tree_bytes(
+            jax.tree.map(lambda x, home: jax.ShapeDtypeStruct(x.shape, kind, sharding=home), shapes, homes)
+        )
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the step takes, as shapes: state, frozen, batch, step."""
+        return self.program.state, self.program.frozen, self._batch(), jax.ShapeDtypeStruct((), jnp.int32)
+
+    def trace(self) -> Any:
+        """The step, traced for these arguments."""
+        return self.program.train_step.trace(*self.arguments)
+
+    def _batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        train = self.config.train
+        shape = train.micro_batches, train.batch_size // train.micro_batches, self.config.data.max_length
+        kinds = dict.fromkeys(("tokens", "targets", "positions", "segments"), jnp.int32) | {"mask": jnp.bool_}
+        return {name: jax.ShapeDtypeStruct(shape, kind, sharding=self.program.rows) for name, kind in kinds.items()}
+
+
+def make_step(config: Config, model: ModelConfig, mesh: Mesh) -> Step:
+    """From settings alone: no weight, tokenizer or data is read. Rows are data.max_length long.
+
+    Raises:
+        MeshError, AdapterError: as a run of this configuration would.
+    """
+    check_fit(config, mesh, model)
+    check_time(mesh, config.mesh, config.data.max_length)
+    # An adapter to start from has given its settings; its numbers are not read.
+    section = tune.resolve(config.tune).model_copy(update={"adapter": None})
+    config = config.model_copy(update={"tune": section})
+    assembled = assemble(
+        Source(Path(config.model.path), model, None),
+        section,
+        mesh,
+        init="shapes",
+        dtype=config.precision.params,
+        execution=Execution.of(config, compute_dtype(config.precision.compute)),
+    )
+    built = program.build(config, assembled.model, mesh, assembled.params, assembled.mask, TOTAL_STEPS)
+    return Step(config, assembled, mesh, built)

@@ -1,0 +1,220 @@
+"""`jaxtune plan --search`: mesh x zero x remat x offload x micro-batches, estimated all, compiled the best few.
+
+What the user fixed stays: model, tuning method, batch_size, max_length, optimiser, precision. The seconds order the
+candidates and are no promise: transfers are added to the matmuls as if nothing overlapped.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from jaxtune.config import AXES, Config, MemorySection, MeshSection, make_config
+from jaxtune.errors import MeshError
+from jaxtune.mesh import check_time, make_mesh
+from jaxtune.models.config import ModelConfig
+from jaxtune.parallel.checks import check_fit
+from jaxtune.plan.compiling import Plan, compile_step
+from jaxtune.plan.estimate import USED, Estimate, Facts, Sizes, estimate, span_of
+from jaxtune.plan.program import make_step
+from jaxtune.plan.target import Chip, Target
+
+LARGEST = {"tensor": 16, "context": 16, "pipe": 16}  # what is tried of an axis
+LONG = 8192  # tokens of a sequence from which on splitting it is tried
+REMAT = ("none", "dots", tuple(MemorySection().remat), "block", "full")
+WANTED, TRIES = 3, 10  # plans that fit, and compilations at most
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration with its mesh's sizes and its estimate."""
+
+    config: Config
+    sizes: tuple[int, ...]  # in the order of AXES
+    guess: Estimate
+
+    @property
+    def remat(self) -> str:
+        return str(self.config.memory.remat)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ends with: plans that fit, best first, and how it got there."""
+
+    plans: list[Plan]
+    seconds: list[float]  # estimated from what was compiled
+    candidates: int
+    compiled: int
+    nearest: Plan | None = None  # the smallest that was compiled, where none fits
+
+
+def search(config: Config, model: ModelConfig, target: Target, budget: int, tell: Callable[[int, str], None]) -> Found:
+    """The best few configurations that fit.
+
+    tell: called with (compilations so far, what is compiled next).
+
+    Raises:
+        MeshError: no mesh of these devices is legal for the model and the batch.
+    """
+    facts = Facts(make_step(_on_one_device(config), model, make_mesh(MeshSection(fsdp=1), target.devices[:1])))
+    candidates = list(_candidates(config, model, facts, target))
+    if not candidates:
+        raise MeshError(
+            f"no mesh of {len(target.devices)} devices fits this model and train.batch_size {config.train.batch_size}; "
+            "jaxtune plan without --search says what is wrong with one of them"
+        )
+    fitting: list[tuple[float, Plan]] = []
+    smallest: Plan | None = None
+    left, corrections, tries = candidates, dict[str, float](), 0
+    while left and tries < TRIES and len(fitting) < WANTED:
+        chosen = _best(left, budget, corrections)
+        tell(tries, _words(chosen))
+        plan = compile_step(make_step(chosen.config, model, make_mesh(chosen.config.mesh, target.devices)), target)
+        tries += 1
+        corrections[chosen.remat] = plan.memory.temporaries / chosen.guess.temporaries
+        if plan.fits(budget):
+            fitting.append((_seconds(plan, chosen, target), plan))
+            left = [one for one in left if one.sizes != chosen.sizes]
+        else:
+            left = [one for one in left if one is not chosen]
+        if smallest is None or plan.memory.peak < smallest.memory.peak:
+            smallest = plan
+    fitting.sort(key=lambda pair: pair[0])
+    return Found(
+        [plan for _, plan in fitting],
+        [seconds for seconds, _ in fitting],
+        len(candidates),
+        tries,
+        None if fitting else smallest,
+    )
+
+
+def _best(candidates: list[Candidate], budget: int, corrections: dict[str, float]) -> Candidate:
+    """The fastest of those that should fit; where none should, the smallest."""
+    usual = max(corrections.values(), default=1.0)
+    peak = {id(one): one.guess.peak(corrections.get(one.remat, usual)) for one in candidates}
+    fitting = [one for one in candidates if peak[id(one)] <= budget]
+    if fitting:
+        return min(fitting, key=lambda one: one.guess.seconds)
+    return min(candidates, key=lambda one: peak[id(one)])
+
+
+def _seconds(plan: Plan, candidate: Candidate, target: Target) -> float:
+    """The estimate, with the matmuls and transfers that were compiled in place of those that were guessed."""
+    guess = candidate.guess
+    compute = plan.flops / (target.chip.flops * USED) / (1 - plan.step.bubble)
+    return replace(guess, compute=compute, network=network_seconds(plan, target.chip)).seconds
+
+
+def network_seconds(plan: Plan, chip: Chip) -> float:
+    """What the transfers of a plan take, one after another."""
+    sizes = dict(plan.step.mesh.shape)
+    spans = [
+        max((span_of(axis, sizes) for axis in one.axes), default=math.prod(sizes.values())) for one in plan.transfers
+    ]
+    return sum(one.sent / chip.bandwidth(span) for one, span in zip(plan.transfers, spans, strict=True))
+
+
+def _on_one_device(config: Config) -> Config:
+    """The configuration without what a mesh allows."""
+    train = config.train.model_copy(update={"micro_batches": 1})
+    return config.model_copy(update={"mesh": MeshSection(fsdp=1), "memory": MemorySection(), "train": train})
+
+
+def _candidates(config: Config, model: ModelConfig, facts: Facts, target: Target) -> Iterator[Candidate]:
+    for sizes in meshes(len(target.devices), config.data.max_length):
+        for changes in _variants(config, sizes):
+            legal = _legal(config, changes, sizes, model)
+            if legal is not None:
+                yield Candidate(legal, tuple(sizes.values()), estimate(facts, legal, sizes, target.chip))
+
+
+def meshes(devices: int, time: int) -> Iterator[Sizes]:
+    """Every way to spread the devices over the axes, within LARGEST."""
+    limits = {**LARGEST, "context": LARGEST["context"] if time >= LONG else 1}
+
+    def spread(left: int, axes: tuple[str, ...]) -> Iterator[tuple[int, ...]]:
+        if len(axes) == 1:
+            if left <= limits.get(axes[0], left):
+                yield (left,)
+            return
+        for size in range(1, min(left, limits.get(axes[0], left)) + 1):
+            if left % size == 0:
+                yield from ((size, *rest) for rest in spread(left // size, axes[1:]))
+
+    for sizes in spread(devices, AXES):
+        yield dict(zip(AXES, sizes, strict=True))
+
+
+def _variants(config: Config, sizes: Sizes) -> Iterable[dict]:
+    """Sections to put over the configuration, legal or not."""
+    batch = config.train.batch_size
+    micro = [count for count in range(1, batch + 1) if batch % count == 0]
+    zero = (3, 2, 1) if sizes["fsdp"] > 1 else (3,)
+    sequence = (True, False) if sizes["tensor"] > 1 else (False,)
+    virtual = (1, 2) if sizes["pipe"] > 1 else (1,)
+    offload: tuple[list[str], ...] = ([], ["optimizer"])
+    for count, level, split, chunks, remat, away in itertools.product(micro, zero, sequence, virtual, REMAT, offload):
+        if sizes["pipe"] > 1 and count < sizes["pipe"]:
+            continue
+        schedule = "interleaved" if chunks > 1 else "1f1b"
+        mesh = {"zero": level, "sequence_parallel": split, "virtual_stages": chunks, "schedule": schedule}
+        kept = list(remat) if isinstance(remat, tuple) else remat
+        yield {"train": {"micro_batches": count}, "mesh": mesh, "memory": {"remat": kept, "offload": away}}
+        if isinstance(remat, tuple):
+            both = {"remat": kept, "offload": [*away, "activations"]}
+            yield {"train": {"micro_batches": count}, "mesh": mesh, "memory": both}
+
+
+def _legal(config: Config, changes: dict, sizes: Sizes, model: ModelConfig) -> Config | None:
+    """The configuration with these sections, if a run would take it."""
+    try:
+        ours = {**sizes, **changes["mesh"], "context_attention": config.mesh.context_attention}
+        mesh = MeshSection.model_validate(ours)
+        memory = MemorySection(**changes["memory"], gradients=config.memory.gradients)
+    except ValidationError:
+        return None
+    train = config.train.model_copy(update=changes["train"])
+    made = config.model_copy(update={"mesh": mesh, "memory": memory, "train": train})
+    return made if _fits_model(made, sizes, model) else None
+
+
+def _fits_model(config: Config, sizes: Sizes, model: ModelConfig) -> bool:
+    mesh: Any = SimpleNamespace(shape=sizes, size=1)
+    try:
+        check_fit(config, mesh, model)
+        check_time(mesh, config.mesh, config.data.max_length)
+    except MeshError:
+        return False
+    return True
+
+
+def _words(candidate: Candidate) -> str:
+    """`fsdp 8, tensor 8, remat block, 4 micro-batches`."""
+    config = candidate.config
+    axes = [f"{axis} {size}" for axis, size in zip(AXES, candidate.sizes, strict=True) if size > 1]
+    remat = config.memory.remat if isinstance(config.memory.remat, str) else "by name"
+    more = [f"zero {config.mesh.zero}"] * (config.mesh.zero < 3) + [f"remat {remat}"]
+    more += [f"{config.train.micro_batches} micro-batches"] + [f"offload {name}" for name in config.memory.offload]
+    return ", ".join(axes + more)
+
+
+def pasteable(config: Config) -> str:
+    """The sections that a search chose, as YAML, without what is the default."""
+    default = make_config({"model": {"path": "-"}, "data": {"path": "-"}})
+    sections: dict = {"train": {"batch_size": config.train.batch_size, "micro_batches": config.train.micro_batches}}
+    for name in ("mesh", "memory"):
+        chosen, usual = getattr(config, name).model_dump(), getattr(default, name).model_dump()
+        sections[name] = {key: value for key, value in chosen.items() if value != usual[key]}
+    lines = [
+        f"{name}: {yaml.safe_dump(values, default_flow_style=True, sort_keys=False, width=1000).strip()}"
+        for name, values in sections.items()
+        if values
+    ]
+    return "\n".join(lines)

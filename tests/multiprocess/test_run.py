@@ -1,0 +1,80 @@
+"""A run in two processes is the run in one; it survives the death of either; it stops and fails as one.
+
+The processes have gloo between them, and two or four fake devices each. Two processes and one agree but for the
+order of additions (gloo's and XLA's own reductions associate differently); the same processes again agree in every bit.
+"""
+
+import signal
+import time
+
+import pytest
+
+from tests.multiprocess.support import (
+    HEARTBEAT,
+    STEPS,
+    children,
+    configuration,
+    finish,
+    result,
+    saved_steps,
+    single,
+    start,
+    wait_for_steps,
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model("qwen2")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model, tmp_path_factory):
+    """The run directory of two processes with two devices each."""
+    home = tmp_path_factory.mktemp("uninterrupted")
+    code, output = finish(start(configuration(model, home)))
+    assert code == 0, output
+    ledger, _, evaluations = result(home / "run")
+    assert [row["step"] for row in ledger] == list(range(1, STEPS + 1))
+    assert len(evaluations) == 2
+    return home / "run"
+
+
+def assert_close(ledger, expected):
+    """The same batches, and losses that differ by rounding."""
+    assert [row["batch_sha256"] for row in ledger] == [row["batch_sha256"] for row in expected]
+    for ours, theirs in zip(ledger, expected, strict=True):
+        for name, tolerance in (("loss", 1e-6), ("grad_norm", 1e-5)):
+            assert float.fromhex(ours[name]) == pytest.approx(float.fromhex(theirs[name]), rel=tolerance)
+
+
+def test_two_processes_with_four_devices_are_one_with_eight(model, tmp_path):
+    two, one = (tmp_path / name for name in ("two", "one"))
+    code, output = finish(start(configuration(model, two), devices=4))
+    assert code == 0, output
+    assert output.count("step 1/9") == 1, "the first process alone prints"
+    assert single(configuration(model, one), devices=8)[0] == 0
+    assert_close(result(two / "run")[0], result(one / "run")[0])
+    assert result(two / "run")[2] == pytest.approx(result(one / "run")[2], rel=1e-6)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_is_killed_the_other_ends_and_all_go_on_bit_for_bit(model, tmp_path, uninterrupted, victim):
+    config, run = configuration(model, tmp_path), tmp_path / "run"
+    launcher = start(config)
+    wait_for_steps(launcher, run, 5)
+    killed = time.monotonic()
+    import os
+
+    os.kill(children(launcher)[victim], signal.SIGKILL)
+    code, output = finish(launcher)
+    assert time.monotonic() - killed < HEARTBEAT + 8
+    assert code == 128 + signal.SIGKILL, output
+    assert f"Process {victim} of 2 was killed by SIGKILL" in output
+    assert f"Process {victim} of 2 is gone" in output or victim == 0
+    assert saved_steps(run) == [3] and not (run / "adapter").exists()
+    code, output = finish(start(config))
+    assert code == 0 and "from the checkpoint of step 3" in output
+    assert result(run) == result(uninterrupted)

@@ -1,0 +1,74 @@
+"""A plan is what the run then compiles: the same bytes, from no weight at all."""
+
+import jax
+import pytest
+
+from jaxtune import loop
+from jaxtune.config import make_config
+from jaxtune.mesh import make_mesh
+from jaxtune.plan.command import model_settings
+from jaxtune.plan.compiling import compile_step
+from jaxtune.plan.program import make_step
+from jaxtune.plan.target import GENERIC, Target
+from tests.runs import sections
+
+FULL = {"method": "full"}
+LORA = {"method": "lora", "rank": 4, "targets": "all-linear"}
+CONFIGS = {
+    "one-device": {"mesh": {"fsdp": 1}},
+    "fsdp": {"tune": FULL, "mesh": {"fsdp": 8}},
+    "hybrid": {"tune": FULL, "mesh": {"data": 2, "fsdp": 4}},
+    "zero-1": {"tune": FULL, "mesh": {"fsdp": 4, "zero": 1}},
+    "zero-2-micro-batches": {"tune": FULL, "mesh": {"fsdp": 2, "zero": 2}, "train": {"micro_batches": 4}},
+    "tensor": {"tune": FULL, "mesh": {"fsdp": 2, "tensor": 2, "sequence_parallel": True}},
+    "context": {"mesh": {"fsdp": 2, "context": 2}},
+    "pipeline": {"tune": FULL, "mesh": {"fsdp": 2, "pipe": 2}, "train": {"micro_batches": 4}},
+    "block-offload": {"tune": FULL, "mesh": {"fsdp": 4}, "memory": {"remat": "block", "offload": ["optimizer"]}},
+    "adafactor-bfloat16": {
+        "tune": FULL,
+        "mesh": {"fsdp": 2},
+        "optim": {"name": "adafactor"},
+        "precision": {"params": "bfloat16"},
+    },
+}
+
+
+@pytest.fixture
+def compiled_by_the_run(monkeypatch):
+    """What the loop compiles for its steps; the run ends there."""
+    found = []
+
+    def keep(*arguments, original=loop._compile):
+        found.append(original(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_compile", keep)
+
+    def run(config):
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config)
+        return found.pop()
+
+    return run
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_plan_has_the_bytes_that_the_run_compiles(name, tiny_model, tmp_path, monkeypatch, compiled_by_the_run):
+    config = make_config(sections(tiny_model(), tmp_path, **CONFIGS[name]))
+    number = 1
+    for size in config.mesh.sizes.values():
+        number *= size
+    devices = jax.devices()[:number]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    theirs = compiled_by_the_run(config).memory_analysis()
+
+    (tmp_path / "data.json").unlink()  # a plan does not read it
+    plan = compile_step(
+        make_step(config, model_settings(config), make_mesh(config.mesh, devices)), Target("cpu", devices, GENERIC)
+    )
+    ours = plan.memory
+    assert ours.arguments + ours.host == theirs.argument_size_in_bytes
+    assert ours.outputs + ours.host == theirs.output_size_in_bytes
+    assert ours.temporaries == theirs.temp_size_in_bytes
+    assert plan.parameters.total() + plan.optimizer.total() <= theirs.argument_size_in_bytes
+    assert ours.temporaries >= plan.gradients.total() * 0.5

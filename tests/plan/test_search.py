@@ -1,0 +1,63 @@
+"""A search's answers fit, are legal and load as they are printed."""
+
+from dataclasses import replace
+
+import jax
+import pytest
+
+from jaxtune.config import AXES, parse_yaml
+from jaxtune.errors import MeshError
+from jaxtune.plan.search import meshes, pasteable, search
+from tests.plan.shapes import SMALL, config, step_of, target
+
+LONG = 10**6
+
+
+def test_every_mesh_has_all_devices_and_none_comes_twice():
+    found = [tuple(sizes.values()) for sizes in meshes(8, LONG)]
+    assert len(found) == len(set(found)) == 35  # ways to write 8 = 2^3 as a product of five
+    assert all(jax.numpy.prod(jax.numpy.array(sizes)) == 8 for sizes in found)
+    short = list(meshes(8, 512))
+    assert all(sizes["context"] == 1 for sizes in short)
+
+
+def test_a_search_gives_plans_that_fit_on_different_meshes():
+    told = []
+    found = search(config(), SMALL, target(4), 10**7, lambda done, text: told.append(text))
+    assert 1 <= len(found.plans) <= 3 and found.compiled == len(told)
+    assert all(plan.memory.peak <= 10**7 for plan in found.plans)
+    assert len({tuple(plan.step.mesh.shape.items()) for plan in found.plans}) == len(found.plans)
+    assert found.seconds == sorted(found.seconds)
+    assert all(plan.step.config.train.batch_size == 16 for plan in found.plans)
+
+
+def test_a_smaller_budget_finds_something_smaller():
+    loose = search(config(), SMALL, target(4), 10**9, lambda *_: None)
+    tight = search(config(), SMALL, target(4), int(0.8 * loose.plans[0].memory.peak), lambda *_: None)
+    assert tight.plans and tight.plans[0].memory.peak < loose.plans[0].memory.peak
+
+
+def test_where_nothing_fits_the_smallest_is_shown():
+    found = search(config(), SMALL, target(2), 1000, lambda *_: None)
+    assert found.plans == [] and found.nearest is not None
+
+
+def test_what_is_printed_loads_back_to_the_same_settings():
+    settings = config(
+        mesh={"pipe": 2, "fsdp": 2, "tensor": 2, "zero": 1, "sequence_parallel": True},
+        memory={"remat": "block", "offload": ["optimizer"]},
+        train={"batch_size": 16, "micro_batches": 4},
+    )
+    again = config(**parse_yaml(pasteable(settings), "pasted"))
+    assert (again.mesh, again.memory, again.train) == (settings.mesh, settings.memory, settings.train)
+    step_of(again)
+
+
+def test_a_batch_that_no_mesh_can_share_is_refused():
+    odd = replace(SMALL, num_heads=3, num_kv_heads=3, num_layers=1)
+    with pytest.raises(MeshError, match=r"no mesh of 8 devices fits this model and train.batch_size 1"):
+        search(config(train={"batch_size": 1}), odd, target(8), 10**9, lambda *_: None)
+
+
+def test_axes_are_in_the_order_of_the_mesh():
+    assert all(tuple(sizes) == AXES for sizes in meshes(4, LONG))

@@ -1,0 +1,141 @@
+"""What was compiled: the collectives that define each form of parallelism, and the bytes that each option saves."""
+
+import dataclasses
+import re
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtune.parallel.schedule import bubble, make_schedule
+from jaxtune.step import make_gradients
+from tests.programs import CONFIG, FULL, HIDDEN, LAYERS, TIME, VOCAB, Stepper
+
+DEVICES = 8
+DEEP = dataclasses.replace(CONFIG, num_layers=25)
+KINDS = r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+
+
+@cache
+def zero(level):
+    return Stepper(mesh={"fsdp": DEVICES, "zero": level})
+
+
+def arrays_moved(stepper, kind):
+    """The shapes of what a kind of collective gives, scalars left out."""
+    found = re.findall(rf"= (\(.*?\)|\S+) ({KINDS})\(", stepper.hlo)
+    return {shape for result, name in found if name == kind for shape in re.findall(r"\[([\d,]+)\]", result)}
+
+
+def matrices(*shapes):
+    return {",".join(map(str, shape)) for shape in shapes}
+
+
+def held(stepper, name):
+    """Bytes on one device of a part of the compiled step's arguments."""
+    homes = stepper.compiled.input_shardings[0][0][name]
+    pairs = zip(jax.tree.leaves(stepper.state[name]), jax.tree.leaves(homes), strict=True)
+    return sum(x.dtype.itemsize * int(np.prod(home.shard_shape(x.shape))) for x, home in pairs)
+
+
+def gradient_bytes(stepper):
+    """Bytes on one device of the gradients that leave the compiled region."""
+    program = stepper.program
+    function = jax.jit(make_gradients(stepper.model, program.layout, np.float32, 0))
+    arguments = stepper.state["trainable"], program.frozen, stepper.batch(1), np.int32(1), np.float32(1)
+    return function.lower(*arguments).compile().memory_analysis().output_size_in_bytes
+
+
+def test_zero_levels_hold_an_eighth_of_optimiser_then_gradients_then_weights():
+    whole = {"trainable": held(zero(0), "trainable"), "optimizer": held(zero(0), "optimizer")}
+    grads = [gradient_bytes(zero(level)) for level in range(4)]
+    assert grads[0] == pytest.approx(whole["trainable"], rel=1e-3)
+    for level in range(4):
+        # Norms and biases, which have no axis to split, are a small rest.
+        def share(count, of, is_split):
+            assert count / of == pytest.approx(1 / DEVICES if is_split else 1, abs=0.02)
+
+        share(held(zero(level), "optimizer"), whole["optimizer"], level >= 1)
+        share(grads[level], grads[0], level >= 2)
+        share(held(zero(level), "trainable"), whole["trainable"], level >= 3)
+
+
+def test_zero_0_and_1_reduce_whole_gradients_and_1_gathers_new_weights():
+    one_layer, stack = matrices((128, HIDDEN)), matrices((LAYERS, 128, HIDDEN), (VOCAB, HIDDEN))
+    for level in (0, 1):
+        assert stack <= arrays_moved(zero(level), "all-reduce")
+        assert not arrays_moved(zero(level), "reduce-scatter")
+    assert not arrays_moved(zero(0), "all-gather")
+    assert stack <= arrays_moved(zero(1), "all-gather")
+    assert not one_layer & arrays_moved(zero(1), "all-gather")
+
+
+def test_zero_2_scatters_gradients_and_gathers_new_weights():
+    stack = matrices((LAYERS, 128, HIDDEN), (VOCAB, HIDDEN))
+    assert matrices((LAYERS, 128, HIDDEN // DEVICES), (VOCAB, HIDDEN // DEVICES)) <= arrays_moved(
+        zero(2), "reduce-scatter"
+    )
+    assert stack <= arrays_moved(zero(2), "all-gather")
+    assert not stack & arrays_moved(zero(2), "all-reduce")
+
+
+def test_zero_3_gathers_a_layer_at_a_time_and_scatters_its_gradient():
+    one_layer = matrices((128, HIDDEN), (HIDDEN, 128))
+    assert one_layer <= arrays_moved(zero(3), "all-gather")
+    assert matrices((128, HIDDEN // DEVICES)) <= arrays_moved(zero(3), "reduce-scatter")
+    assert not any(
+        shape.startswith(f"{LAYERS},") for shape in arrays_moved(zero(3), "all-gather") if shape.count(",") == 2
+    )
+
+
+def test_vocabulary_parallel_loss_gathers_no_logits():
+    stepper = Stepper(mesh={"tensor": 8})
+    assert not arrays_moved(stepper, "all-gather")
+    assert not any(str(VOCAB) in shape.split(",") for shape in arrays_moved(stepper, "all-reduce"))
+
+
+def test_sequence_parallelism_scatters_and_gathers_the_residual_stream():
+    plain, split = (Stepper(mesh={"tensor": 4, "sequence_parallel": flag}) for flag in (False, True))
+    stream, part = matrices((16, TIME, HIDDEN)), matrices((16, TIME // 4, HIDDEN))
+    assert stream <= arrays_moved(plain, "all-reduce")
+    assert not stream & arrays_moved(split, "all-reduce")
+    assert stream <= arrays_moved(split, "all-gather")
+    assert part <= arrays_moved(split, "reduce-scatter")
+
+
+@cache
+def pipelined(schedule, micro_batches):
+    """Two rows in each micro-batch, however many there are."""
+    train = {"micro_batches": micro_batches, "batch_size": 2 * micro_batches}
+    return Stepper(rows=2 * micro_batches, mesh={"pipe": 4, "schedule": schedule}, train=train, tune=FULL)
+
+
+def test_memory_of_1f1b_does_not_grow_with_the_micro_batches_and_gpipe_s_does():
+    growth = {}
+    for name in ("1f1b", "gpipe"):
+        few, many = (pipelined(name, count).memory.temp_size_in_bytes for count in (8, 24))
+        growth[name] = many - few
+    stage_input = 2 * TIME * HIDDEN * 4
+    assert growth["1f1b"] < stage_input
+    assert growth["gpipe"] > 14 * stage_input
+
+
+def test_interleaved_has_a_smaller_bubble_at_the_same_micro_batches():
+    assert bubble(make_schedule("interleaved", 4, 8, 2)) < 0.75 * bubble(make_schedule("1f1b", 4, 8))
+
+
+def test_remat_policies_keep_less_in_the_promised_order():
+    def kept(remat):
+        memory = {} if remat is None else {"memory": {"remat": remat}}
+        return Stepper(DEEP, **memory).memory.temp_size_in_bytes
+
+    sizes = [kept(remat) for remat in ("none", "dots", None, "block", "full")]
+    assert sizes == sorted(sizes, reverse=True)
+    none, dots, names, block, full = sizes  # the names are those of most matmuls' results
+    assert none > 1.5 * dots and names > 1.5 * block and block > 1.05 * full, sizes
+
+
+def test_temporary_memory_falls_with_the_ring_s_size():
+    sizes = [Stepper(rows=2, time=512, mesh={"context": n}).memory.temp_size_in_bytes for n in (1, 2, 4, 8)]
+    assert all(less < 0.75 * more for more, less in zip(sizes, sizes[1:], strict=False)), sizes
