@@ -162,7 +162,7 @@ def histories(stepper):
 
 MESHES = [
     {"mesh": {"fsdp": 4, "tensor": 2}},
-    {"mesh": {"data": 2, "fsdp": 2, "tensor": 2, "sequence_parallel": True}},
+    {"mesh": {"fsdp": 2, "tensor": 2, "context": 2, "sequence_parallel": True}},
     {"train": {"micro_batches": 4}},
 ]
 
