@@ -259,9 +259,17 @@ class PrecisionSection(Section):
     params: Literal["float32", "bfloat16"] = "float32"  # of the model's weights; adapters are float32
     compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16, or float32 on a CPU
     loss_scale: LossScale = LossScale()  # with compute float16
+    matmul: Literal["default", "float8"] = "default"  # of the layers' linear maps: e4m3 forward, e5m2 backward
+    float8_scaling: Literal["current", "delayed"] = "current"  # by a tensor's own largest number, or the last steps'
+    float8_history: Positive = 16  # delayed: how many steps
 
     @model_validator(mode="after")
     def _nothing_unused(self):
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        if self.matmul != "float8" and self.float8_scaling != defaults["float8_scaling"]:
+            raise ValueError("float8_scaling belongs to matmul float8 and would do nothing without it")
+        if self.float8_scaling != "delayed" and self.float8_history != defaults["float8_history"]:
+            raise ValueError("float8_history belongs to float8_scaling delayed and would do nothing with current")
         if self.compute != "float16" and self.loss_scale != LossScale():
             raise ValueError(f"loss_scale belongs to compute float16 and would do nothing with {self.compute}")
         return self
@@ -310,6 +318,15 @@ class Config(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
     log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _together(self):
+        if self.precision.float8_scaling == "delayed" and self.mesh.pipe != 1:
+            raise ValueError(
+                "precision.float8_scaling delayed does not go with mesh.pipe: a stage sees other layers in other "
+                "ticks, and keeps no history of them; set current"
+            )
+        return self
 
 
 class _Loader(yaml.SafeLoader):

@@ -87,6 +87,9 @@ RULES = {
     "precision.params": REFUSE,
     "precision.compute": LOG,
     "precision.loss_scale": LOG,
+    "precision.matmul": LOG,
+    "precision.float8_scaling": REFUSE,  # its histories are part of the state
+    "precision.float8_history": REFUSE,
     "checkpoint.every": ALLOW,
     "checkpoint.keep": ALLOW,
     "checkpoint.resume": ALLOW,

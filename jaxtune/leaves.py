@@ -29,15 +29,31 @@ class LowRank:
     dropout: float = field(default=0.0, metadata={"static": True})
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Float8:
+    """W, whose matmuls run in float8 (float8.py). It stands in the tree that a pass is given, never in the state.
+
+    base: [out, in]; scales: [3], of input, weight and output gradient, from before this step; None: from the tensors
+    themselves. Axis 0 of each part is the layer where W is a stack.
+    """
+
+    base: Any
+    scales: jax.Array | None = None
+
+
 def is_leaf(value: Any) -> bool:
-    return isinstance(value, LowRank)
+    return isinstance(value, (LowRank, Float8))
 
 
 def map_parts(function: Callable[[Any, Axes], Any], leaf: Any, axes: Axes, is_table: bool = False) -> Any:
-    """`function` of (array, its logical axes) for every array of a leaf, in the leaf's structure; a None stays.
+    """`function` of (array, its logical axes) for every array of a leaf, in the leaf's structure; a None stays, and
+    so do the scales of a Float8.
 
     axes: of the weight that the leaf stands for. is_table: its rows are looked up, so the first axis is `in`.
     """
+    if isinstance(leaf, Float8):
+        return replace(leaf, base=map_parts(function, leaf.base, axes, is_table))
     if not isinstance(leaf, LowRank):
         return None if leaf is None else function(leaf, axes)
     *layers, first, second = axes

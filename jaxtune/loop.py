@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxtune import processes, tune
+from jaxtune import float8, processes, tune
 from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
 from jaxtune.checkpoint import Checkpointer
 from jaxtune.config import Config
@@ -92,6 +92,8 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
     trained, total = count(partition(assembled.params, assembled.mask)[0]), count(assembled.params)
     program = build(config, assembled.model, mesh, assembled.params, assembled.mask, data.train.steps)
     say(f"Training {trained:,} of {total:,} parameters ({trained / total:.3%}) on {_devices(mesh)}")
+    if config.precision.matmul == "float8" and not float8.has_units(mesh.devices.flat[0]):
+        warn(f"{mesh.devices.flat[0].device_kind} has no float8 units: its matmuls are computed in wider types, slower")
     check_sharded(program.state["trainable"], program.homes["trainable"])
     first = program.put(data.train.batch(1, rows=()).arrays())  # any will do
     compiled = _compile(program.train_step, program.state, program.frozen, first, _number(1))

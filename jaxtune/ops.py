@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune.leaves import LowRank
+from jaxtune import float8
+from jaxtune.leaves import Float8, LowRank
 from jaxtune.parallel import local
 
 
@@ -34,6 +35,8 @@ def linear(x: jax.Array, weight: Any, noise: Noise | None = None, split: str | N
     """
     if isinstance(weight, LowRank):
         return linear(x, weight.base) + low_rank(dropout(x, weight.dropout, noise, split), weight)
+    if isinstance(weight, Float8):
+        return float8.linear(x, weight)
     return jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
 
 

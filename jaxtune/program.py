@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtune import tune
 from jaxtune.assemble import compute_dtype
 from jaxtune.config import Config
+from jaxtune.float8 import NOTHING, Watch
 from jaxtune.leaves import combine, partition
 from jaxtune.mesh import BATCH
 from jaxtune.models.decoder import Model
@@ -96,7 +97,10 @@ def build(config: Config, model: Model, mesh: Mesh, params: Tree, mask: Tree, to
     layout = Layout.of(mesh, model.config, model.weights, trainable, frozen, config.mesh.zero)
     optimizer = make_optimizer(config.optim, model.weights, mesh.shape)
     precision = config.precision
-    state, homes = make_state(trainable, optimizer, layout, tuple(config.memory.offload), precision.loss_scale.initial)
+    is_delayed = precision.float8_scaling == "delayed"
+    watch = Watch.of(model.weights, mask, precision.float8_history) if is_delayed else NOTHING
+    offload = tuple(config.memory.offload)
+    state, homes = make_state(trainable, optimizer, layout, offload, precision.loss_scale.initial, watch)
     dtype = compute_dtype(config.precision.compute)
     pipeline = None if stages is None else _pipeline(config, model, layout, stages, dtype)
     step = make_train_step(

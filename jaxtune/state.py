@@ -4,6 +4,7 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxtune.float8 import NOTHING, Watch
 from jaxtune.models.execution import HOST
 from jaxtune.models.weights import Tree
 from jaxtune.optim import state_shardings
@@ -16,12 +17,13 @@ def state_homes(shapes: Tree, layout: Layout, offload: tuple[str, ...] = ()) -> 
 
     shapes: the state's, as jax.eval_shape gives them. offload: of optimizer and params, what lies on the host.
     """
-    everywhere = jax.tree.map(lambda _: NamedSharding(layout.mesh, PartitionSpec()), shapes["guard"])
+    counters = {name: shapes[name] for name in ("guard", "float8")}
+    everywhere = jax.tree.map(lambda _: NamedSharding(layout.mesh, PartitionSpec()), counters)
     moments = state_shardings(shapes["optimizer"], shapes["trainable"], layout.homes(layout.moments))
     if "optimizer" in offload:
         moments = jax.tree.map(lambda home: home.with_memory_kind(HOST), moments)
     trainable = layout.homes(layout.trainable, HOST if "params" in offload else None)
-    return {"trainable": trainable, "optimizer": moments, "guard": everywhere}
+    return {"trainable": trainable, "optimizer": moments, **everywhere}
 
 
 def make_state(
@@ -30,14 +32,15 @@ def make_state(
     layout: Layout,
     offload: tuple[str, ...] = (),
     scale: float = 1.0,
+    watch: Watch = NOTHING,
 ) -> tuple[Tree, Tree]:
     """(state, its shardings). trainable: arrays in their shards, or their shapes: then the state is shapes too.
 
-    scale: the first one of a float16 loss.
+    scale, watch: as in `init_state`.
     """
 
     def initial(trainable: Tree) -> Tree:
-        return init_state(trainable, optimizer, scale)
+        return init_state(trainable, optimizer, scale, watch)
 
     shapes = jax.eval_shape(initial, trainable)
     where = state_homes(shapes, layout, offload)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from jaxtune import loss_scale
+from jaxtune import float8, loss_scale
+from jaxtune.float8 import NOTHING, Watch
 from jaxtune.loss import cross_entropy
 from jaxtune.models.decoder import Model
 from jaxtune.models.weights import Path, Tree
@@ -24,9 +25,15 @@ Batch = dict[str, jax.Array]  # tokens, targets, mask, positions, segments: each
 EVERYWHERE = PartitionSpec()
 
 
-def init_state(trainable: Tree, optimizer: optax.GradientTransformation, scale: float = 1.0) -> Tree:
-    """Everything that a step changes. The step's number and the seed give all random keys. scale: of a float16 loss."""
-    return {"trainable": trainable, "optimizer": optimizer.init(trainable), "guard": loss_scale.init(scale)}
+def init_state(
+    trainable: Tree, optimizer: optax.GradientTransformation, scale: float = 1.0, watch: Watch = NOTHING
+) -> Tree:
+    """Everything that a step changes. The step's number and the seed give all random keys.
+
+    scale: the first one of a float16 loss. watch: what float8 keeps histories of.
+    """
+    guard = loss_scale.init(scale)
+    return {"trainable": trainable, "optimizer": optimizer.init(trainable), "guard": guard, "float8": watch.init()}
 
 
 def batch_loss(
@@ -50,16 +57,17 @@ def token_numbers(micro: Any, rows: int, time: int) -> jax.Array:
 
 
 def make_gradients(model: Model, layout: Layout, dtype: Any, seed: int, pipeline: Pipeline | None = None) -> Callable:
-    """(trainable, frozen, batch, step, factor) -> (loss, gradients), on whole arrays.
+    """(trainable, frozen, batch, step, factor, scales) -> (loss, gradients, sizes), on whole arrays.
 
     Both are multiplied by `factor` and divided by the supervised tokens of the whole batch, so that any split into
-    micro-batches and over devices gives the same update.
+    micro-batches and over devices gives the same update. scales: float8's delayed ones; sizes: what is seen of the
+    tensors that they are for.
     """
     sum_dtype = model.execution.sum_dtype or jnp.float32
 
     def gradients(
-        trained: list, frozen: list, batch: Batch, step: jax.Array, factor: jax.Array
-    ) -> tuple[jax.Array, list]:
+        trained: list, frozen: list, batch: Batch, step: jax.Array, factor: jax.Array, scales: Tree
+    ) -> tuple[jax.Array, list, Tree]:
         supervised = local.total(jnp.sum(batch["mask"].astype(jnp.float32)), *local.ROWS, "context")
         scale = factor / jnp.maximum(supervised, 1.0)
         key = jax.random.fold_in(jax.random.key(seed), step)
@@ -67,24 +75,33 @@ def make_gradients(model: Model, layout: Layout, dtype: Any, seed: int, pipeline
         noise_of = lambda index: Noise(key, token_numbers(index, *batch["tokens"].shape[1:]))  # noqa: E731
         if pipeline is not None:
             share, grads = pipeline.gradients(trained, frozen, batch, scale, noise_of)
-            return local.total(share, *layout.mesh.axis_names), layout.summed(grads)
+            return local.total(share, *layout.mesh.axis_names), layout.summed(grads), scales
 
-        def micro(index: Any, micro_batch: Batch) -> tuple[jax.Array, list]:
-            def loss(trained: list) -> jax.Array:
-                params = layout.params(trained, frozen)
+        def micro(index: Any, micro_batch: Batch) -> tuple[tuple[jax.Array, list], Tree]:
+            def loss(trained: list, scales: Tree) -> jax.Array:
+                params = float8.attach(layout.params(trained, frozen), scales)
                 return batch_loss(model, params, micro_batch, scale, dtype, noise_of(index))
 
-            share, grads = jax.value_and_grad(loss)(trained)
-            return share, [grad.astype(sum_dtype) for grad in layout.scattered(grads)]
+            share, (grads, sizes) = jax.value_and_grad(loss, argnums=(0, 1))(trained, scales)
+            return (share, [grad.astype(sum_dtype) for grad in layout.scattered(grads)]), sizes
 
-        share, grads = accumulated(micro, batch)
-        return local.total(share, *layout.mesh.axis_names), layout.summed(grads)
+        def join(total: Any, more: Any) -> Any:
+            return added(total[0], more[0]), jax.tree.map(jnp.maximum, total[1], more[1])
 
-    return layout.region(gradients, (EVERYWHERE, layout.split_grads))
+        (share, grads), sizes = accumulated(micro, batch, join)
+        axes = layout.mesh.axis_names
+        return local.total(share, *axes), layout.summed(grads), local.largest(sizes, *axes)
+
+    return layout.region(gradients, (EVERYWHERE, layout.split_grads, EVERYWHERE))
 
 
-def accumulated(function: Callable[[Any, Batch], Any], batch: Batch) -> Any:
-    """The sum of `function(index, micro-batch)` over the micro-batches, one after another."""
+def added(total: Any, more: Any) -> Any:
+    """The sum of two trees."""
+    return jax.tree.map(jnp.add, total, more)
+
+
+def accumulated(function: Callable[[Any, Batch], Any], batch: Batch, join: Callable = added) -> Any:
+    """`function(index, micro-batch)` of the micro-batches, one after another, joined from zeros on: summed up."""
     count = batch["tokens"].shape[0]
     first = {name: array[0] for name, array in batch.items()}
     if count == 1:
@@ -92,7 +109,7 @@ def accumulated(function: Callable[[Any, Batch], Any], batch: Batch) -> Any:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, 0, first))
 
     def body(total, inputs):
-        return jax.tree.map(jnp.add, total, function(*inputs)), None
+        return join(total, function(*inputs)), None
 
     return jax.lax.scan(body, zeros, (jnp.arange(count), batch))[0]
 
@@ -122,7 +139,8 @@ def make_train_step(
 
     def train_step(state: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[Tree, dict[str, jax.Array]]:
         factor = jnp.float32(1) if scale_window is None else state["guard"]["loss_scale"]
-        loss, grads = gradients(state["trainable"], frozen, batch, step, factor)
+        scales = float8.delayed_scales(state["float8"])
+        loss, grads, sizes = gradients(state["trainable"], frozen, batch, step, factor, scales)
         if scale_window is not None:
             loss, grads = loss_scale.unscaled(loss, grads, factor)
         before = {name: fetched(state[name], homes[name]) for name in ("trainable", "optimizer")}
@@ -139,6 +157,7 @@ def make_train_step(
             "trainable": jax.tree.map(keep, descend(before["trainable"], direction, lr), before["trainable"]),
             "optimizer": jax.tree.map(keep, moved, before["optimizer"]),
             "guard": guard,
+            "float8": jax.tree.map(keep, float8.remember(state["float8"], sizes), state["float8"]),
         }
         new = stored(new, homes)
         return new, {"loss": loss, "grad_norm": norm, "lr": lr, **guard}

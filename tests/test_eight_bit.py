@@ -13,7 +13,7 @@ from jaxtune import eight_bit
 from jaxtune.checkpoint import Checkpointer
 from jaxtune.config import MeshSection, OptimSection
 from jaxtune.eight_bit import BLOCK, Moment, dequantize, dynamic_codes, dynamic_map, make_map, quantize
-from jaxtune.mesh import make_mesh, spec
+from jaxtune.mesh import RULES, make_mesh, spec
 from jaxtune.models.weights import Weight
 from jaxtune.optim import descend, make_optimizer, state_shardings
 
@@ -188,7 +188,7 @@ def on_mesh(section, devices):
     mesh = make_mesh(section, jax.devices()[:devices])
     optimizer = eight_bit_optimizer(mesh.shape)
     leaf = {"is_leaf": lambda node: isinstance(node, Weight)}
-    homes = jax.tree.map(lambda weight: NamedSharding(mesh, spec(weight.full_axes)), WEIGHTS, **leaf)
+    homes = jax.tree.map(lambda weight: NamedSharding(mesh, spec(weight.full_axes, RULES)), WEIGHTS, **leaf)
     params = jax.device_put(tree(0), homes)
     where = state_shardings(jax.eval_shape(optimizer.init, params), params, homes)
     state = jax.jit(optimizer.init, out_shardings=where)(params)
@@ -200,7 +200,7 @@ def on_mesh(section, devices):
 
 def test_every_mesh_gives_the_same_bits_and_moves_a_few_scales_alone():
     whole = on_mesh(MeshSection(fsdp=1), 1)
-    for section in (MeshSection(fsdp=8), MeshSection(fsdp=4, tensor=2), MeshSection(data=2, fsdp=2, tensor=2)):
+    for section in (MeshSection(fsdp=8), MeshSection(fsdp=4, tensor=2), MeshSection(pipe=2, fsdp=2, tensor=2)):
         params, state, step = on_mesh(section, 8)
         jax.tree.map(np.testing.assert_array_equal, (params, state), whole[:2])
         up = state[0].mu["stacks"]["0"]["up"]["weight"]

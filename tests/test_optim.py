@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtune.config import MeshSection, OptimSection
 from jaxtune.errors import ConfigError
 from jaxtune.leaves import LowRank, partition
-from jaxtune.mesh import make_mesh, spec
+from jaxtune.mesh import RULES, make_mesh, spec
 from jaxtune.models.weights import Weight
 from jaxtune.optim import clip, decay_mask, descend, global_norm, make_optimizer, make_schedule, state_shardings
 
@@ -299,7 +299,7 @@ def homes_and_state(name, weights, section):
     """The weights' shardings on a mesh, and those of an optimiser's state, by path."""
     mesh = make_mesh(section)
     leaf = {"is_leaf": lambda node: isinstance(node, Weight)}
-    homes = jax.tree.map(lambda weight: NamedSharding(mesh, spec(weight.full_axes)), weights, **leaf)
+    homes = jax.tree.map(lambda weight: NamedSharding(mesh, spec(weight.full_axes, RULES)), weights, **leaf)
     params = jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.full_shape, jnp.float32), weights, **leaf)
     state = jax.eval_shape(make_optimizer(OptimSection(name=name), weights).init, params)
     placed = jax.tree_util.tree_leaves_with_path(state_shardings(state, params, homes))
@@ -314,9 +314,9 @@ SQUARE = {"stacks": {"0": {"o": {"weight": Weight((256, 256), ("embed", "heads")
 @pytest.mark.parametrize(
     ("weights", "row", "column"),
     [
-        (UP, P(None, "tensor"), P(None, "fsdp")),
-        (DOWN, P(None, "tensor"), P(None, "fsdp")),  # optax's row is what is left without the largest dimension
-        (SQUARE, P(None, "fsdp"), P(None, "tensor")),
+        (UP, P("pipe", "tensor"), P("pipe", "fsdp")),
+        (DOWN, P("pipe", "tensor"), P("pipe", "fsdp")),  # optax's row is what is left without the largest dimension
+        (SQUARE, P("pipe", "fsdp"), P("pipe", "tensor")),
     ],
 )
 def test_adafactors_factors_lie_as_the_dimensions_that_they_have(weights, row, column):
@@ -329,8 +329,8 @@ def test_adafactors_factors_lie_as_the_dimensions_that_they_have(weights, row, c
 def test_scales_of_8_bit_blocks_lie_as_their_weight_where_a_rows_blocks_divide():
     placed = homes_and_state("adamw_8bit", UP, MeshSection(fsdp=4, tensor=2))
     assert {path[-6:]: home for path, home in placed.items() if "weight" in path} == {
-        ".codes": P(None, "tensor", "fsdp"),
-        "absmax": P(None, "tensor", None),
+        ".codes": P("pipe", "tensor", "fsdp"),
+        "absmax": P("pipe", "tensor", None),
     }
     wide = {"head": {"weight": Weight((64, 1024), ("vocab", "embed"), "head")}}
     placed = homes_and_state("adamw_8bit", wide, MeshSection(fsdp=4, tensor=2))
@@ -339,7 +339,7 @@ def test_scales_of_8_bit_blocks_lie_as_their_weight_where_a_rows_blocks_divide()
 
 def test_moments_lie_where_their_weights_lie_and_counters_everywhere():
     placed = homes_and_state("adamw", UP, MeshSection(fsdp=4, tensor=2))
-    assert {home for path, home in placed.items() if "weight" in path} == {P(None, "tensor", "fsdp")}
+    assert {home for path, home in placed.items() if "weight" in path} == {P("pipe", "tensor", "fsdp")}
     assert {home for path, home in placed.items() if "count" in path} == {P()}
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as _save
 
-from jaxtune import ops
+from jaxtune import float8, ops
 from jaxtune.leaves import Axes, map_parts
 from jaxtune.models.attention import attention
 from jaxtune.models.config import ModelConfig
@@ -365,4 +365,6 @@ class Model:
                 x = local.weight_gathered(x, "fsdp", axes.index("embed"), wanted, run.sum_dtype or x.dtype)
             return _save(x.astype(wanted), WEIGHT)
 
-        return map_parts(use, leaf, weight.axes, weight.is_table)
+        used = map_parts(use, leaf, weight.axes, weight.is_table)
+        is_linear = weight.layers is not None and len(weight.shape) == 2
+        return float8.wrapped(used) if run.float8 and is_linear else used

@@ -18,7 +18,7 @@ class Execution:
     weights_split: weights lie in parts along fsdp, and are gathered layer by layer. sequence_parallel: between
     attention and MLP the sequence is split over the tensor axis (Korthikanti et al. 2022, arXiv 2205.05198).
     remat: none | dots | block | full, or the names that a layer keeps. sum_dtype: that gradients are summed up in;
-    None: the weights' own.
+    None: the weights' own. float8: the layers' linear maps multiply in it.
     """
 
     weights_split: bool = True
@@ -28,6 +28,7 @@ class Execution:
     offload_activations: bool = False
     offload_params: bool = False
     sum_dtype: Any = None
+    float8: bool = False
 
     @classmethod
     def of(cls, config: Config, compute_dtype: Any) -> "Execution":
@@ -41,6 +42,7 @@ class Execution:
             offload_activations="activations" in memory.offload,
             offload_params="params" in memory.offload,
             sum_dtype=compute_dtype if memory.gradients == "compute" else None,
+            float8=config.precision.matmul == "float8",
         )
 
     @property
