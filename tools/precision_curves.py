@@ -32,11 +32,11 @@ VARIANTS: dict[str, tuple[dict, float]] = {
 WINDOW = 20  # steps of a mean: single steps differ by their batches far more than by their precision
 SECTIONS = {
     "tune": {"method": "full"},
-    "data": {"max_length": 256},
-    "train": {"batch_size": 2},
+    "data": {"max_length": 128},
+    "train": {"batch_size": 1},
     "optim": {"lr": 5.0e-5, "schedule": "cosine", "warmup": 0.05},
     "log": {"every": 1, "tensorboard": False},
-    "checkpoint": {"every": 50},
+    "checkpoint": {"every": 100},
     "precision": {"compute": "float32"},
 }
 PAGE = """\
