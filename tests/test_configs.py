@@ -1,5 +1,6 @@
 """The recipes in configs/ are complete, valid and say what they are said to say."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,13 @@ def test_the_eight_device_recipe_uses_eight_devices_and_a_batch_that_fits_them()
     mesh = config.mesh
     assert mesh.data * mesh.fsdp * mesh.tensor == 8
     assert config.train.batch_size % (mesh.data * mesh.fsdp) == 0
+
+
+@pytest.mark.parametrize(("name", "devices"), [("qwen2.5-7b-full-8-gpus", 8), ("qwen2.5-72b-full-64-devices", 64)])
+def test_a_recipe_for_many_devices_uses_them_all(name, devices):
+    config = load_config(REPOSITORY / "configs" / f"{name}.yaml")
+    assert math.prod(config.mesh.sizes.values()) == devices
+    assert config.train.batch_size % (config.train.micro_batches * config.mesh.data * config.mesh.fsdp) == 0
 
 
 def test_the_demo_reads_what_the_repository_ships_and_what_its_tool_fetches():
