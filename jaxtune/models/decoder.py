@@ -125,14 +125,13 @@ class Attention(nnx.Module):
             )
             cache = write(cache[0], k), write(cache[1], v)
         if local.size("context") > 1:
-            out = spread_attention(run.context_attention, q, k, v, context.segments, window)
+            out = spread_attention(run.context_attention, q, k, v, context.segments, window)  # names its own output
         elif context.start is None:
-            out = attention(q, k, v, context.segments, context.segments, window=window)
+            out = _save(attention(q, k, v, context.segments, context.segments, window=window), "attended")
         else:
             k, v = cache
             out = attention(q, k, v, context.segments, context.cache_segments, context.start, window)
-        out = _save(out.reshape(*out.shape[:2], -1), "attended")
-        return self.o_proj(out, o_noise, run), cache
+        return self.o_proj(out.reshape(*out.shape[:2], -1), o_noise, run), cache
 
 
 def own_kv_heads(x_BTKD: jax.Array, config: ModelConfig) -> jax.Array:

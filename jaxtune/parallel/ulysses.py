@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.errors import MeshError
 from jaxtune.models.attention import attention
@@ -36,7 +37,8 @@ def ulysses_attention(
     k_BTKD, v_BTKD = (jnp.repeat(x, repeats, axis=2) for x in (k_BTKD, v_BTKD))
     q, k, v = (_to_heads(x, parts) for x in (q_BTHD, k_BTKD, v_BTKD))
     segments = out_of_zigzag(jax.lax.all_gather(segments_BT, AXIS, axis=1, tiled=True), parts, 1)
-    return _to_time(attention(q, k, v, segments, segments, window=window), parts)
+    out = _to_time(attention(q, k, v, segments, segments, window=window), parts)
+    return checkpoint_name(out, "attended")
 
 
 def check_heads(num_local_q_heads: int, parts: int) -> None:

@@ -1,5 +1,6 @@
 """Attention over a split sequence equals attention over the whole of it, whichever way it is done."""
 
+import re
 from functools import partial
 from typing import get_args
 
@@ -98,6 +99,12 @@ def test_in_a_scan_over_layers_with_rematerialisation(attend, saved):
     ours = on_parts(lambda x, s: gradient(lambda *a: attend(*a[:3], s, a[3]), x), 2)
     order, back = zigzag(T, 2), unzigzag(T, 2)
     np.testing.assert_allclose(ours(x[:, order], PACKED[:, order])[:, back], theirs, atol=1e-4, rtol=1e-5)
+
+
+def test_the_output_has_its_name_once(attend):
+    """So a policy that keeps it does not keep a copy, and one that does not has nothing to look for elsewhere."""
+    text = str(jax.make_jaxpr(on_parts(attend, 2))(*draw()[:3], PACKED))
+    assert len(re.findall(r"f32\[2,40,8,8\] = name\[name=attended\]", text)) == 1
 
 
 def test_rows_split_over_another_axis_too():
