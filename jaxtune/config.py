@@ -319,15 +319,6 @@ class Config(Section):
     eval: EvalSection = EvalSection()
     log: LogSection = LogSection()
 
-    @model_validator(mode="after")
-    def _together(self):
-        if self.precision.float8_scaling == "delayed" and self.mesh.pipe != 1:
-            raise ValueError(
-                "precision.float8_scaling delayed does not go with mesh.pipe: a stage sees other layers in other "
-                "ticks, and keeps no history of them; set current"
-            )
-        return self
-
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML without aliases (their expansion has no bound) and without silent duplicate keys."""

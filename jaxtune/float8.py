@@ -110,17 +110,18 @@ class Watch:
     steps: int = 0
 
     @classmethod
-    def of(cls, weights: Tree, mask: Tree, steps: int) -> "Watch":
+    def of(cls, weights: Tree, mask: Tree, steps: int, places: int | None = None) -> "Watch":
         """Of the linear maps that a gradient passes: those from the first stack on that trains anything.
 
         weights: the declarations; mask: what trains, in the structure of the parameters. Below, nothing comes back
-        from which a history could be made, and scales are current.
+        from which a history could be made, and scales are current. places: of the one stack, where a pipeline has
+        more of them than layers.
         """
         trains = [name for name, stack in mask[STACKS].items() if any(jax.tree.leaves(stack))]
         below = not any(jax.tree.leaves(mask["embed"]))
         first = int(trains[0]) if trains and below else 0 if not below else len(mask[STACKS])
         sites = [(path, weight) for path, weight in leaves_with_path(weights) if path[0] == STACKS]
-        linear = {path: len(weight.layers) for path, weight in sites if len(weight.shape) == 2}
+        linear = {path: places or len(weight.layers) for path, weight in sites if len(weight.shape) == 2}
         return cls({path: layers for path, layers in linear.items() if int(path[1]) >= first}, steps)
 
     def init(self) -> Tree:

@@ -98,7 +98,8 @@ def build(config: Config, model: Model, mesh: Mesh, params: Tree, mask: Tree, to
     optimizer = make_optimizer(config.optim, model.weights, mesh.shape)
     precision = config.precision
     is_delayed = precision.float8_scaling == "delayed"
-    watch = Watch.of(model.weights, mask, precision.float8_history) if is_delayed else NOTHING
+    places = None if stages is None else stages.numbers.size
+    watch = Watch.of(model.weights, mask, precision.float8_history, places) if is_delayed else NOTHING
     offload = tuple(config.memory.offload)
     state, homes = make_state(trainable, optimizer, layout, offload, precision.loss_scale.initial, watch)
     dtype = compute_dtype(config.precision.compute)

@@ -73,9 +73,10 @@ def make_gradients(model: Model, layout: Layout, dtype: Any, seed: int, pipeline
         key = jax.random.fold_in(jax.random.key(seed), step)
 
         noise_of = lambda index: Noise(key, token_numbers(index, *batch["tokens"].shape[1:]))  # noqa: E731
+        axes = layout.mesh.axis_names
         if pipeline is not None:
-            share, grads = pipeline.gradients(trained, frozen, batch, scale, noise_of)
-            return local.total(share, *layout.mesh.axis_names), layout.summed(grads), scales
+            share, grads, sizes = pipeline.gradients(trained, frozen, batch, scale, noise_of, scales)
+            return local.total(share, *axes), layout.summed(grads), local.largest(sizes, *axes)
 
         def micro(index: Any, micro_batch: Batch) -> tuple[tuple[jax.Array, list], Tree]:
             def loss(trained: list, scales: Tree) -> jax.Array:
@@ -89,7 +90,6 @@ def make_gradients(model: Model, layout: Layout, dtype: Any, seed: int, pipeline
             return added(total[0], more[0]), jax.tree.map(jnp.maximum, total[1], more[1])
 
         (share, grads), sizes = accumulated(micro, batch, join)
-        axes = layout.mesh.axis_names
         return local.total(share, *axes), layout.summed(grads), local.largest(sizes, *axes)
 
     return layout.region(gradients, (EVERYWHERE, layout.split_grads, EVERYWHERE))

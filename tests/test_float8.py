@@ -8,7 +8,6 @@ import pytest
 
 from jaxtune import float8, train
 from jaxtune.config import PrecisionSection, make_config
-from jaxtune.errors import ConfigError
 from jaxtune.float8 import E4M3, E5M2, Watch, attach, delayed_scales, has_units, quantize, remember, scale_of
 from jaxtune.leaves import Float8, LowRank
 from jaxtune.models.decoder import Model
@@ -193,6 +192,29 @@ def test_delayed_sizes_are_the_largest_of_all_devices_and_micro_batches(alone, s
         assert (ours[:, :, 2:] == 0).all() and (ours[:, :2, :2] > 0).all()
 
 
+PIPES = [
+    {"pipe": 2},
+    {"pipe": 3},
+    {"pipe": 2, "tensor": 2, "schedule": "interleaved", "virtual_stages": 2},
+]
+
+
+@pytest.mark.parametrize("mesh", PIPES)
+def test_the_stages_of_a_pipeline_keep_the_histories_of_their_layers(alone, mesh):
+    """In layer order, as a checkpoint has them; the second step's scales are those of the first."""
+    sections = {"train": {"micro_batches": 4}, "precision": DELAYED}
+    one, pipe = Stepper(**sections), Stepper(mesh={"fsdp": 1, **mesh}, **sections)
+    expected, losses = one.run(2), pipe.run(2)
+    np.testing.assert_allclose(losses[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(losses[1], expected[1], rtol=1e-3)
+    saved = pipe.program.saved(pipe.state)["float8"]
+    for ours, theirs in zip(jax.tree.leaves(saved), histories(one), strict=True):
+        np.testing.assert_allclose(ours[:, 1, 1], theirs[:, 1, 1], rtol=1e-6)
+        np.testing.assert_allclose(ours[:, :, 1], theirs[:, :, 1], rtol=0.2)
+    back = pipe.program.loaded({**pipe.program.saved(pipe.state)})
+    jax.tree.map(np.testing.assert_array_equal, back["float8"], pipe.state["float8"])
+
+
 @pytest.mark.parametrize("sections", [*MESHES[:2], {"mesh": {"fsdp": 1, "pipe": 2}, "train": {"micro_batches": 2}}])
 def test_current_scales_are_those_of_whole_tensors_on_any_mesh(alone, sections):
     expected = alone["current"][0]
@@ -280,10 +302,8 @@ def test_devices_that_multiply_float8(platform, kind, capability, expected):
     assert has_units(device) == expected
 
 
-def test_settings_that_would_do_nothing_or_do_not_go_together_are_refused():
+def test_settings_that_would_do_nothing_are_refused():
     with pytest.raises(ValueError, match="float8_scaling belongs to matmul float8"):
         PrecisionSection(float8_scaling="delayed")
     with pytest.raises(ValueError, match="float8_history belongs to float8_scaling delayed"):
         PrecisionSection(matmul="float8", float8_history=8)
-    with pytest.raises(ConfigError, match=r"precision\.float8_scaling delayed does not go with mesh\.pipe"):
-        make_config({"model": {"path": "m"}, "data": {"path": "d"}, "precision": DELAYED, "mesh": {"pipe": 2}})

@@ -43,7 +43,8 @@ PAGE = """\
 # Precision
 
 Everything is computed and kept in float32 unless the configuration says otherwise. Each line below is one key of
-`precision` or `optim` in [config.md](config.md); they go together as they are, but for what is refused at the end.
+`precision` or `optim` in [config.md](config.md), and they
+go together as they are.
 
 | | what changes | use it where |
 |---|---|---|
@@ -61,7 +62,7 @@ row; bitsandbytes' type and rule. Weights of fewer than 4096 numbers in a layer 
 
 Evaluation with `matmul: float8` multiplies in float8 too, with current scales; generation and exported files do not.
 `precision.params` may be bfloat16 but not float16, in which a step of less than 1/2048 of a weight's size would be
-lost. `float8_scaling: delayed` is refused with `mesh.pipe`.
+lost.
 
 ## Curves
 
@@ -153,9 +154,9 @@ def page(curves: dict[str, list[float]], found: dict[str, float], options: argpa
     batch = f"{SECTIONS['train']['batch_size']} packs of {SECTIONS['data']['max_length']} tokens"
     run = (
         f"{model}, all of its weights trained for {options.steps} steps of {batch} of `{options.data.name}`, "
-        f"on {jax.devices()[0].device_kind} with jax {version('jax')}. All runs start from the same weights and see the "
-        f"same batches. Below, means over {min(WINDOW, options.steps)} steps; the difference is the largest anywhere "
-        "along the curve, in nats."
+        f"on {jax.devices()[0].device_kind} with jax {version('jax')}. All runs start from the same weights and see "
+        f"the same batches. Below, means over {min(WINDOW, options.steps)} steps; the difference is the largest "
+        "anywhere along the curve, in nats."
     )
     return PAGE.format(run=textwrap.fill(run, 120), table=table(curves, found))
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtune import float8
 from jaxtune.loss import cross_entropy
 from jaxtune.models.decoder import Model
 from jaxtune.models.weights import Tree
@@ -38,32 +39,42 @@ class Pipeline:
     dtype: Any
 
     def gradients(
-        self, trained: list, frozen: list, batch: Batch, scale: jax.Array, noise_of: Callable[[Any], Noise]
-    ) -> tuple[jax.Array, list]:
-        """This device's share of the loss, and of the gradients summed over micro-batches, inside the region.
+        self,
+        trained: list,
+        frozen: list,
+        batch: Batch,
+        scale: jax.Array,
+        noise_of: Callable[[Any], Noise],
+        scales: Tree,
+    ) -> tuple[jax.Array, list, Tree]:
+        """This device's share of the loss, and of the gradients summed over micro-batches, inside the region; and
+        the largest sizes that its float8 tensors had.
 
-        scale: of each token's loss. noise_of: micro-batch -> noise.
+        scale: of each token's loss. noise_of: micro-batch -> noise. scales: float8's delayed ones, of all stages;
+        the sizes are of all stages too.
         """
-        run = _Run(self, trained, frozen, batch, scale, noise_of)
+        scales = jax.tree.map(lambda x: local.part(x, "pipe", 0), scales)
+        run = _Run(self, trained, frozen, batch, scale, noise_of, scales)
         sum_dtype = self.model.execution.sum_dtype or jnp.float32
         shapes = jax.eval_shape(self.layout.scattered, trained)
         sums = [jnp.zeros(x.shape, sum_dtype) for x in shapes]
-        start = run.buffer(self.schedule.num_slots), run.buffer(self.schedule.num_grad_slots), jnp.float32(0), sums
+        done = jnp.float32(0), sums, jax.tree.map(jnp.zeros_like, scales)
+        start = run.buffer(self.schedule.num_slots), run.buffer(self.schedule.num_grad_slots), done
 
         def tick(carry, row):
-            saved, incoming, loss, sums = carry
+            saved, incoming, done = carry
             up = run.forward(row, saved)
-            down, loss, sums = run.backward(row, saved, incoming, loss, sums)
+            down, done = run.backward(row, saved, incoming, done)
             saved = _put(saved, row["recv_f_slot"], _shift(up, 1))
             incoming = _put(incoming, row["recv_b_slot"], _shift(down, -1))
-            return (saved, incoming, loss, sums), None
+            return (saved, incoming, done), None
 
-        _, _, loss, sums = jax.lax.scan(tick, start, self._rows(backward=True))[0]
-        return loss, sums
+        loss, sums, sizes = jax.lax.scan(tick, start, self._rows(backward=True))[0][2]
+        return loss, sums, jax.tree.map(lambda x: local.gathered(x, "pipe", 0), sizes)
 
     def losses(self, trained: list, frozen: list, batch: Batch, scale: jax.Array) -> jax.Array:
         """This device's share of the loss, without dropout and without gradients."""
-        run = _Run(self, trained, frozen, batch, scale, lambda _: None)
+        run = _Run(self, trained, frozen, batch, scale, lambda _: None, {})
 
         def tick(carry, row):
             saved, loss = carry
@@ -95,6 +106,7 @@ class _Run:
     batch: Batch
     scale: jax.Array
     noise_of: Callable[[Any], Noise | None]
+    scales: Tree  # of float8, of this stage
 
     def buffer(self, slots: int) -> jax.Array:
         """Stage inputs or output gradients: `slots` of them, and a last place for what nobody needs."""
@@ -113,28 +125,30 @@ class _Run:
 
         return local.when(active, run, jnp.zeros_like, saved[row["f_slot"]])
 
-    def backward(self, row: Batch, saved, incoming, loss, sums) -> tuple[jax.Array, jax.Array, list]:
-        """(gradient of the stage's input, loss, sums) with this tick's share added."""
+    def backward(self, row: Batch, saved, incoming, done) -> tuple[jax.Array, tuple]:
+        """The gradient of the stage's input, and `done` (loss, sums, sizes) with this tick's share added."""
         micro, chunk = row["b_micro"], row["b_chunk"]
         is_last = chunk == self.last_chunk
         x, dy = saved[row["b_slot"]], jnp.where(is_last, 0, incoming[row["b_grad_slot"]]).astype(saved.dtype)
         layout = self.pipeline.layout
         frozen = self._chunk_of(self.frozen, layout.frozen, chunk)
 
-        def run(x, dy, loss, sums):
-            def function(trained, x):
-                return self._with_loss(trained, frozen, micro, chunk, x)
+        def run(x, dy, done):
+            def function(trained, x, scales):
+                return self._with_loss(trained, frozen, scales, micro, chunk, x)
 
             # Near at once, not layer by layer: jax cannot bring a gradient to the host out of a cond.
             trained = [local.near(x) for x in self._chunk_of(self.trained, layout.trainable, chunk)]
-            (_, share), pull = jax.vjp(function, trained, x)
-            grads, dx = pull((dy, jnp.float32(1)))
-            return dx, loss + share, self._added(sums, layout.scattered(grads), chunk)
+            (_, share), pull = jax.vjp(function, trained, x, self._scales_of(chunk))
+            grads, dx, seen = pull((dy, jnp.float32(1)))
+            loss, sums, sizes = done
+            sums = self._added(sums, layout.scattered(grads), chunk)
+            return dx, (loss + share, sums, jax.tree.map(partial(self._seen, chunk), sizes, seen))
 
-        def idle(x, dy, loss, sums):
-            return jnp.zeros_like(x), loss, sums
+        def idle(x, dy, done):
+            return jnp.zeros_like(x), done
 
-        return local.when(micro >= 0, run, idle, x, dy, loss, sums)
+        return local.when(micro >= 0, run, idle, x, dy, done)
 
     def last_loss(self, row: Batch, saved: jax.Array) -> jax.Array:
         """The loss of the micro-batch whose last chunk is due."""
@@ -143,7 +157,7 @@ class _Run:
         def run(x):
             trained = self._chunk_of(self.trained, self.pipeline.layout.trainable, chunk)
             frozen = self._chunk_of(self.frozen, self.pipeline.layout.frozen, chunk)
-            return self._with_loss(trained, frozen, micro, chunk, x)[1]
+            return self._with_loss(trained, frozen, {}, micro, chunk, x)[1]
 
         return local.when(
             (micro >= 0) & (chunk == self.last_chunk), run, lambda x: jnp.float32(0), saved[row["f_slot"]]
@@ -157,13 +171,13 @@ class _Run:
         """The layers of a chunk, after the embedding where it is the first. All leaves are of the whole stage."""
         trained = self._chunk_of(trained, self.pipeline.layout.trainable, chunk)
         frozen = self._chunk_of(frozen, self.pipeline.layout.frozen, chunk)
-        return self._layers(self.pipeline.layout.params(trained, frozen), micro, chunk, x)
+        return self._layers(self.pipeline.layout.params(trained, frozen), self._scales_of(chunk), micro, chunk, x)
 
-    def _with_loss(self, trained: list, frozen: list, micro: Any, chunk: Any, x: jax.Array):
+    def _with_loss(self, trained: list, frozen: list, scales: Tree, micro: Any, chunk: Any, x: jax.Array):
         """(output, loss share) of a chunk whose own leaves are given; the loss is 0 but for the last chunk."""
         model, dtype = self.pipeline.model, self.pipeline.dtype
         params = self.pipeline.layout.params(trained, frozen)
-        y = self._layers(params, micro, chunk, x)
+        y = self._layers(params, scales, micro, chunk, x)
         batch = self._micro(micro)
         noise = split_noise(self.noise_of(micro), 2)[1]
 
@@ -173,7 +187,7 @@ class _Run:
 
         return y, jax.lax.cond(chunk == self.last_chunk, head, lambda *_: jnp.float32(0), params, y)
 
-    def _layers(self, params: Tree, micro: Any, chunk: Any, x: jax.Array) -> jax.Array:
+    def _layers(self, params: Tree, scales: Tree, micro: Any, chunk: Any, x: jax.Array) -> jax.Array:
         model, batch = self.pipeline.model, self._micro(micro)
         embed = lambda params, x: model.embed(params, batch["tokens"], self.pipeline.dtype)  # noqa: E731
         x = jax.lax.cond(chunk == 0, embed, lambda params, x: x, params, x)
@@ -181,7 +195,8 @@ class _Run:
         noise = split_noise(self.noise_of(micro), 2)[0]
         numbers = jnp.asarray(self.pipeline.stages.numbers)[local.index("pipe"), chunk // self.pipeline.schedule.stages]
         has_gaps = not self.pipeline.stages.is_even
-        return model.layers(params[STACKS]["0"], numbers, x, context, noise, has_gaps=has_gaps)[0]
+        stack = float8.attach(params, scales)[STACKS]["0"]
+        return model.layers(stack, numbers, x, context, noise, has_gaps=has_gaps)[0]
 
     def _micro(self, micro: Any) -> Batch:
         return {name: array[micro] for name, array in self.batch.items()}
@@ -193,6 +208,17 @@ class _Run:
             return leaves
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, self._at(x, chunk), x.shape[0] // virtual)  # noqa: E731
         return [cut(x) if stacked else x for x, stacked in zip(leaves, _stacked(specs), strict=True)]
+
+    def _scales_of(self, chunk: Any) -> Tree:
+        virtual = self.pipeline.schedule.virtual
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, self._at(x, chunk), x.shape[0] // virtual)  # noqa: E731
+        return jax.tree.map(cut, self.scales)
+
+    def _seen(self, chunk: Any, sizes: jax.Array, seen: jax.Array) -> jax.Array:
+        """`sizes` of the stage with a chunk's, where they are larger."""
+        at = self._at(sizes, chunk)
+        here = jnp.maximum(jax.lax.dynamic_slice_in_dim(sizes, at, seen.shape[0]), seen)
+        return jax.lax.dynamic_update_slice_in_dim(sizes, here, at, 0)
 
     def _added(self, sums: list, grads: list, chunk: Any) -> list:
         """`sums` with a chunk's gradients added where they belong."""
