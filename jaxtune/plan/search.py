@@ -196,12 +196,15 @@ def _fits_model(config: Config, sizes: Sizes, model: ModelConfig) -> bool:
 
 
 def _words(candidate: Candidate) -> str:
-    """`fsdp 8, tensor 8, remat block, 4 micro-batches`."""
+    """`fsdp 8, tensor 8, sequence parallel, remat block, 4 micro-batches`."""
     config = candidate.config
     axes = [f"{axis} {size}" for axis, size in zip(AXES, candidate.sizes, strict=True) if size > 1]
     remat = config.memory.remat if isinstance(config.memory.remat, str) else "by name"
-    more = [f"zero {config.mesh.zero}"] * (config.mesh.zero < 3) + [f"remat {remat}"]
-    more += [f"{config.train.micro_batches} micro-batches"] + [f"offload {name}" for name in config.memory.offload]
+    more = [f"zero {config.mesh.zero}"] * (config.mesh.zero < 3)
+    more += ["sequence parallel"] * config.mesh.sequence_parallel + ["interleaved"] * (config.mesh.virtual_stages > 1)
+    more += [f"remat {remat}", f"{config.train.micro_batches} micro-batches"] + [
+        f"offload {name}" for name in config.memory.offload
+    ]
     return ", ".join(axes + more)
 
 
