@@ -174,10 +174,10 @@ def _variants(config: Config, sizes: Sizes) -> Iterable[dict]:
 
 def _legal(config: Config, changes: dict, sizes: Sizes, model: ModelConfig) -> Config | None:
     """The configuration with these sections, if a run would take it."""
+    theirs = {} if sizes["context"] == 1 else {"context_attention": config.mesh.context_attention}
     try:
-        ours = {**sizes, **changes["mesh"], "context_attention": config.mesh.context_attention}
-        mesh = MeshSection.model_validate(ours)
-        memory = MemorySection(**changes["memory"], gradients=config.memory.gradients)
+        mesh = MeshSection.model_validate({**sizes, **theirs, **changes["mesh"]})
+        memory = MemorySection.model_validate({**config.memory.model_dump(), **changes["memory"]})
     except ValidationError:
         return None
     train = config.train.model_copy(update=changes["train"])
