@@ -92,11 +92,13 @@ def _compile(step: Step, traced: Any, dump: Path | None) -> tuple[Compiled, str,
 
 
 def _of_refusal(step: Step, dump: Path) -> Compiled:
-    """What was asked for by a program that does not fit: arguments from shapes, the rest from libtpu's report."""
-    held = tree_bytes(step.arguments)
-    report = re.search(r"Total bytes: (\d+)", _dumped(dump, "memory-usage-report.txt"))
-    state = tree_bytes(step.program.state)[DEVICE]
-    return Compiled(held[DEVICE], state, state, int(report[1]) if report else 0, held[HOST])
+    """What a program that does not fit asks for: arguments from shapes, the whole from libtpu's report."""
+    held, state = tree_bytes(step.arguments), tree_bytes(step.program.state)[DEVICE]
+    report = re.search(
+        r"Memory Space: default.*?Total bytes: (\d+)", _dumped(dump, "memory-usage-report.txt"), re.DOTALL
+    )
+    asked = int(report[1]) if report else 0
+    return Compiled(held[DEVICE], state, state, max(asked - held[DEVICE], 0), held[HOST])
 
 
 def _dumped(dump: Path, ending: str) -> str:

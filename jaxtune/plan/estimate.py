@@ -185,13 +185,22 @@ def estimate(facts: Facts, config: Config, sizes: Sizes, chip: Chip) -> Estimate
     moments = held.moments * facts.moment_bytes
     resident = held.bytes * ("params" not in offload) + moments * ("optimizer" not in offload)
     grads = held.grads * _sum_bytes(facts, config)
-    temporaries = grads + _activations(facts, shares) + _working(facts, shares)
+    cast = held.weights * facts.compute_bytes * (facts.compute_bytes < held.bytes / held.weights)
+    backward = grads * _sums(shares) + cast + _activations(facts, shares) + _working(facts, shares)
+    temporaries = max(backward, grads + moments * ("optimizer" in offload))
     away = 2 * moments * ("optimizer" in offload) + 3 * micro * held.bytes * ("params" in offload)
     if "activations" in offload:
         named = sum(shares.widths[name] for name in config.memory.remat)
         away += 2 * micro * shares.tokens * shares.layers * named * facts.compute_bytes
     network = sum(sent / chip.bandwidth(span_of(axis, sizes)) for axis, sent in _sent(facts, shares, held).items())
     return Estimate(resident, temporaries, _compute(facts, shares, chip), network, away / HOST_LINK)
+
+
+def _sums(shares: Shares) -> float:
+    """How many times the gradients are there at once: summed up, and of the micro-batch or chunk at work."""
+    if shares.sizes["pipe"] > 1:
+        return 1 + 1 / shares.config.mesh.virtual_stages
+    return 1.0 + (shares.config.train.micro_batches > 1)
 
 
 def span_of(axis: str, sizes: Sizes) -> int:

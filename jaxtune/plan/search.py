@@ -174,10 +174,10 @@ def _variants(config: Config, sizes: Sizes) -> Iterable[dict]:
 
 def _legal(config: Config, changes: dict, sizes: Sizes, model: ModelConfig) -> Config | None:
     """The configuration with these sections, if a run would take it."""
+    theirs = {} if sizes["context"] == 1 else {"context_attention": config.mesh.context_attention}
     try:
-        ours = {**sizes, **changes["mesh"], "context_attention": config.mesh.context_attention}
-        mesh = MeshSection.model_validate(ours)
-        memory = MemorySection(**changes["memory"], gradients=config.memory.gradients)
+        mesh = MeshSection.model_validate({**sizes, **theirs, **changes["mesh"]})
+        memory = MemorySection.model_validate({**config.memory.model_dump(), **changes["memory"]})
     except ValidationError:
         return None
     train = config.train.model_copy(update=changes["train"])
@@ -196,12 +196,15 @@ def _fits_model(config: Config, sizes: Sizes, model: ModelConfig) -> bool:
 
 
 def _words(candidate: Candidate) -> str:
-    """`fsdp 8, tensor 8, remat block, 4 micro-batches`."""
+    """`fsdp 8, tensor 8, sequence parallel, remat block, 4 micro-batches`."""
     config = candidate.config
     axes = [f"{axis} {size}" for axis, size in zip(AXES, candidate.sizes, strict=True) if size > 1]
     remat = config.memory.remat if isinstance(config.memory.remat, str) else "by name"
-    more = [f"zero {config.mesh.zero}"] * (config.mesh.zero < 3) + [f"remat {remat}"]
-    more += [f"{config.train.micro_batches} micro-batches"] + [f"offload {name}" for name in config.memory.offload]
+    more = [f"zero {config.mesh.zero}"] * (config.mesh.zero < 3)
+    more += ["sequence parallel"] * config.mesh.sequence_parallel + ["interleaved"] * (config.mesh.virtual_stages > 1)
+    more += [f"remat {remat}", f"{config.train.micro_batches} micro-batches"] + [
+        f"offload {name}" for name in config.memory.offload
+    ]
     return ", ".join(axes + more)
 
 

@@ -108,6 +108,7 @@ def _slice(name: str, count: int | None) -> Target:
         raise MeshError(f"--target {name}: allowed: cpu, or a TPU slice of {listing(TPUS)}, such as v5e:8x8")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nothing is asked of a cloud machine's metadata server
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # there is no TPU that two processes could dispute
     from jax.experimental import topologies
 
     try:
