@@ -34,11 +34,14 @@ class Execution:
     def of(cls, config: Config, compute_dtype: Any) -> "Execution":
         """As a configuration asks for it."""
         mesh, memory = config.mesh, config.memory
+        remat = memory.remat if isinstance(memory.remat, str) else tuple(memory.remat)
+        if isinstance(remat, tuple) and mesh.context != 1:
+            remat = tuple(dict.fromkeys((*remat, "attended")))  # else the backward pass would go round the ring again
         return cls(
             weights_split=mesh.zero == 3,
             sequence_parallel=mesh.sequence_parallel,
             context_attention=mesh.context_attention,
-            remat=memory.remat if isinstance(memory.remat, str) else tuple(memory.remat),
+            remat=remat,
             offload_activations="activations" in memory.offload,
             offload_params="params" in memory.offload,
             sum_dtype=compute_dtype if memory.gradients == "compute" else None,
