@@ -27,7 +27,7 @@ from jaxtune.plan.target import Chip, Target
 LARGEST = {"tensor": 16, "context": 16, "pipe": 16}  # what is tried of an axis
 LONG = 8192  # tokens of a sequence from which on splitting it is tried
 REMAT = ("none", "dots", tuple(MemorySection().remat), "block", "full")
-WANTED, TRIES = 3, 10  # plans that fit, and compilations at most
+WANTED, TRIES, HOPELESS = 3, 10, 3  # plans that fit; compilations at most; at most where nothing should fit
 
 
 @dataclass(frozen=True)
@@ -69,40 +69,55 @@ def search(config: Config, model: ModelConfig, target: Target, budget: int, tell
             f"no mesh of {len(target.devices)} devices fits this model and train.batch_size {config.train.batch_size}; "
             "jaxtune plan without --search says what is wrong with one of them"
         )
-    fitting: list[tuple[float, Plan]] = []
-    smallest: Plan | None = None
-    left, corrections, tries = candidates, dict[str, float](), 0
-    while left and tries < TRIES and len(fitting) < WANTED:
-        chosen = _best(left, budget, corrections)
-        tell(tries, _words(chosen))
-        plan = compile_step(make_step(chosen.config, model, make_mesh(chosen.config.mesh, target.devices)), target)
-        tries += 1
-        corrections[chosen.remat] = plan.memory.temporaries / chosen.guess.temporaries
-        if plan.fits(budget):
-            fitting.append((_seconds(plan, chosen, target), plan))
-            left = [one for one in left if one.sizes != chosen.sizes]
-        else:
-            left = [one for one in left if one is not chosen]
-        if smallest is None or plan.memory.peak < smallest.memory.peak:
-            smallest = plan
-    fitting.sort(key=lambda pair: pair[0])
+    hunt = _Hunt(candidates, budget, {}, [], [])
+    while (chosen := hunt.next()) is not None:
+        tell(len(hunt.plans), _words(chosen))
+        mesh = make_mesh(chosen.config.mesh, target.devices)
+        plan = compile_step(make_step(chosen.config, model, mesh), target)
+        hunt.learn(chosen, plan, _seconds(plan, chosen, target))
+    fitting = sorted(hunt.fitting, key=lambda pair: pair[0])
+    smallest = min(hunt.plans, key=lambda plan: plan.memory.peak)
     return Found(
         [plan for _, plan in fitting],
         [seconds for seconds, _ in fitting],
         len(candidates),
-        tries,
+        len(hunt.plans),
         None if fitting else smallest,
     )
 
 
-def _best(candidates: list[Candidate], budget: int, corrections: dict[str, float]) -> Candidate:
-    """The fastest of those that should fit; where none should, the smallest."""
-    usual = max(corrections.values(), default=1.0)
-    peak = {id(one): one.guess.peak(corrections.get(one.remat, usual)) for one in candidates}
-    fitting = [one for one in candidates if peak[id(one)] <= budget]
-    if fitting:
-        return min(fitting, key=lambda one: one.guess.seconds)
-    return min(candidates, key=lambda one: peak[id(one)])
+@dataclass
+class _Hunt:
+    """What is left to try, and what has been learnt."""
+
+    left: list[Candidate]
+    budget: int
+    corrections: dict[str, float]  # remat policy -> temporaries compiled / estimated, of the last one
+    plans: list[Plan]
+    fitting: list[tuple[float, Plan]]  # with seconds
+
+    def next(self) -> Candidate | None:
+        """The fastest candidate that should fit; where none should, the smallest, a few times."""
+        tries = len(self.plans)
+        if not self.left or tries >= TRIES or len(self.fitting) >= WANTED:
+            return None
+        usual = max(self.corrections.values(), default=1.0)
+        peaks = [one.guess.peak(self.corrections.get(one.remat, usual)) for one in self.left]
+        should = [one for one, peak in zip(self.left, peaks, strict=True) if peak <= self.budget]
+        if should:
+            return min(should, key=lambda one: one.guess.seconds)
+        if self.fitting or tries >= HOPELESS:
+            return None
+        return min(zip(peaks, self.left, strict=True), key=lambda pair: pair[0])[1]
+
+    def learn(self, tried: Candidate, plan: Plan, seconds: float) -> None:
+        """Take a compiled candidate into account; a mesh that has an answer is not looked at again."""
+        self.plans.append(plan)
+        self.corrections[tried.remat] = plan.memory.temporaries / tried.guess.temporaries
+        if plan.fits(self.budget):
+            self.fitting.append((seconds, plan))
+        done = plan.fits(self.budget)
+        self.left = [one for one in self.left if (one.sizes != tried.sizes if done else one is not tried)]
 
 
 def _seconds(plan: Plan, candidate: Candidate, target: Target) -> float:

@@ -1,15 +1,19 @@
 """A plan is what the run then compiles: the same bytes, from no weight at all."""
 
+import math
+
 import jax
 import pytest
 
 from jaxtune import loop
 from jaxtune.config import make_config
 from jaxtune.mesh import make_mesh
+from jaxtune.models.families import parse_config
 from jaxtune.plan.command import model_settings
 from jaxtune.plan.compiling import compile_step
 from jaxtune.plan.program import make_step
 from jaxtune.plan.target import GENERIC, Target
+from tests.plan.shapes import LARGE, config, step_of
 from tests.runs import sections
 
 FULL = {"method": "full"}
@@ -54,21 +58,25 @@ def compiled_by_the_run(monkeypatch):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_plan_has_the_bytes_that_the_run_compiles(name, tiny_model, tmp_path, monkeypatch, compiled_by_the_run):
-    config = make_config(sections(tiny_model(), tmp_path, **CONFIGS[name]))
-    number = 1
-    for size in config.mesh.sizes.values():
-        number *= size
-    devices = jax.devices()[:number]
+    settings = make_config(sections(tiny_model(), tmp_path, **CONFIGS[name]))
+    devices = jax.devices()[: math.prod(settings.mesh.sizes.values())]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
-    theirs = compiled_by_the_run(config).memory_analysis()
+    theirs = compiled_by_the_run(settings).memory_analysis()
 
     (tmp_path / "data.json").unlink()  # a plan does not read it
-    plan = compile_step(
-        make_step(config, model_settings(config), make_mesh(config.mesh, devices)), Target("cpu", devices, GENERIC)
-    )
+    step = make_step(settings, model_settings(settings), make_mesh(settings.mesh, devices))
+    plan = compile_step(step, Target("cpu", devices, GENERIC))
     ours = plan.memory
     assert ours.arguments + ours.host == theirs.argument_size_in_bytes
     assert ours.outputs + ours.host == theirs.output_size_in_bytes
     assert ours.temporaries == theirs.temp_size_in_bytes
     assert plan.parameters.total() + plan.optimizer.total() <= theirs.argument_size_in_bytes
     assert ours.temporaries >= plan.gradients.total() * 0.5
+
+
+def test_the_step_of_a_72b_model_is_made_and_traced_without_its_weights():
+    before = sum(array.nbytes for array in jax.live_arrays())
+    step = step_of(config(mesh={"fsdp": 4, "tensor": 2}), parse_config(LARGE))
+    step.trace()
+    assert sum(x.size for x in jax.tree.leaves(step.program.state["trainable"])) == 72_706_203_648
+    assert sum(array.nbytes for array in jax.live_arrays()) - before < 2**20

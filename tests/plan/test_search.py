@@ -21,9 +21,15 @@ def test_every_mesh_has_all_devices_and_none_comes_twice():
     assert all(sizes["context"] == 1 for sizes in short)
 
 
-def test_a_search_gives_plans_that_fit_on_different_meshes():
+@pytest.fixture(scope="module")
+def loose():
+    """(what a search finds with plenty of memory, what it told of on the way)."""
     told = []
-    found = search(config(), SMALL, target(4), 10**7, lambda done, text: told.append(text))
+    return search(config(), SMALL, target(4), 10**7, lambda done, text: told.append(text)), told
+
+
+def test_a_search_gives_plans_that_fit_on_different_meshes(loose):
+    found, told = loose
     assert 1 <= len(found.plans) <= 3 and found.compiled == len(told)
     assert all(plan.memory.peak <= 10**7 for plan in found.plans)
     assert len({tuple(plan.step.mesh.shape.items()) for plan in found.plans}) == len(found.plans)
@@ -31,15 +37,16 @@ def test_a_search_gives_plans_that_fit_on_different_meshes():
     assert all(plan.step.config.train.batch_size == 16 for plan in found.plans)
 
 
-def test_a_smaller_budget_finds_something_smaller():
-    loose = search(config(), SMALL, target(4), 10**9, lambda *_: None)
-    tight = search(config(), SMALL, target(4), int(0.8 * loose.plans[0].memory.peak), lambda *_: None)
-    assert tight.plans and tight.plans[0].memory.peak < loose.plans[0].memory.peak
+def test_a_smaller_budget_finds_something_smaller(loose):
+    peak = loose[0].plans[0].memory.peak
+    tight = search(config(), SMALL, target(4), int(0.8 * peak), lambda *_: None)
+    assert tight.plans and tight.plans[0].memory.peak < peak
 
 
-def test_where_nothing_fits_the_smallest_is_shown():
+def test_where_nothing_fits_the_smallest_is_shown_after_a_few():
     found = search(config(), SMALL, target(2), 1000, lambda *_: None)
     assert found.plans == [] and found.nearest is not None
+    assert found.compiled == 3
 
 
 def test_what_is_printed_loads_back_to_the_same_settings():
