@@ -8,6 +8,7 @@ end fate.py's.
 import hashlib
 import itertools
 import json
+import re
 import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune import __version__
 from jaxtune.config import Config
-from jaxtune.errors import ProcessError
+from jaxtune.errors import ProcessError, listing
 from jaxtune.signals import StopSignal
 
 EVER = 365 * 24 * 3600.0  # seconds; what is waited for this long is ended by the death of its process
@@ -55,8 +56,10 @@ def barrier(name: str, timeout: float = PATIENCE) -> None:
         text = str(error)
         if "DEADLINE_EXCEEDED" not in text:
             raise
+        missing = re.findall(r"^(\d+)$", text.partition("timed out task names:")[2], re.MULTILINE)
         raise ProcessError(
-            f"Not every process came to the point {name!r} within {timeout:.0f} s: {first_line(text)}"
+            f"Process {listing(missing) or '?'} of {count()} did not come to the point {name!r} within {timeout:.0f} s "
+            "of another: its machine is slow, or it is stuck; its own output may say more"
         ) from error
 
 
