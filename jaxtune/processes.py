@@ -56,11 +56,15 @@ def barrier(name: str, timeout: float = PATIENCE) -> None:
         text = str(error)
         if "DEADLINE_EXCEEDED" not in text:
             raise
-        missing = re.findall(r"^(\d+)$", text.partition("timed out task names:")[2], re.MULTILINE)
         raise ProcessError(
-            f"Process {listing(missing) or '?'} of {count()} did not come to the point {name!r} within {timeout:.0f} s "
-            "of another: its machine is slow, or it is stuck; its own output may say more"
+            f"Process {listing(missing_from(text)) or '?'} of {count()} did not come to the point {name!r} within "
+            f"{timeout:.0f} s of another: its machine is slow, or it is stuck; its own output may say more"
         ) from error
+
+
+def missing_from(text: str) -> list[str]:
+    """The processes that a barrier's error names."""
+    return re.findall(r"^(\d+)$", text.partition("timed out task names:")[2], re.MULTILINE)
 
 
 def decided_by_first(name: str, decide: Callable[[], Any]) -> Any:

@@ -95,6 +95,32 @@ with together():
 """
 
 
+STUCK = """
+import os, time
+os.environ["JAXTUNE_STUCK_SECONDS"] = "2"
+from jaxtune.clusters import find_place, start
+place = find_place(os.environ)
+start(place)
+from jaxtune import fate, processes
+from jaxtune.signals import StopSignal
+with fate.together():
+    for step in (1, 2):
+        told = processes.SharedStop(StopSignal())
+        while step == 2 and place.process == 1:
+            time.sleep(0.1)
+        told.ask()
+        with fate.waited_for(step):
+            told.answer()
+"""
+
+
+def test_a_process_that_does_not_go_on_is_named_and_says_where_it_is():
+    first, second = [finish(process) for process in by_hand(["-c", STUCK], ["-c", STUCK])]
+    assert first[0] == 75 and second[0] == 1
+    assert "Step 2 has been waited for for 2 s: process 1 of 2 is stuck" in first[1]
+    assert 'File "<string>", line 13 in <module>' in second[1]
+
+
 def test_two_processes_agree():
     ends = [finish(process) for process in by_hand(["-c", TWO], ["-c", TWO])]
     assert [code for code, _ in ends] == [0, 0], ends
