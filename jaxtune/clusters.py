@@ -16,7 +16,9 @@ from jaxtune.console import warn
 from jaxtune.errors import LostProcess, ProcessError, listing
 
 COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-LOCAL_DEVICES, HEARTBEAT, PATIENCE = "JAX_LOCAL_DEVICE_IDS", "JAXTUNE_HEARTBEAT_SECONDS", "JAXTUNE_START_SECONDS"
+LOCAL_DEVICES, HEARTBEAT = "JAX_LOCAL_DEVICE_IDS", "JAXTUNE_HEARTBEAT_SECONDS"
+PATIENCE, STUCK = "JAXTUNE_START_SECONDS", "JAXTUNE_STUCK_SECONDS"
+DEFAULT_SECONDS = {HEARTBEAT: "100", PATIENCE: "300", STUCK: "1800"}
 AUTO = "auto"  # in place of the number of processes: JAX shall find everything out
 DOCS = "docs/many_processes.md has an example for each launcher"
 
@@ -63,6 +65,8 @@ def start(place: Place) -> None:
 
     heartbeat, patience = (seconds(os.environ, name) for name in (HEARTBEAT, PATIENCE))
     told = place.coordinator is not None and place.process is not None
+    # JAX's own listener would take SIGTERM away from signals.py, and from whoever starts.
+    jax.config.update("jax_enable_preemption_service", False)
     timer = threading.Timer(patience, _give_up, (place, patience))
     timer.daemon = True
     timer.start()
@@ -96,8 +100,9 @@ def _give_up(place: Place, patience: int) -> NoReturn:
 
 
 def seconds(environment: Mapping[str, str], name: str) -> int:
-    """HEARTBEAT: after which silence a process is given up; PATIENCE: how long they wait for one another at first."""
-    value = environment.get(name, {HEARTBEAT: "100", PATIENCE: "300"}[name])
+    """HEARTBEAT: after which silence a process is given up; PATIENCE: how long they wait for one another at first;
+    STUCK: how long in a step."""
+    value = environment.get(name, DEFAULT_SECONDS[name])
     if not value.isdecimal() or int(value) < 1:
         raise ProcessError(f"{name} is {value!r}; it must be a whole number of seconds")
     return int(value)

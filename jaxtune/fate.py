@@ -2,10 +2,12 @@
 
 An error of one ends all with its message and exit code: `together` posts it, and a thread in each of the others, which
 may be stuck in a collective, ends its process. A process that is gone without a word is noticed by JAX's coordination
-service, when nothing has been heard of it for the heartbeat time.
+service, when nothing has been heard of it for the heartbeat time; one that is there but does not go on, by those that
+wait for it in a step.
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import re
@@ -19,10 +21,10 @@ from typing import NoReturn
 
 import jax
 
-from jaxtune.clusters import HEARTBEAT, seconds
+from jaxtune.clusters import HEARTBEAT, STUCK, seconds
 from jaxtune.console import console
-from jaxtune.errors import LostProcess, explained
-from jaxtune.processes import EVER, client, count, first_line, is_first, key_of
+from jaxtune.errors import LostProcess, explained, listing
+from jaxtune.processes import EVER, client, count, first_line, is_first, key_of, missing_from
 
 GRACE = 1.0  # seconds for the others to read an error before process 0, who holds the service, goes
 
@@ -55,13 +57,31 @@ def together() -> Iterator[None]:
         _joined = None
 
 
+@contextlib.contextmanager
+def waited_for(step: int) -> Iterator[None]:
+    """Around a wait for the device, which may be a wait for a process that will never come."""
+    if _joined is not None:
+        _joined.waits = step, time.monotonic()
+    try:
+        yield
+    finally:
+        if _joined is not None:
+            _joined.waits = None
+
+
 class _Joined:
-    """Two threads, each waiting for one thing: an error that is posted, a process that is lost."""
+    """Three threads, each watching for one thing: an error that is posted, a process that is lost, a wait without end.
+
+    waits: the step that is waited for, and since when.
+    """
 
     def __init__(self) -> None:
         self._key = key_of("run")
         self._failing = False
-        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._hear, self._watch)]
+        self._ended = threading.Event()
+        self.waits: tuple[int, float] | None = None
+        targets = self._hear, self._watch, self._time
+        self._threads = [threading.Thread(target=target, daemon=True) for target in targets]
         for thread in self._threads:
             thread.start()
 
@@ -73,6 +93,8 @@ class _Joined:
         """
         self._wait_at("first" if is_first() else "others")
         self._threads[1].join()
+        self._ended.set()
+        self._threads[2].join()
         if is_first():
             client().key_value_set(f"{self._key}/failed", "")
         self._threads[0].join()
@@ -85,14 +107,17 @@ class _Joined:
             time.sleep(seconds(os.environ, HEARTBEAT) + 5)
         self._failing = True
         message, code = known or (f"{type(error).__name__}: {first_line(str(error))}", 1)
-        failure = {"process": jax.process_index(), "host": socket.gethostname(), "message": message, "code": code}
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another failed before, or the service is gone
-            client().key_value_set(f"{self._key}/failed", json.dumps(failure))
+        self._post(message, code)
         if known is None:
             message = "".join(traceback.format_exception(error)).rstrip()
         if is_first():
             time.sleep(GRACE)
         _leave(message if is_first() or known is None else "", code)
+
+    def _post(self, message: str, code: int, stuck: list[str] | None = None) -> None:
+        failure = {"process": jax.process_index(), "host": socket.gethostname(), "message": message, "code": code}
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another failed before, or the service is gone
+            client().key_value_set(f"{self._key}/failed", json.dumps({**failure, "stuck": stuck or []}))
 
     def _hear(self) -> None:
         try:
@@ -102,6 +127,9 @@ class _Joined:
         failure = json.loads(text) if text else None
         if failure is None or failure["process"] == jax.process_index():
             return
+        if str(jax.process_index()) in failure["stuck"]:
+            faulthandler.dump_traceback()  # where it is stuck; as the first that fails, the launcher shows it
+            failure["code"] = 1
         time.sleep(GRACE if is_first() else GRACE / 2)
         if not self._failing:  # with the same error, most likely
             message = f"process {failure['process']} ({failure['host']}): {failure['message']}"
@@ -114,6 +142,27 @@ class _Joined:
             if not self._failing:
                 lost = _lost(str(error))
                 _leave(str(lost) if is_first() or lost.process == 0 else "", lost.exit_code)
+
+    def _time(self) -> None:
+        limit = seconds(os.environ, STUCK)
+        while not self._ended.wait(min(1.0, limit / 4)):
+            if (waits := self.waits) and time.monotonic() - waits[1] > limit:
+                self._stuck(waits[0], limit)
+
+    def _stuck(self, step: int, limit: int) -> None:
+        """Those that wait come to a barrier; who does not come is waited for."""
+        missing = []
+        try:
+            client().wait_at_barrier(f"{self._key}/stuck", 10_000)
+        except jax.errors.JaxRuntimeError as error:
+            missing = missing_from(str(error))
+        who = f"process {listing(missing)} of {count()}" if missing else "the connection between the processes"
+        message = f"Step {step} has been waited for for {limit} s: {who} is stuck. {STUCK} sets another time"
+        self._post(message, LostProcess.exit_code, missing)
+        self._failing = True
+        if is_first():
+            time.sleep(GRACE)
+        _leave(message if is_first() else "", LostProcess.exit_code)
 
     def _wait_at(self, name: str) -> None:
         client().wait_at_barrier(f"{self._key}/{name}", int(EVER * 1000))

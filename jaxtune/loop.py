@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxtune import float8, processes, tune
+from jaxtune import fate, float8, processes, tune
 from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
 from jaxtune.checkpoint import Checkpointer
 from jaxtune.config import Config
@@ -17,7 +17,6 @@ from jaxtune.console import console, loading_bar, say, stage, warn
 from jaxtune.data.loader import Batch, Data, build_data
 from jaxtune.errors import TrainingStopped
 from jaxtune.export import write_result
-from jaxtune.fate import together
 from jaxtune.leaves import count, partition
 from jaxtune.mesh import check_batch, check_time, make_mesh
 from jaxtune.metrics import Recorder, Silent, read_rows
@@ -42,7 +41,7 @@ class Job:
     train_step: Callable[[Tree, Tree, dict, jax.Array], tuple[Tree, dict[str, jax.Array]]]
 
 
-@together()
+@fate.together()
 def train(config: Config) -> list[dict]:
     """Run, or go on with, the run that `config` describes; the rows of its metrics.jsonl.
 
@@ -131,10 +130,11 @@ def go_on(
         placed = job.program.put(batch.arrays())
         job.state, metrics = job.train_step(job.state, job.program.frozen, placed, _number(step))
         checkpoints.check_errors()
-        if waiting:
-            record(waiting, recorder, job.config)
-        waiting = Outcome(step, batch, metrics)
-        stopping = told.answer()
+        with fate.waited_for(step):
+            if waiting:
+                record(waiting, recorder, job.config)
+            waiting = Outcome(step, batch, metrics)
+            stopping = told.answer()
         evaluates = job.data.eval is not None and (step == total or (every and step % every == 0))
         saves = step == total or checkpoints.due(step) or stopping
         if evaluates or saves:

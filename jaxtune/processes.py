@@ -8,6 +8,7 @@ end fate.py's.
 import hashlib
 import itertools
 import json
+import re
 import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune import __version__
 from jaxtune.config import Config
-from jaxtune.errors import ProcessError
+from jaxtune.errors import ProcessError, listing
 from jaxtune.signals import StopSignal
 
 EVER = 365 * 24 * 3600.0  # seconds; what is waited for this long is ended by the death of its process
@@ -56,8 +57,14 @@ def barrier(name: str, timeout: float = PATIENCE) -> None:
         if "DEADLINE_EXCEEDED" not in text:
             raise
         raise ProcessError(
-            f"Not every process came to the point {name!r} within {timeout:.0f} s: {first_line(text)}"
+            f"Process {listing(missing_from(text)) or '?'} of {count()} did not come to the point {name!r} within "
+            f"{timeout:.0f} s of another: its machine is slow, or it is stuck; its own output may say more"
         ) from error
+
+
+def missing_from(text: str) -> list[str]:
+    """The processes that a barrier's error names."""
+    return re.findall(r"^(\d+)$", text.partition("timed out task names:")[2], re.MULTILINE)
 
 
 def decided_by_first(name: str, decide: Callable[[], Any]) -> Any:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,30 @@ def _fetch_gguf(home: Path) -> Path:
         pytest.skip(f"SmolLM2 cannot be fetched: {done.stderr.strip().splitlines()[-1]}")
     done.check_returncode()
     return Path(done.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def libtpu() -> dict[str, str]:
+    """The environment of a child process in which programs can be compiled for TPUs that are not there.
+
+    libtpu is kept beside the tests' caches, not installed: where it is, JAX looks for a TPU at every start.
+    """
+    from filelock import FileLock
+
+    home = CACHE / "libtpu"
+    CACHE.mkdir(exist_ok=True)
+    with FileLock(CACHE / "libtpu.lock"):
+        if not home.exists():
+            wanted = next(line.split(";")[0] for line in requires("jax") if line.startswith("libtpu"))
+            partial = CACHE / "libtpu.partial"
+            install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial), wanted]
+            done = subprocess.run(install, capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(
+                    f"{wanted} cannot be fetched: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}"
+                )
+            partial.rename(home)
+    return {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(home)])}
 
 
 @pytest.fixture(scope="session")

@@ -114,6 +114,15 @@ def test_the_batch_of_a_step_is_the_same_in_any_order_of_access():
     assert {step: fresh.batch(step).sha256() for step in steps} == hashes
 
 
+def test_rows_that_are_not_asked_for_are_left_empty():
+    data = dataset(micro_batches=2, epochs=1)
+    for whole, part in zip(data.batches(), data.batches(rows={1, 2}), strict=True):
+        for name, array in whole.arrays().items():
+            expected = np.zeros_like(array).reshape(-1, array.shape[-1])
+            expected[[1, 2]] = array.reshape(expected.shape)[[1, 2]]
+            np.testing.assert_array_equal(part.arrays()[name].reshape(expected.shape), expected)
+
+
 def test_batches_can_begin_at_any_step():
     data = dataset(epochs=2)
     for first in (1, 2, data.steps, data.steps + 1):

@@ -14,11 +14,13 @@ import pytest
 from tests.multiprocess.support import (
     HEARTBEAT,
     STEPS,
+    by_hand,
     children,
     configuration,
     finish,
     result,
     saved_steps,
+    script,
     single,
     start,
     wait_for_steps,
@@ -51,6 +53,29 @@ def assert_close(ledger, expected):
     for ours, theirs in zip(ledger, expected, strict=True):
         for name, tolerance in (("loss", 1e-6), ("grad_norm", 1e-5)):
             assert float.fromhex(ours[name]) == pytest.approx(float.fromhex(theirs[name]), rel=tolerance)
+
+
+DIES_IN_SAVE = """
+import os, signal
+from jaxtune.checkpoint import Checkpointer
+finish = Checkpointer._finish
+def die(self, step, *rest):
+    if step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    finish(self, step, *rest)
+Checkpointer._finish = die
+"""
+
+
+def test_a_save_that_one_process_did_not_live_to_finish_is_none(model, tmp_path, uninterrupted):
+    config, run = configuration(model, tmp_path), tmp_path / "run"
+    first, second = [finish(process) for process in by_hand(script(config), script(config, fault=DIES_IN_SAVE))]
+    assert second[0] == -signal.SIGKILL
+    assert first[0] == 75 and "Process 1 of 2 is gone: nothing was heard of it for 10 s" in first[1]
+    assert saved_steps(run) == [3]
+    code, output = finish(start(config))
+    assert code == 0 and "from the checkpoint of step 3" in output, output
+    assert result(run) == result(uninterrupted)
 
 
 def test_what_two_save_one_restores_bit_for_bit_and_the_other_way_round(model, tmp_path, uninterrupted):

@@ -1,7 +1,7 @@
 """`jaxtune plan` as a user calls it."""
 
-import importlib.util
 import json
+from importlib.util import find_spec
 
 import pytest
 
@@ -10,9 +10,6 @@ from jaxtune.errors import MeshError, UserError
 from jaxtune.plan.report import operations, size
 from jaxtune.plan.target import choose, parse_bytes
 from tests.plan.shapes import LARGE
-
-HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
-needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
 
 
 @pytest.fixture
@@ -93,30 +90,41 @@ def test_a_mesh_that_does_not_fit_is_refused_as_in_a_run(write, plan):
     assert done.returncode == 2 and "needs 3 devices, found 4" in done.stderr
 
 
-@needs_libtpu
+@pytest.mark.real
 @pytest.mark.slow
-def test_a_tpu_slice_is_compiled_for_without_a_tpu(write, plan):
-    done = plan("--config", write(SMALL, mesh={"fsdp": 2, "tensor": 2}), "--target", "v5e:2x2")
+def test_a_tpu_slice_is_compiled_for_without_a_tpu(write, plan, libtpu):
+    done = plan("--config", write(SMALL, mesh={"fsdp": 2, "tensor": 2}), "--target", "v5e:2x2", env=libtpu)
     assert done.returncode == 0, done.stderr
     assert "4 x v5e:2x2 (fsdp 2, tensor 2)" in done.stdout and "bf16" in done.stdout
     assert done.stderr == ""  # libtpu's complaints are about the lack of a TPU
 
 
-@needs_libtpu
+@pytest.mark.real
 @pytest.mark.slow
-def test_what_a_tpu_refuses_is_reported_with_its_numbers(write, plan):
-    done = plan("--config", write({**LARGE, "num_hidden_layers": 8}, mesh={"fsdp": 4}), "--target", "v5e:2x2")
+def test_what_a_tpu_refuses_is_reported_with_its_numbers(write, plan, libtpu):
+    large = {**LARGE, "num_hidden_layers": 8}
+    done = plan("--config", write(large, mesh={"fsdp": 4}), "--target", "v5e:2x2", env=libtpu)
     assert done.returncode == 0, done.stderr
     assert "The compiler refuses" in done.stdout and "all-gather" in done.stdout
 
 
-@needs_libtpu
-def test_a_slice_that_does_not_exist_is_refused(write, plan):
-    done = plan("--config", write(SMALL), "--target", "v5e:3x3")
+@pytest.mark.real
+@pytest.mark.slow
+def test_what_is_offloaded_lies_on_the_host_of_a_tpu(write, plan, libtpu):
+    file = write(SMALL, mesh={"fsdp": 4}, memory={"offload": ["optimizer"]})
+    done = plan("--config", file, "--target", "v5e:2x2", env=libtpu)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split("  ")[0]: line for line in done.stdout.splitlines()}
+    assert "host" in rows["memory"] and not rows["in all"].endswith(" 0 B")
+
+
+@pytest.mark.real
+def test_a_slice_that_does_not_exist_is_refused(write, plan, libtpu):
+    done = plan("--config", write(SMALL), "--target", "v5e:3x3", env=libtpu)
     assert done.returncode == 2 and "--target v5e:3x3" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
+@pytest.mark.skipif(find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_libtpu_what_to_install_is_said():
     with pytest.raises(UserError, match=r'pip install "jaxtune\[tpu\]"'):
         choose("v5e:2x2", None)
