@@ -43,7 +43,7 @@ def gradient_bytes(stepper):
     """Bytes on one device of the gradients that leave the compiled region."""
     program = stepper.program
     function = jax.jit(make_gradients(stepper.model, program.layout, np.float32, 0))
-    arguments = stepper.state["trainable"], program.frozen, stepper.batch(1), np.int32(1), np.float32(1)
+    arguments = stepper.state["trainable"], program.frozen, stepper.batch(1), np.int32(1), np.float32(1), {}
     return function.lower(*arguments).compile().memory_analysis().output_size_in_bytes
 
 
