@@ -8,13 +8,13 @@ a history, so that a tensor is rounded as it is made. Not the weights' storage: 
 Legend: T tokens, I inputs, O outputs of a linear map, L layers of a stack, H steps of a history.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxtune.leaves import Float8, LowRank
+from jaxtune.leaves import Axes, Leaf, rebased
 from jaxtune.models.weights import Path, Tree, leaves_with_path, map_tree, set_path
 from jaxtune.parallel import local
 
@@ -24,11 +24,26 @@ TYPES = (E4M3, E4M3, E5M2)  # of the input, the weight, and the gradient of the 
 TOKENS, WEIGHTS = ("data", "fsdp", "context", "tensor"), ("tensor",)  # axes that parts of one tensor lie along
 
 
-def linear(x: jax.Array, weight: Float8) -> jax.Array:
-    """x W^T: [..., I] -> [..., O] in x's type. Of a frozen weight no gradient is computed."""
-    rows = x.reshape(-1, x.shape[-1])
-    y = _matmul(rows, weight.base.astype(x.dtype), weight.scales)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Float8(Leaf):
+    """W, whose matmuls run in float8. It stands in the tree that a pass is given, never in the state.
+
+    base: [out, in]; scales: [3], of input, weight and output gradient, from before this step; None: from the tensors
+    themselves. Axis 0 of each part is the layer where W is a stack.
+    """
+
+    base: Any
+    scales: jax.Array | None = None
+
+    def axes(self, axes: Axes, is_table: bool) -> dict[str, Axes]:
+        return {}
+
+    def product(self, inputs: tuple[Any, ...], split: str | None) -> Any:
+        """x W^T: [..., I] -> [..., O] in x's type. Of a frozen weight no gradient is computed."""
+        (x,) = inputs
+        y = _matmul(x.reshape(-1, x.shape[-1]), self.base.astype(x.dtype), self.scales)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 @jax.custom_vjp
@@ -94,9 +109,11 @@ def _product(a, b, dims: tuple[int, int], dtype: Any) -> jax.Array:
 
 def wrapped(leaf: Any, scales: jax.Array | None = None) -> Any:
     """A leaf whose base multiplies in float8; adapters beside it do not. A leaf that is one already stays."""
-    if isinstance(leaf, LowRank):
-        return replace(leaf, base=wrapped(leaf.base, scales))
-    return leaf if isinstance(leaf, Float8) else Float8(leaf, scales)
+    return leaf if _is_wrapped(leaf) else rebased(leaf, lambda base: Float8(base, scales))
+
+
+def _is_wrapped(leaf: Any) -> bool:
+    return isinstance(leaf, Float8) or (isinstance(leaf, Leaf) and _is_wrapped(getattr(leaf, "base", None)))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
-"""Typed leaves of the parameter tree. `ops.py` is the only code that looks inside them."""
+"""What a typed leaf of the parameter tree is, and the trees that have them. Each kind of leaf is a class of its own
+beside what it is for; `ops.py` is the only code that asks them to compute.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,59 +14,81 @@ from jaxtune.models.weights import Tree
 Axes = tuple[str | None, ...]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LowRank:
-    """W + scale * (a b)^T, never formed. Axis 0 of each part is the layer where W is a stack.
+class Leaf:
+    """A weight that is more than one array: what a tuning method or a narrow number format puts in its place.
 
-    base: [out, in] (of an embedding: [vocab, features], which `in` and `out` then name in this order)
-    a: [in, rank]; b: [rank, out]; scale: scalar. Layers of a stack that have a smaller rank, or none,
-    hold zeros in the columns of `a` and rows of `b` that they lack: both gradients are zero there.
+    A subclass is a frozen dataclass that is registered as a pytree. `base`, where it has one, is the weight below it:
+    an array or another leaf. Of a stack of layers, axis 0 of every part is the layer. Inside a layer, `inputs` and
+    `product` see one layer's parts, and of these what this device has along the tensor axis.
+
+    TRAINS: names of the parts that train. EXACT: of those that keep their type, whatever the computation's.
     """
 
-    base: Any
-    a: jax.Array
-    b: jax.Array
-    scale: jax.Array
-    dropout: float = field(default=0.0, metadata={"static": True})
+    TRAINS: ClassVar[frozenset[str]] = frozenset()
+    EXACT: ClassVar[frozenset[str]] = frozenset()
+
+    def axes(self, axes: Axes, is_table: bool) -> dict[str, Axes]:
+        """The logical axes of every part but `base`. A part that is left out is whole everywhere, and left alone.
+
+        axes: of the weight that this leaf stands for, "layers" first where it is a stack. is_table: its rows are
+        looked up, so that the first axis is what goes in.
+        """
+        raise NotImplementedError
+
+    def inputs(self, x: Any, noise: Any, split: str | None) -> tuple[Any, ...]:
+        """What `product` needs of x [..., in]: everything that depends on where a token stands, dropout say."""
+        return (x,)
+
+    def product(self, inputs: tuple[Any, ...], split: str | None) -> Any:
+        """x W^T, [..., in] -> [..., out] in x's type. split: as in ops.linear: then a part of a sum over the axis."""
+        raise NotImplementedError
+
+    def rows(self, ids: Any, dtype: Any) -> Any:
+        """Rows of an embedding: ids [...] -> [..., features]; zeros for an id that is not in the table."""
+        raise NotImplementedError
+
+    def dense(self, is_table: bool) -> Any:
+        """The weight that it stands for, as one float32 array, of all layers: for files that know no leaves."""
+        raise NotImplementedError
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Float8:
-    """W, whose matmuls run in float8 (float8.py). It stands in the tree that a pass is given, never in the state.
+def fields_of(leaf: Leaf) -> list[str]:
+    """The names of a leaf's parts: its fields that are not static."""
+    return [field.name for field in fields(leaf) if not field.metadata.get("static")]  # type: ignore[arg-type]
 
-    base: [out, in]; scales: [3], of input, weight and output gradient, from before this step; None: from the tensors
-    themselves. Axis 0 of each part is the layer where W is a stack.
+
+def map_parts(function: Callable[[Any, Axes, bool], Any], leaf: Any, axes: Axes, is_table: bool = False) -> Any:
+    """`function` of (array, its logical axes, whether it keeps its type) for every array of a leaf, in the leaf's
+    structure. A None stays, and so does a part without axes.
+
+    axes: of the weight that the leaf stands for. is_table: its rows are looked up.
     """
+    if leaf is None:
+        return None
+    if not isinstance(leaf, Leaf):
+        return function(leaf, axes, False)
+    changed = {}
+    for name, own in leaf.axes(axes, is_table).items():
+        part = getattr(leaf, name)
+        changed[name] = None if part is None else function(part, own, name in leaf.EXACT)
+    if hasattr(leaf, "base"):
+        changed["base"] = map_parts(function, leaf.base, axes, is_table)
+    return replace(leaf, **changed)  # type: ignore[type-var]
 
-    base: Any
-    scales: jax.Array | None = None
+
+def mask_of(leaf: Leaf) -> Leaf:
+    """The leaf with, for every array, whether it trains."""
+    flags = {
+        name: jax.tree.map(lambda _, train=name in leaf.TRAINS: train, getattr(leaf, name)) for name in fields_of(leaf)
+    }
+    return replace(leaf, **flags)  # type: ignore[type-var]
 
 
-def is_leaf(value: Any) -> bool:
-    return isinstance(value, (LowRank, Float8))
-
-
-def map_parts(function: Callable[[Any, Axes], Any], leaf: Any, axes: Axes, is_table: bool = False) -> Any:
-    """`function` of (array, its logical axes) for every array of a leaf, in the leaf's structure; a None stays, and
-    so do the scales of a Float8.
-
-    axes: of the weight that the leaf stands for. is_table: its rows are looked up, so the first axis is `in`.
-    """
-    if isinstance(leaf, Float8):
-        return replace(leaf, base=map_parts(function, leaf.base, axes, is_table))
-    if not isinstance(leaf, LowRank):
-        return None if leaf is None else function(leaf, axes)
-    *layers, first, second = axes
-    in_axis, out_axis = (first, second) if is_table else (second, first)
-    return replace(
-        leaf,
-        base=map_parts(function, leaf.base, axes, is_table),
-        a=map_parts(function, leaf.a, (*layers, in_axis, "rank")),
-        b=map_parts(function, leaf.b, (*layers, "rank", out_axis)),
-        scale=map_parts(function, leaf.scale, tuple(layers)),
-    )
+def rebased(leaf: Any, function: Callable[[Any], Any]) -> Any:
+    """The leaf with `function` of the weight at its bottom: an array, or a leaf that lies on no other."""
+    if isinstance(leaf, Leaf) and hasattr(leaf, "base"):
+        return replace(leaf, base=rebased(leaf.base, function))  # type: ignore[type-var]
+    return function(leaf)
 
 
 def partition(params: Tree, mask: Tree) -> tuple[Tree, Tree]:

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune import ops
-from jaxtune.leaves import LowRank
 from jaxtune.ops import Noise
 from jaxtune.parallel import local
 
@@ -33,9 +32,7 @@ def cross_entropy(
     head: the leaf [vocab, E]. Tokens of weight 0 cost nothing. noise: of the dropout before a low-rank head; None
     turns it off. Devices along the tensor axis have the same tokens, and each has an equal share of their loss.
     """
-    drops = isinstance(head, LowRank) and noise is not None and head.dropout > 0
-    inputs = (hidden_BTE, ops.dropout(hidden_BTE, head.dropout, noise)) if drops else (hidden_BTE,)
-    hidden = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
+    hidden = tuple(x.reshape(-1, x.shape[-1]) for x in ops.inputs(hidden_BTE, head, noise))
     targets, weights = jnp.asarray(targets_BT), jnp.asarray(weights_BT, jnp.float32)
     return _cross_entropy(hidden, head, targets.reshape(-1), weights.reshape(-1))
 
@@ -53,7 +50,7 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _cross_entropy(hidden, head, targets_N, weights_N):
-    """hidden: ([N, E],), with dropout ([N, E], the same with numbers dropped)."""
+    """hidden: what ops.inputs made of the hidden states: one [N, E], or two where a head has dropout."""
     arrays, structure = jax.tree.flatten(head)
 
     def chunk(total, hidden, targets_C, weights_C):
@@ -97,10 +94,7 @@ _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd, symbolic_zeros=Tru
 
 def _chunk_loss(hidden, arrays, structure, targets_C, weights_C) -> jax.Array:
     head = jax.tree.unflatten(structure, arrays)
-    if len(hidden) == 2:
-        logits_CV = ops.linear(hidden[0], head.base) + ops.low_rank(hidden[1], head)
-    else:
-        logits_CV = ops.linear(hidden[0], head)
+    logits_CV = ops.product(hidden, head)
     return jnp.sum(token_losses(logits_CV, targets_C) * weights_C) / local.size("tensor")
 
 

@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune import float8
-from jaxtune.leaves import Float8, LowRank
+from jaxtune.leaves import Leaf
 from jaxtune.parallel import local
 
 
@@ -33,40 +32,20 @@ def linear(x: jax.Array, weight: Any, noise: Noise | None = None, split: str | N
     weight: [out, in], or a typed leaf of that shape. noise: of the dropout on a low-rank path; None turns it off.
     split: the mesh axis, if any, over which `in` is split: the result is then this device's part of a sum.
     """
-    if isinstance(weight, LowRank):
-        return linear(x, weight.base) + low_rank(dropout(x, weight.dropout, noise, split), weight)
-    if isinstance(weight, Float8):
-        return float8.linear(x, weight)
+    return product(inputs(x, weight, noise, split), weight, split)
+
+
+def inputs(x: jax.Array, weight: Any, noise: Noise | None, split: str | None = None) -> tuple[jax.Array, ...]:
+    """The first half of `linear`: what knows of a token's place. The rest may see tokens in any order and number."""
+    return weight.inputs(x, noise, split) if isinstance(weight, Leaf) else (x,)
+
+
+def product(inputs: tuple[jax.Array, ...], weight: Any, split: str | None = None) -> jax.Array:
+    """The second half of `linear`."""
+    if isinstance(weight, Leaf):
+        return weight.product(inputs, split)
+    (x,) = inputs
     return jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
-
-
-def low_rank(x: jax.Array, weight: LowRank) -> jax.Array:
-    """What a low-rank weight adds to its base: scale * x a b."""
-    a, b = weight.a.astype(x.dtype), weight.b.astype(x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    return (_two_products(rows, a, b) * weight.scale.astype(x.dtype)).reshape(*x.shape[:-1], b.shape[-1])
-
-
-@jax.custom_vjp
-def _two_products(x_TI: jax.Array, a_IR: jax.Array, b_RO: jax.Array) -> jax.Array:
-    """x a b. Its own backward pass turns the narrow factor of each product round, where XLA for CPU would copy the
-    wide one into another order: on a small model those copies took as long as a matmul of the whole layer."""
-    return (x_TI @ a_IR) @ b_RO
-
-
-def _two_products_fwd(x_TI, a_IR, b_RO):
-    low_TR = x_TI @ a_IR
-    return low_TR @ b_RO, (x_TI, low_TR, a_IR, b_RO)
-
-
-def _two_products_bwd(residuals, d_TO):
-    x_TI, low_TR, a_IR, b_RO = residuals
-    d_TR = d_TO @ b_RO.T
-    low_RT, d_RT = jax.lax.optimization_barrier((low_TR.T, d_TR.T))
-    return d_TR @ a_IR.T, (d_RT @ x_TI).T, low_RT @ d_TO
-
-
-_two_products.defvjp(_two_products_fwd, _two_products_bwd)
 
 
 def embed(ids: jax.Array, weight: Any, dtype: Any) -> jax.Array:
@@ -74,11 +53,15 @@ def embed(ids: jax.Array, weight: Any, dtype: Any) -> jax.Array:
 
     Where the vocabulary is split, every other device has zeros: the sum over them is the embedding.
     """
-    if isinstance(weight, LowRank):
-        low = embed(ids, weight.a, dtype) @ weight.b.astype(dtype)
-        return embed(ids, weight.base, dtype) + low * weight.scale.astype(dtype)
+    if isinstance(weight, Leaf):
+        return weight.rows(ids, dtype)
     inside = (ids >= 0) & (ids < weight.shape[0])
     return jnp.where(inside[..., None], weight[jnp.where(inside, ids, 0)], 0).astype(dtype)
+
+
+def dense(weight: Any, is_table: bool = False) -> jax.Array:
+    """The weight that an array or a leaf stands for, in float32, of all layers."""
+    return weight.dense(is_table) if isinstance(weight, Leaf) else weight.astype(jnp.float32)
 
 
 def dropout(x: jax.Array, rate: float, noise: Noise | None, split: str | None = None) -> jax.Array:

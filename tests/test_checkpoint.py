@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune.checkpoint import Checkpointer, latest_valid, problems, read_meta, restore, saved_steps
 from jaxtune.errors import CheckpointError, SaveError
-from jaxtune.leaves import LowRank
+from jaxtune.tune.low_rank import LowRank
 
 
 def make_state(seed=0):

@@ -8,10 +8,10 @@ import pytest
 
 from jaxtune import float8, train
 from jaxtune.config import PrecisionSection, make_config
-from jaxtune.float8 import E4M3, E5M2, Watch, attach, delayed_scales, has_units, quantize, remember, scale_of
-from jaxtune.leaves import Float8, LowRank
+from jaxtune.float8 import E4M3, E5M2, Float8, Watch, attach, delayed_scales, has_units, quantize, remember, scale_of
 from jaxtune.models.decoder import Model
 from jaxtune.ops import linear
+from jaxtune.tune.low_rank import LowRank
 from tests.programs import CONFIG, LORA, Stepper
 from tests.runs import sections
 from tests.test_loss_scale import ledger, stopped_after

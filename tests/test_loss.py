@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxtune import loss as loss_module
-from jaxtune.leaves import LowRank
 from jaxtune.loss import cross_entropy, token_losses
 from jaxtune.ops import Noise, dropout
+from jaxtune.tune.low_rank import LowRank
 
 BATCH, TIME, FEATURES, VOCAB = 4, 50, 16, 96
 

@@ -10,10 +10,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtune.config import MeshSection, OptimSection
 from jaxtune.errors import ConfigError
-from jaxtune.leaves import LowRank, partition
+from jaxtune.leaves import partition
 from jaxtune.mesh import RULES, make_mesh, spec
 from jaxtune.models.weights import Weight
 from jaxtune.optim import clip, decay_mask, descend, global_norm, make_optimizer, make_schedule, state_shardings
+from jaxtune.tune.low_rank import LowRank
 
 STEPS = 20
 WEIGHTS = {

@@ -356,12 +356,15 @@ class Model:
         in `dtype`. It is made anew for the backward pass, never kept."""
         run = self.execution
 
-        def use(x: jax.Array, axes: Axes) -> jax.Array:
+        def use(x: jax.Array, axes: Axes, exact: bool) -> jax.Array:
             if run.offload_params:
                 x = local.near(x)
-            wanted = x.dtype if dtype is None or x.ndim < 2 else dtype
+            wanted = x.dtype if dtype is None or exact or x.ndim < 2 else dtype
             if run.weights_split and "embed" in axes and local.size("fsdp") > 1:
-                x = local.weight_gathered(x, "fsdp", axes.index("embed"), wanted, run.sum_dtype or x.dtype)
+                if exact:
+                    x = local.gathered(x, "fsdp", axes.index("embed"))
+                else:
+                    x = local.weight_gathered(x, "fsdp", axes.index("embed"), wanted, run.sum_dtype or x.dtype)
             return _save(x.astype(wanted), WEIGHT)
 
         used = map_parts(use, leaf, weight.axes, weight.is_table)

@@ -27,7 +27,7 @@ def partitions(
 ) -> Tree:
     """The partition of every array of a parameter tree, or of gradients or moments in its structure."""
     rules = rules_of(mesh, config, zero, kind)
-    one = lambda _, axes: spec(axes, rules)  # noqa: E731
+    one = lambda array, axes, exact: spec(axes, rules)  # noqa: E731
     return map_tree(lambda w, leaf: map_parts(one, leaf, w.full_axes, w.is_table), weights, params)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxtune.leaves import LowRank
+from jaxtune.leaves import Leaf
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.weights import Tree, Weight, leaves_with_path
 
@@ -125,10 +125,11 @@ def model_flops(config: ModelConfig, weights: Tree, mask: Tree, shapes: Tree, to
         if (path[0] == "embed" and not config.tied) or len(weight.shape) < 2:
             continue
         passes = 2.0 if path[:2] in below else 4.0
-        parts = [(leaf, train, passes)]
-        if isinstance(leaf, LowRank):
-            parts = [(leaf.base, train.base, passes), (leaf.a, train.a, 4.0), (leaf.b, train.b, 4.0)]
-        total += sum(math.prod(array.shape) * (each + 2.0 * trained) for array, trained, each in parts)
+        trains = any(jax.tree.leaves(train)) and not isinstance(leaf, Leaf)
+        total += math.prod(weight.full_shape) * (passes + 2.0 * trains)
+        if isinstance(leaf, Leaf):
+            added = [getattr(leaf, name) for name in leaf.TRAINS]
+            total += sum(6.0 * array.size for array in added if array.ndim >= len(weight.full_shape))
     attention = sum(
         (4.0 if ("stacks", name) in below else 12.0) * _layers(stack) for name, stack in weights["stacks"].items()
     )

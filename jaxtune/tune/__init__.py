@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.config import TuneSection
-from jaxtune.leaves import LowRank
+from jaxtune.leaves import Leaf, mask_of
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.weights import Path, Tree, Weight, map_tree
 from jaxtune.tune.full import FREEZE, FULL
@@ -110,8 +110,8 @@ def _with_head(params: Tree, weights: Tree, trained: set[str], sharding_of: Shar
 
 def _mask(weight: Weight, leaf: Any, trained: set[str]) -> Any:
     """Booleans in the leaf's own structure."""
-    if isinstance(leaf, LowRank):
-        return LowRank(base=False, a=True, b=True, scale=False, dropout=leaf.dropout)
+    if isinstance(leaf, Leaf):
+        return mask_of(leaf)
     return any(key in trained for key in weight.keys)
 
 

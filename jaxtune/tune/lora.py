@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxtune.config import TuneSection
-from jaxtune.leaves import LowRank
 from jaxtune.models.weights import Path, Tree, Weight, leaves_with_path, map_tree, path_key, set_path
 from jaxtune.tune import peft_tensors
+from jaxtune.tune.low_rank import LowRank
 from jaxtune.tune.method import Method, ShardingOf, is_abstract, make
 from jaxtune.tune.plan import Plan, make_plan
 

@@ -1,4 +1,4 @@
-"""Merging: adapters added into the weights that they sit on, for files that need no adapter."""
+"""Merging: what a tuning method put beside the weights added into them, for files that need no adapter."""
 
 from functools import partial
 from typing import Any
@@ -6,29 +6,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune.leaves import LowRank
+from jaxtune import ops
+from jaxtune.leaves import Leaf
 from jaxtune.models.weights import Tree, leaves_with_path, set_path
 from jaxtune.tune.method import EMBEDDING
 
 
-def merged(params: Tree) -> Tree:
-    """The tree with W + scale (a b)^T, computed in float32, in place of each adapted W, in W's dtype and shards.
+def merged(params: Tree, dtype: Any = None) -> Tree:
+    """The tree with the weight that it stands for, computed in float32, in place of each typed leaf.
 
-    The model's settings are those that `layout` gave: a head that it untied stays a weight of its own, since
-    head and embedding differ from then on; one that it left tied stays tied.
+    Each has its base's dtype and shards; dtype: of those whose base is no floating-point array. The model's settings
+    are those that `layout` gave: a head that it untied stays a weight of its own, since head and embedding differ
+    from then on; one that it left tied stays tied.
     """
     result: Tree = {}
     for path, leaf in leaves_with_path(params):
-        set_path(result, path, _merge(leaf, path == EMBEDDING) if isinstance(leaf, LowRank) else leaf)
+        set_path(result, path, _merge(leaf, path == EMBEDDING, dtype) if isinstance(leaf, Leaf) else leaf)
     return result
 
 
-def _merge(leaf: LowRank, is_embedding: bool) -> jax.Array:
-    add = jax.jit(partial(_add, is_embedding=is_embedding), out_shardings=leaf.base.sharding)
-    return add(leaf.base, leaf.a, leaf.b, leaf.scale)
+def _merge(leaf: Any, is_table: bool, dtype: Any) -> jax.Array:
+    base = leaf.base
+    if isinstance(base, Leaf):
+        return jax.jit(partial(_dense, is_table=is_table, dtype=dtype or jnp.float32))(leaf)
+    return jax.jit(partial(_dense, is_table=is_table, dtype=base.dtype), out_shardings=base.sharding)(leaf)
 
 
-def _add(base: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, is_embedding: bool) -> Any:
-    form = "...ir,...ro->...io" if is_embedding else "...ir,...ro->...oi"
-    delta = jnp.einsum(form, a, b, precision=jax.lax.Precision.HIGHEST)
-    return (base.astype(jnp.float32) + scale[..., None, None] * delta).astype(base.dtype)
+def _dense(leaf: Any, is_table: bool, dtype: Any) -> jax.Array:
+    return ops.dense(leaf, is_table).astype(dtype)

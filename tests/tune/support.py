@@ -9,11 +9,11 @@ import numpy as np
 
 from jaxtune import tune
 from jaxtune.config import TuneSection
-from jaxtune.leaves import LowRank
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import Model
 from jaxtune.models.families import parse_config
 from jaxtune.models.weights import Tree, map_tree
+from jaxtune.tune.low_rank import LowRank
 from jaxtune.tune.peft_config import SETTINGS
 from jaxtune.tune.plan import make_plan
 

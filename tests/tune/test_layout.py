@@ -7,8 +7,8 @@ import pytest
 
 from jaxtune import tune
 from jaxtune.config import TuneSection
-from jaxtune.leaves import LowRank
 from jaxtune.models.decoder import Model
+from jaxtune.tune.low_rank import LowRank
 from tests.tune.support import base_params, logits, model_config, tuned
 
 ONE = (range(3),)

@@ -10,10 +10,11 @@ import pytest
 from jaxtune import tune
 from jaxtune.config import OptimSection, TuneSection
 from jaxtune.errors import AdapterError
-from jaxtune.leaves import LowRank, combine, count, partition
+from jaxtune.leaves import combine, count, partition
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import Model
 from jaxtune.optim import descend, make_optimizer
+from jaxtune.tune.low_rank import LowRank
 from jaxtune.tune.peft_tensors import entries
 from jaxtune.tune.plan import make_plan
 from tests.tune.support import TOKENS, base_params, logits, model_config, randomised, settings_id, tuned

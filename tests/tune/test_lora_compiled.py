@@ -10,10 +10,11 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxtune import ops
 from jaxtune.config import TuneSection
-from jaxtune.leaves import LowRank, combine, partition
+from jaxtune.leaves import combine, partition
 from jaxtune.models.weights import leaves_with_path
 from jaxtune.ops import Noise
 from jaxtune.step import batch_loss, token_numbers
+from jaxtune.tune.low_rank import LowRank
 from tests.tune.support import TOKENS, tuned
 
 RANK = 3  # no size of the model, so that shapes tell adapters from weights

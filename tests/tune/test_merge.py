@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtune.config import TuneSection
-from jaxtune.leaves import LowRank
+from jaxtune.tune.low_rank import LowRank
 from jaxtune.tune.merge import merged
 from tests.tune.support import difference, logits, randomised, tuned
 
