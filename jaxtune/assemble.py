@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxtune import tune
-from jaxtune.config import ModelSection, TuneSection
+from jaxtune.config import ModelSection
 from jaxtune.errors import ConfigError
 from jaxtune.hf_io import load_params, open_source, resolve_model
 from jaxtune.mesh import axes_sharding, check_model, shardings
@@ -22,9 +22,11 @@ from jaxtune.models.decoder import Model
 from jaxtune.models.execution import USUAL, Execution
 from jaxtune.models.families import read_config
 from jaxtune.models.weights import Tree, init_params, map_tree
+from jaxtune.section import TuneSection
 from jaxtune.tokenizer import check_tokenizer, load_tokenizer
+from jaxtune.tune.full import FullSection
 
-FULL = TuneSection(method="full")
+FULL = FullSection()
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def assemble(
     """
     check_model(mesh, source.config)
     config, stacks = tune.layout(section, source.config, one_stack=mesh.shape["pipe"] > 1)
-    model = Model.create(config, stacks, execution)
+    model = Model.create(config, stacks, execution, tune.hooks(section, config))
     stored = Model.create(source.config, stacks).weights
     places = execution.places
     where = shardings(mesh, config, stored, *places)

@@ -8,21 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
 
 from jaxtune.errors import ConfigError, listing, nearest
+from jaxtune.section import Fraction, NonNegative, Positive, Section, TuneSection
 
 MAX_CONFIG_BYTES = 1 << 20
-
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """Unknown keys are errors, `"3"` is not a number, and inf and nan are nothing at all."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -33,41 +24,6 @@ class ModelSection(Section):
     tokenizer: str | None = None  # a directory or hub id, when the model's own is not the one to use
     init: Literal["pretrained", "random"] = "pretrained"  # random: train from scratch
     overrides: dict[str, Any] = {}  # Hugging Face config fields to change; only with init: random
-
-
-class TuneSection(Section):
-    """What is trained, and how. The names are PEFT's where PEFT has one."""
-
-    method: Literal["full", "freeze", "lora"] = "lora"
-    # lora
-    rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] = 16  # the update is scaled by alpha / rank
-    dropout: Fraction = 0.0  # on the input of A
-    targets: list[str] | str = ["q_proj", "v_proj"]  # names, one regex, or all-linear
-    exclude: list[str] | str | None = None  # names or one regex
-    use_rslora: bool = False  # scale alpha / sqrt(rank) in place of alpha / rank
-    init: Literal["default", "gaussian"] = "default"  # of A; B starts at zero
-    bias: Literal["none", "all", "lora_only"] = "none"
-    rank_pattern: dict[str, Positive] = {}  # module name or regex -> rank
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
-    layers: list[NonNegative] | NonNegative | None = None  # only these layers, counted from 0
-    modules_to_save: list[str] = []  # trained in full and saved with the adapter
-    adapter: str | None = None  # a PEFT directory to start from; its settings win
-    # freeze: everything trains but
-    freeze_embedding: bool = False
-    freeze_first: NonNegative = 0  # layers
-    freeze_last: NonNegative = 0  # layers
-    freeze_patterns: list[str] = []  # regexes over Hugging Face weight names, found anywhere in them
-    train_patterns: list[str] = []  # likewise; when given, nothing else trains
-
-    @model_validator(mode="after")
-    def _only_this_method(self):
-        for name, field in type(self).model_fields.items():
-            owner = "freeze" if name.startswith("freeze_") or name == "train_patterns" else "lora"
-            default = field.get_default(call_default_factory=True)
-            if name != "method" and owner != self.method and getattr(self, name) != default:
-                raise ValueError(f"{name} belongs to method {owner} and would do nothing with {self.method}")
-        return self
 
 
 class Columns(Section):
@@ -308,7 +264,7 @@ class Config(Section):
     """One run."""
 
     model: ModelSection
-    tune: TuneSection = TuneSection()
+    tune: SerializeAsAny[TuneSection]  # of the method's own kind; absent: lora with its defaults
     data: DataSection
     train: TrainSection = TrainSection()
     optim: OptimSection = OptimSection()
@@ -384,10 +340,46 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def make_config(tree: dict, where: str = "config") -> Config:
     """The configuration that a plain dict of sections describes."""
     try:
-        return Config.model_validate(tree)
+        tune, found, method = make_tune(tree.get("tune", {})), [], ""
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(item) for item in error.errors())
-        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
+        # Any method will do while the other sections are looked at.
+        tune, found = make_tune({}), [{**item, "loc": ("tune", *item["loc"])} for item in error.errors()]
+        method = tree["tune"].get("method", "lora")
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    try:
+        config = Config.model_validate({**tree, "tune": tune})
+    except ValidationError as error:
+        found += error.errors()  # type: ignore[arg-type]
+    if not found:
+        return config
+    lines = dict.fromkeys(_explain(item, method) for item in found)
+    raise ConfigError("\n".join(f"{where}: {line}" for line in lines))
+
+
+def tune_section(**options: Any) -> TuneSection:
+    """The section of a tuning method, lora where `method` is not among the options."""
+    return make_tune(options)
+
+
+def make_tune(options: Any) -> TuneSection:
+    """The section of the tuning method that `options` name; without a name, of lora.
+
+    Raises:
+        ConfigError: there is no such method.
+        ValidationError: an option is not one of the method's, or has a wrong value.
+    """
+    if isinstance(options, TuneSection):
+        return options
+    if not isinstance(options, dict):
+        raise ConfigError(f"tune: expected a section with a method, found {options!r:.80}")
+    from jaxtune.tune import METHODS
+
+    method = options.get("method", "lora")
+    if method not in METHODS:
+        hint = nearest(str(method), METHODS)
+        raise ConfigError(f"tune.method: no method {method!r:.80}{hint or '.'} Allowed are {', '.join(METHODS)}")
+    return METHODS[method].section.model_validate({**options, "method": method})
 
 
 def _apply_override(tree: dict, override: str) -> None:
@@ -404,12 +396,15 @@ def _apply_override(tree: dict, override: str) -> None:
     tree[parts[-1]] = parse_yaml(value, f'override "{override}"')
 
 
-def _explain(item: Any) -> str:
-    """One pydantic error as `section.key: what is wrong; what is allowed`."""
+def _explain(item: Any, method: str) -> str:
+    """One pydantic error as `section.key: what is wrong; what is allowed`. method: of the tune section."""
     path = [str(part) for part in item["loc"]]
     where = ".".join(path)
     if item["type"] == "extra_forbidden":
-        section = _section_at(path[:-1])
+        owners = _methods_with(path[-1]) if path[0] == "tune" else []
+        if owners:
+            return f"{where}: belongs to method {' or '.join(owners)} and would do nothing with {method}"
+        section = _section_at(path[:-1], method)
         allowed = list(section.model_fields) if section else []
         return f"{where}: unknown key{nearest(path[-1], allowed) or '.'} Allowed here: {listing(allowed, 40)}"
     if item["type"] == "missing":
@@ -417,13 +412,22 @@ def _explain(item: Any) -> str:
     return f"{where}: {item['msg'].removeprefix('Value error, ')}; found {item['input']!r:.80}"
 
 
-def _section_at(path: list[str]) -> type[BaseModel] | None:
+def _methods_with(option: str) -> list[str]:
+    from jaxtune.tune import METHODS
+
+    return [name for name, method in METHODS.items() if option in method.section.model_fields]
+
+
+def _section_at(path: list[str], method: str) -> type[BaseModel] | None:
+    from jaxtune.tune import METHODS
+
     section: type[BaseModel] = Config
     for part in path:
         field = section.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        kind = None if field is None else field.annotation
+        if not isinstance(kind, type) or not issubclass(kind, BaseModel):
             return None
-        section = field.annotation
+        section = METHODS[method].section if kind is TuneSection else kind
     return section
 
 

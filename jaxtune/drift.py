@@ -16,32 +16,14 @@ REFUSE = "refuse"  # it would alter the tree of weights, or which batch a step s
 LOG = "log"  # the steps that follow differ, as the user wishes; said as a warning
 ALLOW = "allow"  # it changes where, when or how, never what is computed (but for rounding); said
 
-# Every field of the configuration has to choose.
+# Every field of the configuration has to choose; those of a tuning method are all refused.
 RULES = {
+    "tune": REFUSE,
     "model.path": REFUSE,
     "model.revision": REFUSE,
     "model.tokenizer": REFUSE,
     "model.init": REFUSE,
     "model.overrides": REFUSE,
-    "tune.method": REFUSE,
-    "tune.rank": REFUSE,
-    "tune.alpha": REFUSE,
-    "tune.dropout": REFUSE,
-    "tune.targets": REFUSE,
-    "tune.exclude": REFUSE,
-    "tune.use_rslora": REFUSE,
-    "tune.init": REFUSE,
-    "tune.bias": REFUSE,
-    "tune.rank_pattern": REFUSE,
-    "tune.alpha_pattern": REFUSE,
-    "tune.layers": REFUSE,
-    "tune.modules_to_save": REFUSE,
-    "tune.adapter": REFUSE,
-    "tune.freeze_embedding": REFUSE,
-    "tune.freeze_first": REFUSE,
-    "tune.freeze_last": REFUSE,
-    "tune.freeze_patterns": REFUSE,
-    "tune.train_patterns": REFUSE,
     "data.path": REFUSE,
     "data.format": REFUSE,
     "data.columns": REFUSE,
@@ -115,7 +97,8 @@ class Change:
 
     @property
     def rule(self) -> str:
-        return RULES[".".join(self.key.split(".")[:2])]
+        parts = self.key.split(".")
+        return RULES["tune" if parts[0] == "tune" else ".".join(parts[:2])]
 
     def __str__(self) -> str:
         return f"{self.key}: was {_shown(self.old)}, now {_shown(self.new)}"

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune import tune
 from jaxtune.api import LoadedModel
 from jaxtune.assemble import Assembled, Source
-from jaxtune.config import TuneSection
 from jaxtune.console import stage
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.hf_write import write_model
@@ -20,6 +20,7 @@ from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, op
 from jaxtune.mesh import single_device_mesh
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.weights import Tree
+from jaxtune.section import TuneSection
 from jaxtune.tokenizer import load_tokenizer
 from jaxtune.tune.merge import merged
 from jaxtune.tune.peft_io import save_adapter
@@ -33,20 +34,20 @@ PROBE_ROWS, PROBE_LENGTH = 4, 64
 
 def result_directory(run_dir: Path, section: TuneSection) -> Path:
     """Where training with this method puts its result."""
-    return run_dir / (ADAPTER if section.method == "lora" else MODEL)
+    return run_dir / (ADAPTER if tune.has_adapter(section) else MODEL)
 
 
 def write_result(
     run_dir: Path, section: TuneSection, assembled: Assembled, params: Tree, dtype: str, base_model: str
 ) -> Path:
-    """Write what training ends with, and give its directory: `adapter/` (PEFT) for lora, else `model/` (Hugging Face).
+    """Write what training ends with, and give its directory: `adapter/` (PEFT) or `model/` (Hugging Face).
 
     section: of the configuration, resolved or not. params: the whole tree as trained, `combine(trainable, frozen)`.
     dtype: of the model's files, `precision.params`; an adapter is float32. base_model: `model.path`, for PEFT.
     Every process calls this. Each directory appears whole, under its name, at the end; one from before is replaced.
     """
     directory = result_directory(run_dir, section)
-    if section.method == "lora":
+    if tune.has_adapter(section):
         save_adapter(directory, section, assembled.model.weights, params, base_model)
     else:
         _write_model(directory, assembled, params, dtype)
@@ -81,7 +82,7 @@ def export_run(run_dir: str | Path, out: str | Path, format: str, dtype: str = "
     stage(f"Reading the run {run_dir}")
     opened = open_run(run_dir, "float32", single_device_mesh())
     config, step, method = opened.run, opened.step, opened.section.method
-    if format == "peft" and method != "lora":
+    if format == "peft" and not tune.has_adapter(opened.section):
         raise ConfigError(f"{run_dir}: trained with tune.method {method}, so it has no adapter; take the format hf")
     probe = probe_tokens(opened.assembled.model.config)
     expected = LoadedModel(opened).logits(probe)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from pydantic import ValidationError
 
-from jaxtune import checkpoint
+from jaxtune import checkpoint, tune
 from jaxtune.assemble import FULL, Assembled, Source, assemble, compute_dtype
-from jaxtune.config import Config, MeshSection, ModelSection, TuneSection, load_config
+from jaxtune.config import Config, MeshSection, ModelSection, load_config
 from jaxtune.console import warn
 from jaxtune.drift import fingerprint
 from jaxtune.errors import AdapterError, CheckpointError, ConfigError, MeshError, ModelError
@@ -23,7 +23,8 @@ from jaxtune.leaves import combine, partition
 from jaxtune.mesh import complete, make_mesh, single_device_mesh
 from jaxtune.models.weights import Tree
 from jaxtune.rundir import CHECKPOINTS, CONFIG, RECORD
-from jaxtune.tune.peft_config import CONFIG_NAME
+from jaxtune.section import TuneSection
+from jaxtune.tune.peft_config import CONFIG_NAME, read_config
 
 ADAPTER, MODEL = "adapter", "model"
 INFERENCE_AXES = ("data", "fsdp", "tensor")
@@ -73,7 +74,7 @@ def open_model(
         return open_run(path, kind.name, places)
     if (Path(path) / CONFIG_NAME).is_file() and not (Path(path) / "config.json").is_file():
         raise ModelError(f"{path}: a PEFT adapter, not a model; give its base model, and this directory as adapter")
-    section = FULL if adapter is None else TuneSection(method="lora", adapter=str(adapter))
+    section = FULL if adapter is None else read_config(Path(adapter))
     source = Source.open(ModelSection(path=str(path)))
     return Opened(assemble(source, section, places, dtype=kind.name), section, kind)
 
@@ -124,7 +125,7 @@ def open_run(path: str | Path, dtype: str, mesh: Mesh) -> Opened:
     directory = require_run(path)
     config = load_config(directory / CONFIG)
     if _is_finished(directory, config):
-        if config.tune.method == "lora":
+        if tune.has_adapter(config.tune):
             return open_adapter(config, directory / ADAPTER, dtype, mesh, _fingerprints(directory))
         source = Source.open(ModelSection(path=str(directory / MODEL)))
         return Opened(assemble(source, FULL, mesh, dtype=dtype), FULL, jnp.dtype(dtype), config)
@@ -140,7 +141,7 @@ def open_run(path: str | Path, dtype: str, mesh: Mesh) -> Opened:
 
 def _is_finished(directory: Path, config: Config) -> bool:
     """Whether its result is there, and is not that of a shorter run which goes on now."""
-    there = (directory / (ADAPTER if config.tune.method == "lora" else MODEL)).is_dir()
+    there = (directory / (ADAPTER if tune.has_adapter(config.tune) else MODEL)).is_dir()
     return there and _record(directory).get("finished", True)
 
 
@@ -158,7 +159,7 @@ def open_adapter(
     config: Config, adapter: Path, dtype: str, mesh: Mesh | None = None, prints: dict[str, str] | None = None
 ) -> Opened:
     """The base model of a run with this adapter on it. prints: what the run's record says of the base."""
-    section = TuneSection(method="lora", adapter=str(adapter))
+    section = read_config(adapter)
     assembled = _assemble(config, section, dtype, single_device_mesh() if mesh is None else mesh, prints or {})
     return Opened(assembled, section, jnp.dtype(dtype), config)
 
@@ -180,7 +181,7 @@ def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh, prin
 def _restored(directory: Path, config: Config, step: int, dtype: str, mesh: Mesh) -> Assembled:
     """The run's model with what a checkpoint holds in place of the first values."""
     # What trains has the type that the checkpoint has it in: an adapter float32, a whole model the run's own.
-    loaded = dtype if config.tune.method == "lora" else config.precision.params
+    loaded = dtype if tune.has_adapter(config.tune) else config.precision.params
     assembled = _assemble(config, config.tune, loaded, mesh, _fingerprints(directory))
     trainable, frozen = partition(assembled.params, assembled.mask)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainable)

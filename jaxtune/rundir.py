@@ -17,12 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxtune import __version__, processes
+from jaxtune import __version__, processes, tune
 from jaxtune.config import Config, dump_config, make_config
 from jaxtune.console import say, warn
 from jaxtune.drift import LOG, REFUSE, Change, changes, fingerprint
 from jaxtune.errors import CheckpointError, listing
 from jaxtune.files import read_json
+from jaxtune.section import adapter_of
 from jaxtune.signals import StopSignal
 
 __all__ = ["Run", "StopSignal", "open_run"]
@@ -46,7 +47,7 @@ class Run:
         self.begun = _begun(directory)
         self._config, self._record, self._changes, self._lock = config, record, found, lock
         longer = {"train.steps", "train.epochs"} & {change.key for change in found}
-        result = directory / ("adapter" if config.tune.method == "lora" else "model")
+        result = directory / ("adapter" if tune.has_adapter(config.tune) else "model")
         self.finished = bool(record.get("finished")) and result.is_dir() and not longer
 
     def __enter__(self) -> "Run":
@@ -67,8 +68,9 @@ class Run:
             ProcessError: another process reads other contents.
         """
         prints = {"data": data, "model": fingerprint(model)}
-        if self._config.tune.adapter is not None:
-            prints["adapter"] = fingerprint(Path(self._config.tune.adapter).expanduser())
+        adapter = adapter_of(self._config.tune)
+        if adapter is not None:
+            prints["adapter"] = fingerprint(Path(adapter).expanduser())
         processes.compare(lambda: {f"the {name} (SHA-256)": print for name, print in prints.items()})
         before = self._record.get("fingerprints")
         if self.begun and before is not None:
@@ -83,7 +85,7 @@ class Run:
         names = {
             "data": f"the training data ({listing(_paths(self._config))})",
             "model": f"the base model ({self._config.model.path})",
-            "adapter": f"the adapter to start from ({self._config.tune.adapter})",
+            "adapter": f"the adapter to start from ({adapter_of(self._config.tune)})",
         }
         changed = [names[name] for name in now if before.get(name) != now[name]]
         if changed:

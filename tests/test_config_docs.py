@@ -8,7 +8,14 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from jaxtune.config import Config, OptimSection, Section, TuneSection
+from jaxtune.config import Config, OptimSection, Section
+from jaxtune.tune import METHODS
+
+
+class Grouped(Section):
+    first: int = 0
+    # a group
+    second: int = 0
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +36,8 @@ def test_every_key_of_every_section_has_a_row(tool):
     text = tool.page()
     for name, field in Config.model_fields.items():
         body = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
-        for key in field.annotation.model_fields:
+        sections = [method.section for method in METHODS.values()] if name == "tune" else [field.annotation]
+        for key in (key for section in sections for key in section.model_fields):
             assert f"\n| `{key}` | " in body, f"{name}.{key}"
 
 
@@ -41,7 +49,8 @@ def test_a_row_has_type_bounds_default_and_the_comment(tool):
 
 
 def test_comments_on_lines_of_their_own_head_a_group(tool):
-    assert tool.read_comments(TuneSection).heading["rank"] == "lora"
+    heading = tool.read_comments(Grouped).heading
+    assert heading == {"second": "a group"}
 
 
 def test_types_are_told_in_words(tool):

@@ -23,6 +23,7 @@ PAGE = REPOSITORY / "docs" / "config.md"
 sys.path.insert(0, str(REPOSITORY))
 
 from jaxtune import config as source  # noqa: E402 - the checkout's own, wherever this is run from
+from jaxtune.tune import METHODS  # noqa: E402
 
 INTRODUCTION = """\
 # Configuration
@@ -37,7 +38,7 @@ Only `model.path` and `data.path` have no default. A key that is not below is an
 another type, or a key that the chosen method, format or optimiser would not use. The file is plain YAML without
 aliases. The run directory holds the configuration as it was resolved, in `config.yaml`.
 
-This page is made from `jaxtune/config.py` by `python tools/config_docs.py`.
+This page is made from `jaxtune/config.py` and the methods in `jaxtune/tune/` by `python tools/config_docs.py`.
 """
 NAMES = {str: "text", int: "integer", float: "number", bool: "true, false", type(None): "null", Any: "anything"}
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -55,8 +56,33 @@ def page() -> str:
     """The whole page."""
     parts = [INTRODUCTION]
     for name, field in source.Config.model_fields.items():
-        parts.append(section(name, field.annotation))
+        parts.append(methods() if name == "tune" else section(name, field.annotation))
     return "\n".join(parts)
+
+
+def methods() -> str:
+    """The section `tune`: the options that several methods share, each once, then every method's own."""
+    sections = {name: method.section for name, method in METHODS.items()}
+    kinds = list(dict.fromkeys(kind for model in sections.values() for kind in reversed(model.__mro__) if _own(kind)))
+    users = {kind: [name for name, model in sections.items() if issubclass(model, kind)] for kind in kinds}
+    lines = ["## tune", "", inspect.getdoc(source.TuneSection) or "", "", "| key | value | default | |"]
+    lines += ["|---|---|---|---|", f"| `method` | {', '.join(f'`{name}`' for name in sections)} | `lora` | |", ""]
+    for kind in sorted(kinds, key=lambda kind: kind in sections.values()):
+        named = ", ".join(f"`{name}`" for name in users[kind])
+        title = f"### method: {users[kind][0]}" if kind in sections.values() else f"### Options of {named}"
+        lines += [title, "", inspect.getdoc(kind) or "", ""]
+        comments, fields = read_comments(kind), [key for key in _own(kind) if key != "method"]
+        if fields:
+            lines += ["| key | value | default | |", "|---|---|---|---|"]
+        lines += [row(key, kind.model_fields[key], comments.beside.get(key, "")) for key in fields] + [""]
+    return "\n".join(lines)
+
+
+def _own(kind: type) -> list[str]:
+    """The fields that a class of options declares itself."""
+    if not issubclass(kind, source.TuneSection) or kind is source.TuneSection:
+        return []
+    return [name for name in kind.__annotations__ if name in kind.model_fields]
 
 
 def section(name: str, model: type[source.Section]) -> str:

@@ -7,7 +7,7 @@ Legend: B batch, T time, E hidden size, H query heads, K key/value heads, D head
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,9 @@ from jaxtune.leaves import Axes, map_parts
 from jaxtune.models.attention import attention
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.execution import USUAL, WEIGHT, Execution
+from jaxtune.models.hooks import NO_HOOKS, Hooks
 from jaxtune.models.rope import cos_sin, rotate
-from jaxtune.models.weights import Tree, Weight, map_tree
+from jaxtune.models.weights import HOOKS, Tree, Weight, map_tree
 from jaxtune.ops import Noise
 from jaxtune.parallel import local
 from jaxtune.parallel.context import spread_attention
@@ -91,7 +92,10 @@ class Context:
     segments: jax.Array  # [B, T]
     cache_segments: jax.Array | None = None  # [B, S], with this pass's columns already in
     start: jax.Array | None = None  # first column of this pass in the cache; None: nothing is before it
+    slots: jax.Array | None = None  # [B, T]: a virtual token's number, below 0 for others
+    shared: Tree = field(default_factory=dict)  # weights of the hooks that there are once
     execution: Execution = field(default=USUAL, metadata={"static": True})
+    hooks: Hooks = field(default=NO_HOOKS, metadata={"static": True})
 
 
 class Attention(nnx.Module):
@@ -106,7 +110,7 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(name + "k_norm", c.head_dim, c.norm_eps) if c.qk_norm else None
         self.config = c
 
-    def __call__(self, x_BTE: jax.Array, context: Context, window, cache, noise):
+    def __call__(self, x_BTE: jax.Array, context: Context, window, cache, noise, own: Tree):
         run = context.execution
         q_noise, k_noise, v_noise, o_noise = ops.split_noise(noise, 4)
         q, k, v = (
@@ -118,6 +122,8 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+        if context.slots is not None:
+            k, v = context.hooks.keys_values(own, context.shared, context.slots, k, v)
         q, k, v = (_save(y, name) for y, name in ((q, "query"), (k, "key"), (v, "value")))
         if cache is not None:
             write = partial(
@@ -181,14 +187,20 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(LAYER + "post_attention_layernorm", c.hidden_size, c.norm_eps)
         self.mlp = MLP(c)
 
-    def __call__(self, x_BTE: jax.Array, context: Context, window, cache, noise):
-        run = context.execution
+    def __call__(self, x_BTE: jax.Array, context: Context, window, cache, noise, own: Tree):
+        """own: this layer's weights of the hooks."""
+        run, hooks = context.execution, context.hooks
         attention_noise, mlp_noise = ops.split_noise(noise, 2)
-        normed = enter(self.attention_norm(x_BTE), run)
-        attended, cache = self.attention(normed, context, window, cache, attention_noise)
-        x_BTE = _save(x_BTE + attended, "after_attention")
-        down = self.mlp(enter(self.mlp_norm(x_BTE), run), mlp_noise, run)
-        return x_BTE + _save(down, "down"), cache
+        normed = self.attention_norm(x_BTE)
+        attended, cache = self.attention(enter(normed, run), context, window, cache, attention_noise, own)
+        x_BTE = _save(x_BTE + hooks.attention_output(own, x_BTE, normed, attended), "after_attention")
+        normed = self.mlp_norm(x_BTE)
+        down = _save(self.mlp(enter(normed, run), mlp_noise, run), "down")
+        return x_BTE + hooks.mlp_output(own, x_BTE, normed, down), cache
+
+
+def _under_hooks(declared: Tree) -> Tree:
+    return {HOOKS: declared} if declared else {}
 
 
 class Embedding(nnx.Module):
@@ -221,17 +233,24 @@ class Model:
     weights: Tree  # of Weight
     stacks: tuple[range, ...]
     execution: Execution = USUAL
+    hooks: Hooks = NO_HOOKS
 
     @classmethod
     def create(
-        cls, config: ModelConfig, stacks: tuple[range, ...] | None = None, execution: Execution = USUAL
+        cls,
+        config: ModelConfig,
+        stacks: tuple[range, ...] | None = None,
+        execution: Execution = USUAL,
+        hooks: Hooks = NO_HOOKS,
     ) -> "Model":
         stacks = stacks or (range(config.num_layers),)
         graph, state = nnx.split(Decoder(config, stacks))
         weights = nnx.to_pure_dict(state)
         for name, layers in zip(list(weights["stacks"]), stacks, strict=True):
-            weights["stacks"][name] = map_tree(partial(Weight.stacked, layers=layers), weights["stacks"][name])
-        return cls(config, graph, nnx.split(Block(config))[0], weights, stacks, execution)
+            declared = {**weights["stacks"][name], **_under_hooks(hooks.layer(config))}
+            weights["stacks"][name] = map_tree(partial(Weight.stacked, layers=layers), declared)
+        weights |= _under_hooks(hooks.shared(config))
+        return cls(config, graph, nnx.split(Block(config))[0], weights, stacks, execution, hooks)
 
     def head(self, params: Tree, dtype: Any) -> Any:
         """The leaf that turns hidden states into logits, as it is used: [vocab, E], over the tensor axis split."""
@@ -253,7 +272,7 @@ class Model:
         noise: of dropout; None turns it off. segments: 0 is padding; a token sees its own segment only.
         """
         x = self.embed(params, tokens_BT, dtype)
-        context, cache = self.context(positions_BT, segments_BT, cache)
+        context, cache = self.context(params, tokens_BT, positions_BT, segments_BT, cache)
         caches = []
         for index, layers in enumerate(self.stacks):
             stack_cache = None if cache is None else (cache.k[index], cache.v[index])
@@ -269,20 +288,40 @@ class Model:
         """What the first layer takes."""
         table = self._used(params["embed"]["weight"], self.weights["embed"]["weight"], None)
         first = local.index("tensor") * (self.config.vocab_size // local.size("tensor"))
-        return leave(ops.embed(tokens_BT - first, table, dtype), self.execution)
+        x = ops.embed(tokens_BT - first, table, dtype)
+        if self.hooks.virtual_tokens:
+            added = self.hooks.embedded(self._shared(params), tokens_BT - self.config.vocab_size, dtype)
+            # The sum over the tensor axis follows, so one device adds them.
+            x = x if added is None else x + jnp.where(local.index("tensor") == 0, added, jnp.zeros_like(added))
+        return leave(x, self.execution)
 
     def context(
-        self, positions_BT: jax.Array, segments_BT: jax.Array, cache: Cache | None = None
+        self,
+        params: Tree,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array,
+        cache: Cache | None = None,
     ) -> tuple[Context, Cache | None]:
         """What every layer sees, and the cache with this pass's columns marked as filled."""
-        c, run = self.config, self.execution
+        c = self.config
         cos, sin = cos_sin(c.rope, c.head_dim, c.max_positions, positions_BT)
+        slots = tokens_BT - c.vocab_size if self.hooks.virtual_tokens else None
+        shown = Context(
+            cos,
+            sin,
+            segments_BT,
+            slots=slots,
+            shared=self._shared(params),
+            execution=self.execution,
+            hooks=self.hooks,
+        )
         if cache is None:
-            return Context(cos, sin, segments_BT, execution=run), None
+            return shown, None
         start = jnp.int32(0) if cache.length is None else cache.length
         columns = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments_BT, start, axis=1)
         filled = Cache(cache.k, cache.v, columns, start + segments_BT.shape[1])
-        return Context(cos, sin, segments_BT, columns, cache.length, run), filled
+        return replace(shown, cache_segments=columns, start=cache.length), filled
 
     def layers(
         self,
@@ -304,8 +343,8 @@ class Model:
         def layer(x, inputs):
             params, number, window, cache = inputs
             params = map_tree(partial(self._used, dtype=x.dtype), params, self.weights["stacks"]["0"])
-            own = None if noise is None else noise.fold_in(number)
-            return nnx.merge(self.block, nnx.State(params))(x, context, window, cache, own)
+            own, hooked = None if noise is None else noise.fold_in(number), params.pop(HOOKS, {})
+            return nnx.merge(self.block, nnx.State(params))(x, context, window, cache, own, hooked)
 
         def place(x, inputs):
             return local.when(inputs[1] >= 0, layer, lambda x, inputs: (x, inputs[3]), x, inputs)
@@ -343,6 +382,11 @@ class Model:
         group = jax.checkpoint(lambda x, inputs: jax.lax.scan(layer, x, inputs), policy=nothing)
         split = jax.tree.map(lambda array: array.reshape(groups, count // groups, *array.shape[1:]), inputs)
         return jax.lax.scan(group, x, split)
+
+    def _shared(self, params: Tree) -> Tree:
+        """The hooks' weights that there are once, as they are used."""
+        own = params.get(HOOKS, {})
+        return map_tree(partial(self._used, dtype=None), own, self.weights[HOOKS]) if own else {}
 
     def _windows(self, numbers: Sequence | np.ndarray | jax.Array) -> jax.Array | None:
         table = self.config.windows

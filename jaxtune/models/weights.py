@@ -16,6 +16,7 @@ import jax.numpy as jnp
 Tree = dict[str, Any]  # nested dicts of strings; the leaves are Weights, arrays, or leaves.py's types
 Path = tuple[str, ...]
 
+HOOKS = "hooks"  # of the tree, and of each stack: where a tuning method's own weights lie
 TABLE = "model.embed_tokens.weight"
 
 

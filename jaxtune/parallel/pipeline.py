@@ -191,7 +191,7 @@ class _Run:
         model, batch = self.pipeline.model, self._micro(micro)
         embed = lambda params, x: model.embed(params, batch["tokens"], self.pipeline.dtype)  # noqa: E731
         x = jax.lax.cond(chunk == 0, embed, lambda params, x: x, params, x)
-        context, _ = model.context(batch["positions"], batch["segments"])
+        context, _ = model.context(params, batch["tokens"], batch["positions"], batch["segments"])
         noise = split_noise(self.noise_of(micro), 2)[0]
         numbers = jnp.asarray(self.pipeline.stages.numbers)[local.index("pipe"), chunk // self.pipeline.schedule.stages]
         has_gaps = not self.pipeline.stages.is_even

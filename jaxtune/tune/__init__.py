@@ -2,7 +2,7 @@
 
     section = resolve(section)                   # an adapter's settings put in place
     config, stacks = layout(section, config)     # before the weights are declared
-    model = Model.create(config, stacks)
+    model = Model.create(config, stacks, hooks=hooks(section, config))
     params, mask = apply(section, params, model.weights, seed, sharding_of)
 
 Files in PEFT's format are peft_io.py's, merging is merge.py's.
@@ -15,18 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.config import TuneSection
 from jaxtune.leaves import Leaf, mask_of
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.weights import Path, Tree, Weight, map_tree
+from jaxtune.models.hooks import NO_HOOKS, Hooks
+from jaxtune.models.weights import HOOKS, Path, Tree, Weight, map_tree
+from jaxtune.section import TuneSection, adapter_of
 from jaxtune.tune.full import FREEZE, FULL
 from jaxtune.tune.lora import LORA
 from jaxtune.tune.method import EMBEDDING, HEAD, Method, ShardingOf, declared, get_path, is_abstract
 from jaxtune.tune.peft_config import resolve
+from jaxtune.tune.peft_tensors import open_checked
 
 METHODS: dict[str, Method] = {"full": FULL, "freeze": FREEZE, "lora": LORA}
 
-__all__ = ["METHODS", "apply", "gates", "layout", "resolve"]
+__all__ = ["METHODS", "apply", "gates", "has_adapter", "hooks", "layout", "rates", "resolve"]
 
 
 def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -> tuple[ModelConfig, tuple[range, ...]]:
@@ -40,15 +42,16 @@ def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -
         AdapterError: the section does not fit the model; the message names what is near.
     """
     section, method = resolve(section), METHODS[section.method]
+    hooked = hooks(section, config)
     if config.tied and method.separates:
         apart = replace(config, tied=False)
-        weights = _declare(apart)
+        weights = _declare(apart, hooked)
         ends = {*get_path(weights, EMBEDDING).keys, *get_path(weights, HEAD).keys}
         if ends & (method.trained(section, weights) | method.adapted(section, weights)):
             config = apart
     if one_stack:
         return config, (range(config.num_layers),)
-    weights = _declare(config)
+    weights = _declare(config, hooked)
     return config, _stacks(
         weights, config.num_layers, method.trained(section, weights), method.adapted(section, weights)
     )
@@ -70,14 +73,35 @@ def apply(
     section, method = resolve(section), METHODS[section.method]
     trained = method.trained(section, weights)
     params = _with_head(params, weights, trained, sharding_of)
+    adapter, stored = adapter_of(section), None
+    if adapter is not None and method.files is not None:
+        stored = open_checked(adapter, method.files, section, weights)
     params = method.wrap(section, params, weights, seed, sharding_of)
+    if stored is not None:
+        params = stored.put_into(params)
     return params, map_tree(lambda weight, leaf: _mask(weight, leaf, trained), weights, params)
 
 
-def _declare(config: ModelConfig) -> Tree:
+def hooks(section: TuneSection, config: ModelConfig) -> Hooks:
+    """What the method adds to the decoder beside its weights."""
+    section = resolve(section)
+    return METHODS[section.method].hooks(section, config) or NO_HOOKS
+
+
+def has_adapter(section: TuneSection) -> bool:
+    """Whether the method ends in an adapter; the others end in a whole model."""
+    return METHODS[section.method].files is not None
+
+
+def rates(section: TuneSection) -> dict[str, float]:
+    """Factors of the learning rate, by the name of a leaf's part."""
+    return METHODS[section.method].rates(section)
+
+
+def _declare(config: ModelConfig, hooked: Hooks) -> Tree:
     from jaxtune.models.decoder import Model
 
-    return Model.create(config).weights
+    return Model.create(config, hooks=hooked).weights
 
 
 def _stacks(weights: Tree, layers: int, trained: set[str], adapted: set[str]) -> tuple[range, ...]:
@@ -86,8 +110,9 @@ def _stacks(weights: Tree, layers: int, trained: set[str], adapted: set[str]) ->
     names = [{weight.key: weight.key.format(layer=layer) for weight in stacked} for layer in range(layers)]
     touched = [bool((trained | adapted) & set(keys.values())) for keys in names]
     below = touched.index(True) if True in touched else layers
-    if set(get_path(weights, EMBEDDING).keys) & (trained | adapted):
-        below = 0  # the gradient of the embedding passes through every layer
+    ends = [weight for path, weight in declared(weights) if path[0] in (EMBEDDING[0], HOOKS)]
+    if any(set(weight.keys) & (trained | adapted) for weight in ends):
+        below = 0  # the gradient of the embedding, and of what all layers see, passes through every layer
     kinds = [(i < below, {name for name, key in keys.items() if key in trained}) for i, keys in enumerate(names)]
     starts = [i for i in range(layers) if i == 0 or kinds[i] != kinds[i - 1]]
     return tuple(range(start, stop) for start, stop in zip(starts, [*starts[1:], layers]))
@@ -116,7 +141,9 @@ def _mask(weight: Weight, leaf: Any, trained: set[str]) -> Any:
 
 
 def gates(section: TuneSection, weights: Tree) -> dict[Path, np.ndarray]:
-    """Of each stacked weight of which some layers train and others not: which do, a bool for each layer."""
-    trained = METHODS[section.method].trained(resolve(section), weights)
-    flags = {path: np.array([key in trained for key in weight.keys]) for path, weight in declared(weights)}
+    """Of each stacked weight of which some layers train, or carry what does, and others not: a bool for each layer."""
+    section = resolve(section)
+    method = METHODS[section.method]
+    moved = method.trained(section, weights) | method.adapted(section, weights)
+    flags = {path: np.array([key in moved for key in weight.keys]) for path, weight in declared(weights)}
     return {path: layers for path, layers in flags.items() if layers.any() and not layers.all()}

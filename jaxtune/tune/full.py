@@ -1,19 +1,37 @@
 """Methods that add nothing: everything trains, or everything but what is frozen by name."""
 
 from collections.abc import Iterable
+from typing import Literal
 
-from jaxtune.config import TuneSection
 from jaxtune.errors import AdapterError
 from jaxtune.models.weights import Tree
+from jaxtune.section import NonNegative, TuneSection
 from jaxtune.tune.method import EMBEDDING, Method, all_keys, declared, get_path
 from jaxtune.tune.names import compiled, suggestion
 
 
-def train_all(section: TuneSection, weights: Tree) -> set[str]:
+class FullSection(TuneSection):
+    """Every weight trains."""
+
+    method: Literal["full"] = "full"
+
+
+class FreezeSection(TuneSection):
+    """Everything trains but what is named."""
+
+    method: Literal["freeze"] = "freeze"
+    freeze_embedding: bool = False
+    freeze_first: NonNegative = 0  # layers
+    freeze_last: NonNegative = 0  # layers
+    freeze_patterns: list[str] = []  # regexes over Hugging Face weight names, found anywhere in them
+    train_patterns: list[str] = []  # likewise; when given, nothing else trains
+
+
+def train_all(section: FullSection, weights: Tree) -> set[str]:
     return set(all_keys(weights))
 
 
-def train_unfrozen(section: TuneSection, weights: Tree) -> set[str]:
+def train_unfrozen(section: FreezeSection, weights: Tree) -> set[str]:
     """The keys that `train_patterns` finds (without it, all), less those that the freeze_* settings name."""
     keys = all_keys(weights)
     allowed = _found("train_patterns", section.train_patterns, keys) if section.train_patterns else set(keys)
@@ -29,7 +47,7 @@ def train_unfrozen(section: TuneSection, weights: Tree) -> set[str]:
     return allowed - frozen
 
 
-def _freezes(section: TuneSection, weights: Tree) -> Iterable[tuple[str, set[str]]]:
+def _freezes(section: FreezeSection, weights: Tree) -> Iterable[tuple[str, set[str]]]:
     """(setting, the keys that it freezes) for every setting that is on."""
     if section.freeze_embedding:
         yield "freeze_embedding", set(get_path(weights, EMBEDDING).keys)
@@ -69,5 +87,5 @@ def _found(option: str, patterns: list[str], keys: list[str]) -> set[str]:
     return found
 
 
-FULL = Method(trained=train_all)
-FREEZE = Method(trained=train_unfrozen)
+FULL = Method(FullSection, trained=train_all)
+FREEZE = Method(FreezeSection, trained=train_unfrozen)

@@ -1,78 +1,79 @@
 """LoRA (arXiv 2106.09685): frozen weights become `LowRank` leaves, whose `a` and `b` train.
 
-Which weights is plan.py's, adapter files are peft_io.py's.
+Which weights is plan.py's, the leaf low_rank.py's, adapter files are peft_io.py's.
 """
 
 import math
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
 
-from jaxtune.config import TuneSection
-from jaxtune.models.weights import Path, Tree, Weight, leaves_with_path, map_tree, path_key, set_path
-from jaxtune.tune import peft_tensors
+from jaxtune.errors import AdapterError
+from jaxtune.models.weights import Tree
+from jaxtune.section import Fraction, Positive, PositiveFloat, Targeted
+from jaxtune.tune import names
 from jaxtune.tune.low_rank import LowRank
-from jaxtune.tune.method import Method, ShardingOf, is_abstract, make
-from jaxtune.tune.plan import Plan, make_plan
+from jaxtune.tune.peft_files import TARGET_DEFAULTS, TARGET_SETTINGS, Files
+from jaxtune.tune.plan import Part, Site
+from jaxtune.tune.sites import Kind, Start, Tensor, keys_of, site_method
 
 
-def trained(section: TuneSection, weights: Tree) -> set[str]:
-    return set(make_plan(section, weights).trained)
+class Ranked(Targeted):
+    """Options of the methods that add two narrow matrices."""
+
+    rank: Positive = 8
+    alpha: PositiveFloat = 16  # the update is scaled by alpha / rank
+    dropout: Fraction = 0.0  # on the input of A
+    use_rslora: bool = False  # scale alpha / sqrt(rank) in place of alpha / rank
+    bias: Literal["none", "all", "lora_only"] = "none"  # which biases train as well
+    rank_pattern: dict[str, Positive] = {}  # module name or regex -> rank
+    alpha_pattern: dict[str, PositiveFloat] = {}
+    loraplus_lr_ratio: PositiveFloat | None = None  # LoRA+: B's learning rate as a multiple of A's
+
+    def rank_of(self, module: str) -> int:
+        return names.by_pattern(module, self.rank_pattern, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        alpha = names.by_pattern(module, self.alpha_pattern, self.alpha)
+        return alpha / math.pow(self.rank_of(module), 0.5 if self.use_rslora else 1.0)
 
 
-def adapted(section: TuneSection, weights: Tree) -> set[str]:
-    return make_plan(section, weights).adapted
+class LoraSection(Ranked):
+    """Low-rank matrices beside frozen weights (Hu et al. 2021, arXiv 2106.09685).
 
-
-def wrap(section: TuneSection, params: Tree, weights: Tree, seed: int, sharding_of: ShardingOf | None) -> Tree:
-    """The parameters with fresh adapters, or with those of `section.adapter`.
-
-    Weights that train whole become float32, as everything that an adapter file holds is.
+    use_rslora: Kalajdzievski 2023, arXiv 2312.03732. loraplus_lr_ratio: Hayou et al. 2024, arXiv 2402.12354.
     """
-    plan = make_plan(section, weights)
-    shardings = None if sharding_of is None else _shardings(plan, sharding_of)
-    if section.adapter is None:
-        parts = fresh(plan, section.init, seed, shardings, is_abstract(params))
-    else:
-        params, parts = peft_tensors.read_adapter(section.adapter, plan, weights, params, shardings)
-    result: Tree = {}
-    for path, leaf in leaves_with_path(map_tree(partial(_wide, plan), weights, params)):
-        set_path(result, path, LowRank(leaf, **parts[path], dropout=section.dropout) if path in parts else leaf)
-    return result
+
+    TABLE: ClassVar[bool] = True
+
+    method: Literal["lora"] = "lora"
+    init: Literal["default", "gaussian"] = "default"  # of A; B starts at zero
 
 
-def _shardings(plan: Plan, sharding_of: ShardingOf) -> dict[Path, dict[str, Sharding]]:
-    return {path: {name: sharding_of(*part) for name, part in site.parts.items()} for path, site in plan.sites.items()}
+def lora_parts(section: Ranked, site: Site) -> dict[str, Part]:
+    """The axes follow from the base weight's."""
+    (in_size, out_size), (in_axis, out_axis) = site.in_out, site.in_out_axes
+    return {
+        "a": site.part((in_size, site.rank), (in_axis, "rank")),
+        "b": site.part((site.rank, out_size), ("rank", out_axis)),
+        "scale": site.part((), ()),
+    }
 
 
-def _wide(plan: Plan, weight: Weight, array: Any) -> Any:
-    if not plan.trained & set(weight.keys) or array.dtype == jnp.float32:
-        return array
-    if isinstance(array, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(array.shape, jnp.float32, sharding=array.sharding)
-    return array.astype(jnp.float32)
-
-
-def fresh(plan: Plan, init: str, seed: int, shardings: Any, abstract: bool) -> dict[Path, dict[str, Any]]:
+def fresh(section: LoraSection, site: Site, seed: int) -> Start:
     """The adapters' first values as PEFT draws them, so that every product is zero.
 
     Linear: b = 0 and a uniform in +-1/sqrt(in), or normal with deviation 1/rank ("gaussian"). Embedding: a = 0
     and b normal with deviation 1.
     """
-    parts = {}
-    for path, site in plan.sites.items():
-        keys = jnp.stack([path_key(seed, name) for name in site.modules])
-        ranks, scales = np.array(site.ranks), np.array(site.scales, np.float32)
-        kind = "embedding" if site.is_embedding else init
-        where = None if shardings is None else shardings[path]
-        sizes = (*site.in_out, site.rank)
-        stacked = site.weight.layers is not None
-        parts[path] = make(_initial, where, abstract, keys, ranks, scales, sizes=sizes, kind=kind, stacked=stacked)
-    return parts
+    kind = "embedding" if site.is_embedding else section.init
+    sizes, has_layers = (*site.in_out, site.rank), site.weight.layers is not None
+    arrays = keys_of(site, seed), np.array(site.ranks), np.array(site.scales, np.float32)
+    return Start(_initial, arrays, {"sizes": sizes, "kind": kind, "stacked": has_layers})
 
 
 def _initial(keys, ranks, scales, *, sizes: tuple[int, int, int], kind: str, stacked: bool) -> dict[str, jax.Array]:
@@ -96,4 +97,76 @@ def _initial(keys, ranks, scales, *, sizes: tuple[int, int, int], kind: str, sta
     return parts if stacked else {name: part[0] for name, part in parts.items()}
 
 
-LORA = Method(trained=trained, adapted=adapted, wrap=wrap, separates=True)
+def lora_leaf(section: Ranked, base: Any, parts: dict[str, Any]) -> LowRank:
+    return LowRank(base, **parts, dropout=section.dropout)
+
+
+def lora_tensors(section: Ranked, site: Site, row: int) -> list[Tensor]:
+    (in_size, out_size), rank = site.in_out, site.ranks[row]
+    a, b = ("lora_embedding_A", "lora_embedding_B") if site.is_embedding else ("lora_A.weight", "lora_B.weight")
+    return [Tensor(a, (rank, in_size), "a", turned=True), Tensor(b, (out_size, rank), "b", turned=True)]
+
+
+# Source of the keys: peft 0.21, `LoraConfig` and `PeftConfigMixin`. Written are those that PEFT had in 2023, since a
+# PEFT older than 0.19 fails on a key that it does not know.
+SETTINGS = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "use_rslora",
+    "bias": "bias",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    **TARGET_SETTINGS,
+}
+DEFAULTS: dict[str, Any] = {  # PEFT's, in our names
+    "rank": 8,
+    "alpha": 8,
+    "dropout": 0.0,
+    "use_rslora": False,
+    "bias": "none",
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    **TARGET_DEFAULTS,
+}
+HARMLESS = frozenset({"eva_config", "megatron_core", "qalora_group_size", "runtime_config"})
+# Starts that leave the base weights as they are. Most others (pissa, olora, corda, ...) subtract the start from
+# them, so that the adapter belongs to a base that is not the model's; mica keeps B fixed in training.
+HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+def read_lora(tree: dict[str, Any], where: Path) -> dict[str, Any]:
+    """Of `init_lora_weights`, which is all that takes more than a new name."""
+    init = tree.get("init_lora_weights")
+    if not any(init is allowed or init == allowed for allowed in HARMLESS_INITS):
+        raise AdapterError(
+            f"{where}: init_lora_weights {init!r} changes the base weights or how the adapter trains; allowed are "
+            "true, false, 'gaussian', 'eva' and 'orthogonal'. PEFT's save_pretrained converts such an adapter "
+            "when it is given path_initial_model_for_weight_conversion"
+        )
+    return {"init": "gaussian" if init == "gaussian" else "default"}
+
+
+def write_lora(section: Ranked, weights: Tree) -> dict[str, Any]:
+    return {
+        "fan_in_fan_out": False,
+        "init_lora_weights": "gaussian" if getattr(section, "init", None) == "gaussian" else True,
+        "lora_alpha": _whole(section.alpha),
+        "alpha_pattern": {name: _whole(value) for name, value in section.alpha_pattern.items()},
+    }
+
+
+def _whole(number: float) -> int | float:
+    """PEFT declares alpha as an integer."""
+    return int(number) if number == int(number) else number
+
+
+def lora_rates(section: Ranked) -> dict[str, float]:
+    return {} if section.loraplus_lr_ratio is None else {"b": section.loraplus_lr_ratio}
+
+
+LORA_FILES = Files(
+    "LORA", SETTINGS, DEFAULTS, harmless=HARMLESS | {"init_lora_weights"}, read=read_lora, write=write_lora
+)
+LORA_KIND = Kind(parts=lora_parts, start=fresh, leaf=lora_leaf, tensors=lora_tensors)
+LORA = site_method(LoraSection, LORA_KIND, LORA_FILES, rates=lora_rates)

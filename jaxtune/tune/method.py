@@ -3,13 +3,18 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Sharding
 
-from jaxtune.config import TuneSection
 from jaxtune.models.weights import Path, Tree, Weight, leaves_with_path
+from jaxtune.section import TuneSection
+
+if TYPE_CHECKING:
+    from jaxtune.models.config import ModelConfig
+    from jaxtune.models.hooks import Hooks
+    from jaxtune.tune.peft_files import Files
 
 ShardingOf = Callable[[tuple[int, ...], tuple[str | None, ...]], Sharding]  # (shape, logical axes) -> sharding
 
@@ -21,16 +26,25 @@ HEAD = ("head", "weight")
 class Method:
     """A transform of the parameter tree, and what it says about itself before there are parameters.
 
-    trained: (section, declarations) -> Hugging Face keys of the weights whose own values train.
-    adapted: likewise, of the weights that stay as they are and carry something that trains.
-    wrap: (section, params, declarations, seed, sharding_of) -> params with the method's typed leaves.
+    section: the class of its options. In what follows, `section` is one of these, and `weights` the declarations.
+
+    trained: (section, weights) -> keys of the weights whose own values train: Hugging Face's, or those that `hooks`
+    declares. adapted: likewise, of the weights that stay as they are and carry something that trains.
+    wrap: (section, params, weights, seed, sharding_of) -> params with the method's typed leaves, as they start.
     separates: a head tied to the embedding becomes a weight of its own where either is trained or adapted.
+    files: how PEFT stores it; None: it ends in a whole model, not in an adapter.
+    hooks: (section, model settings) -> what it adds to the decoder beside the weights; None: nothing.
+    rates: section -> factors of the learning rate, by the name of a leaf's part.
     """
 
-    trained: Callable[[TuneSection, Tree], set[str]]
-    adapted: Callable[[TuneSection, Tree], set[str]] = lambda section, weights: set()
-    wrap: Callable[[TuneSection, Tree, Tree, int, ShardingOf | None], Tree] = lambda section, params, *rest: params
+    section: type[TuneSection]
+    trained: Callable[[Any, Tree], set[str]]
+    adapted: Callable[[Any, Tree], set[str]] = lambda section, weights: set()
+    wrap: Callable[[Any, Tree, Tree, int, ShardingOf | None], Tree] = lambda section, params, *rest: params
     separates: bool = False
+    files: "Files | None" = None
+    hooks: "Callable[[Any, ModelConfig], Hooks | None]" = lambda section, config: None
+    rates: Callable[[Any], dict[str, float]] = lambda section: {}
 
 
 def declared(weights: Tree) -> Iterator[tuple[Path, Weight]]:

@@ -1,66 +1,28 @@
-"""`adapter_config.json` of PEFT, to a TuneSection and back. The tensors beside it are peft_io.py's.
+"""`adapter_config.json` of PEFT, to a section and back. What of it is one method's stands with that method
+(peft_files.py); the tensors beside it are peft_io.py's.
 
-Source of the keys: peft 0.21, `LoraConfig` and `PeftConfigMixin`. Written are the keys that PEFT had in 2023,
-since a PEFT older than 0.19 fails on a key that it does not know.
+Source of the keys: peft 0.21, `PeftConfigMixin` and the configuration of each method.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from jaxtune.config import TuneSection
 from jaxtune.errors import AdapterError, ConfigError, listing
 from jaxtune.files import inside, read_json
 from jaxtune.models.weights import Tree
+from jaxtune.section import Targeted, TuneSection, adapter_of
 from jaxtune.tune.names import Modules, last_names
 from jaxtune.tune.plan import is_all_linear
 
-CONFIG_NAME = "adapter_config.json"
+if TYPE_CHECKING:
+    from jaxtune.tune.method import Method
 
-# PEFT's key -> ours
-SETTINGS = {
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "target_modules": "targets",
-    "exclude_modules": "exclude",
-    "use_rslora": "use_rslora",
-    "bias": "bias",
-    "rank_pattern": "rank_pattern",
-    "alpha_pattern": "alpha_pattern",
-    "layers_to_transform": "layers",
-    "modules_to_save": "modules_to_save",
-}
-DEFAULTS: dict[str, Any] = {  # PEFT's, in our names
-    "rank": 8,
-    "alpha": 8,
-    "dropout": 0.0,
-    "exclude": None,
-    "use_rslora": False,
-    "bias": "none",
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layers": None,
-    "modules_to_save": [],
-}
+CONFIG_NAME = "adapter_config.json"
 # Of no effect on what the adapter computes, whatever they hold.
-HARMLESS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "eva_config",
-    "inference_mode",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-}
-READ_HERE = {"peft_type", "init_lora_weights", "layers_pattern"}
-# Starts that leave the base weights as they are. Most others (pissa, olora, corda, ...) subtract the start from
-# them, so that the adapter belongs to a base that is not the model's; mica keeps B fixed in training.
-HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+HARMLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
+READ_HERE = {"peft_type", "layers_pattern"}
 
 
 def resolve(section: TuneSection) -> TuneSection:
@@ -70,26 +32,42 @@ def resolve(section: TuneSection) -> TuneSection:
         ConfigError: a setting stands in the section and differs from the adapter's.
         AdapterError: the directory is not an adapter that we can use.
     """
-    if section.adapter is None:
+    adapter = adapter_of(section)
+    if adapter is None:
         return section
-    found = read_config(Path(section.adapter))
+    found = read_config(Path(adapter))
+    stored = ["method", *_files(found).settings.values()]
     differing = [
-        f"tune.{name}: {getattr(section, name)!r}, the adapter has {getattr(found, name)!r}"
-        for name in sorted(section.model_fields_set & set(SETTINGS.values()))
-        if _comparable(getattr(section, name)) != _comparable(getattr(found, name))
+        f"tune.{name}: {getattr(section, name)!r}, the adapter has {getattr(found, name, None)!r}"
+        for name in sorted(section.model_fields_set & set(stored))
+        if _comparable(getattr(section, name)) != _comparable(getattr(found, name, None))
     ]
     if differing:
         raise ConfigError(
-            f"tune.adapter {section.adapter}: its settings win, and these contradict them:\n"
+            f"tune.adapter {adapter}: its settings win, and these contradict them:\n"
             + "\n".join(differing)
             + "\nLeave them out."
         )
-    return found
+    # What PEFT does not store is the run's own.
+    own = {name: getattr(section, name) for name in section.model_fields_set if name not in stored}
+    return found.model_copy(update=own)
 
 
 def is_resolved(section: TuneSection) -> bool:
     """Whether every setting stands in the section itself."""
-    return section.adapter is None or set(SETTINGS.values()) <= section.model_fields_set
+    if adapter_of(section) is None:
+        return True
+    return set(_files(section).settings.values()) <= section.model_fields_set
+
+
+def _methods() -> "dict[str, Method]":
+    from jaxtune.tune import METHODS
+
+    return METHODS
+
+
+def _files(section: TuneSection) -> Any:
+    return _methods()[section.method].files
 
 
 def _comparable(value: Any) -> Any:
@@ -104,22 +82,33 @@ def read_config(directory: Path) -> TuneSection:
     """
     where = directory / CONFIG_NAME
     tree = _read_json(directory)
-    if tree.get("peft_type") != "LORA":
-        raise AdapterError(f"{where}: peft_type {tree.get('peft_type')!r}; allowed is 'LORA'")
-    _refuse_options(tree, where)
-    if tree.get("target_modules") in (None, [], ""):
+    name, method = _method_of(tree, where)
+    files: Any = method.files
+    options = files.read(tree, where)
+    _refuse_options(tree, where, files)
+    if "target_modules" in files.settings and tree.get("target_modules") in (None, [], ""):
         raise AdapterError(f"{where}: target_modules is empty; it must list the modules that the adapter sits on")
-    given = {ours: tree[theirs] for theirs, ours in SETTINGS.items() if tree.get(theirs) not in (None, [], "")}
-    init = "gaussian" if tree.get("init_lora_weights") == "gaussian" else "default"
-    values = {**DEFAULTS, **given, "method": "lora", "init": init, "adapter": str(directory)}
+    given = {ours: tree[theirs] for theirs, ours in files.settings.items() if tree.get(theirs) not in (None, [], "")}
+    values = {**files.defaults, **given, **options, "method": name, "adapter": str(directory)}
     try:
-        return TuneSection.model_validate({name: _ordered(value) for name, value in values.items()})
+        return method.section.model_validate({option: _ordered(value) for option, value in values.items()})
     except ValidationError as error:
-        ours = {name: key for key, name in SETTINGS.items()}
+        ours = {option: key for key, option in files.settings.items()}
         lines = [
             f"{ours.get(str(e['loc'][0]), e['loc'])}: {e['msg']}; found {e['input']!r:.80}" for e in error.errors()
         ]
         raise AdapterError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def _method_of(tree: dict[str, Any], where: Path) -> "tuple[str, Method]":
+    """The method that an adapter_config.json is of: of several that it could be, the one that asks for most."""
+    stored = {name: method for name, method in _methods().items() if method.files is not None}
+    found = [name for name, method in stored.items() if method.files and method.files.claims(tree)]
+    if not found:
+        types = dict.fromkeys(method.files.peft_type for method in stored.values() if method.files)
+        raise AdapterError(f"{where}: peft_type {tree.get('peft_type')!r}; allowed are {', '.join(types)}")
+    name = max(found, key=lambda name: len(_methods()[name].files.fixed))  # type: ignore[union-attr]
+    return name, stored[name]
 
 
 def _ordered(value: Any) -> Any:
@@ -135,18 +124,11 @@ def _read_json(directory: Path) -> dict[str, Any]:
     return read_json(inside(directory, CONFIG_NAME, AdapterError, str(directory)), AdapterError)
 
 
-def _refuse_options(tree: dict, where: Path) -> None:
+def _refuse_options(tree: dict, where: Path, files: Any) -> None:
     """An option that we do not have, and that is on, is named."""
-    init = tree.get("init_lora_weights")
-    if not any(init is allowed or init == allowed for allowed in HARMLESS_INITS):
-        raise AdapterError(
-            f"{where}: init_lora_weights {init!r} changes the base weights or how the adapter trains; allowed are "
-            "true, false, 'gaussian', 'eva' and 'orthogonal'. PEFT's save_pretrained converts such an adapter "
-            "when it is given path_initial_model_for_weight_conversion"
-        )
     if tree.get("layers_pattern") not in (None, [], "", "layers", ["layers"]):
         raise AdapterError(f"{where}: layers_pattern {tree['layers_pattern']!r}; allowed is 'layers'")
-    known = SETTINGS.keys() | HARMLESS | READ_HERE
+    known = files.settings.keys() | files.fixed.keys() | files.harmless | HARMLESS | READ_HERE
     on = [f"{key} = {value!r:.60}" for key, value in sorted(tree.items()) if key not in known and _is_on(value)]
     if on:
         raise AdapterError(f"{where}: options that jaxtune does not have: {'; '.join(on)}")
@@ -158,32 +140,23 @@ def _is_on(value: Any) -> bool:
 
 def to_peft(section: TuneSection, weights: Tree, base_model_name: str | None) -> dict[str, Any]:
     """The contents of `adapter_config.json` for a resolved section."""
-    targets: Any = section.targets
-    if is_all_linear(section.targets):
-        # A list, since PEFT refuses layers_to_transform beside a string.
-        targets = last_names(Modules.of(weights).linears)
-    alpha = {name: _whole(value) for name, value in section.alpha_pattern.items()}
+    files = _files(section)
     tree = {
         "auto_mapping": None,
         "base_model_name_or_path": base_model_name,
-        "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": "gaussian" if section.init == "gaussian" else True,
-        "layers_pattern": None,
-        "peft_type": "LORA",
+        "peft_type": files.peft_type,
         "revision": None,
         "task_type": "CAUSAL_LM",
-        **{theirs: _ordered(getattr(section, ours)) for theirs, ours in SETTINGS.items()},
-        "target_modules": _ordered(targets),
-        "modules_to_save": _ordered(section.modules_to_save) or None,
-        "lora_alpha": _whole(section.alpha),
-        "alpha_pattern": alpha,
+        **{theirs: _ordered(getattr(section, ours)) for theirs, ours in files.settings.items()},
+        **files.write(section, weights),
+        **files.fixed,
     }
-    if section.exclude is None:
-        del tree["exclude_modules"]  # younger than the others
+    if isinstance(section, Targeted):
+        tree |= {"layers_pattern": None, "modules_to_save": _ordered(section.modules_to_save) or None}
+        if is_all_linear(section.targets):
+            # A list, since PEFT refuses layers_to_transform beside a string.
+            tree["target_modules"] = _ordered(last_names(Modules.of(weights).linears))
+        if section.exclude is None:
+            del tree["exclude_modules"]  # younger than the others
     return dict(sorted(tree.items()))  # the patterns inside keep their order: the first that matches decides
-
-
-def _whole(number: float) -> int | float:
-    """PEFT declares alpha as an integer."""
-    return int(number) if number == int(number) else number

@@ -11,13 +11,13 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save
 
 from jaxtune import processes
-from jaxtune.config import TuneSection
 from jaxtune.errors import AdapterError, listing
 from jaxtune.models.weights import Tree
+from jaxtune.section import TuneSection
 from jaxtune.tune.method import get_path
 from jaxtune.tune.peft_config import CONFIG_NAME, is_resolved, read_config, resolve, to_peft
-from jaxtune.tune.peft_tensors import TENSORS_NAME, AdapterFile, Entry, entries, open_adapter
-from jaxtune.tune.plan import make_plan
+from jaxtune.tune.peft_files import Entry, Files
+from jaxtune.tune.peft_tensors import TENSORS_NAME, AdapterFile, open_adapter
 
 
 def load_adapter(directory: str | Path) -> tuple[TuneSection, AdapterFile]:
@@ -54,21 +54,36 @@ def save_adapter(
 def adapter_tensors(section: TuneSection, weights: Tree, params: Tree) -> dict[str, np.ndarray]:
     """The tensors of the adapter file by name, in float32."""
     hosted: dict[tuple, np.ndarray] = {}
-    tensors = {}
-    for entry in entries(make_plan(section, weights), weights):
+    tensors: dict[str, np.ndarray] = {}
+    for entry in files_of(section).entries(section, weights):
         place = (entry.path, entry.part)
         if place not in hosted:
             leaf = get_path(params, entry.path)
             hosted[place] = _to_host(getattr(leaf, entry.part) if entry.part else leaf)
-        tensors[entry.key] = _of_entry(hosted[place], entry)
+        if entry.key not in tensors:
+            tensors[entry.key] = np.zeros(entry.shape, np.float32)
+        columns = slice(None) if entry.columns is None else slice(*entry.columns)
+        tensors[entry.key][..., columns] = _of_entry(hosted[place], entry)
     return tensors
+
+
+def files_of(section: TuneSection) -> Files:
+    """How PEFT stores the section's method."""
+    from jaxtune.tune import METHODS
+
+    files = METHODS[section.method].files
+    assert files is not None, section.method
+    return files
 
 
 def _of_entry(array: np.ndarray, entry: Entry) -> np.ndarray:
     value = array if entry.row is None else array[entry.row]
-    if entry.part is not None:
-        value = value.T[: entry.shape[0], : entry.shape[1]]
-    return np.ascontiguousarray(value, np.float32)
+    shape = entry.shape if entry.columns is None else (*entry.shape[:-1], entry.columns[1] - entry.columns[0])
+    if entry.turned:
+        value = value.T
+    if value.ndim == len(shape):
+        value = value[tuple(slice(size) for size in shape)]
+    return np.ascontiguousarray(value.reshape(shape), np.float32)
 
 
 def _to_host(array: jax.Array) -> np.ndarray:

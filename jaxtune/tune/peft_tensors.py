@@ -4,8 +4,8 @@ Source of the names and shapes: files that peft 0.21 writes. Strict both ways: e
 every place in the tree is filled. Pickled files are refused by name and never opened.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -16,57 +16,17 @@ from safetensors import SafetensorError, safe_open
 
 from jaxtune.errors import AdapterError, listing, nearest
 from jaxtune.files import inside
+from jaxtune.leaves import Leaf
 from jaxtune.models.weights import Path, Tree, map_tree, set_path
-from jaxtune.tune.method import EMBEDDING, HEAD, declared, get_path, is_abstract, is_concrete, make
-from jaxtune.tune.names import module_of
+from jaxtune.tune.method import EMBEDDING, HEAD, declared, get_path, is_concrete
 from jaxtune.tune.peft_config import CONFIG_NAME
-from jaxtune.tune.plan import Plan, Site
+from jaxtune.tune.peft_files import PREFIX, Entry, Files
 
 TENSORS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 TIED_HEAD = "lm_head.weight"  # a file may hold a tied model's embedding under this name too
 COPIES = (".base_layer.", ".original_module.", ".")  # how PEFT names a base weight that it stores beside an adapter
 
 Index = tuple[slice, ...]
-Parts = dict[Path, dict[str, Any]]  # of each adapted weight: the arrays a, b and scale
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the file, and the array in the tree whose numbers it has.
-
-    row: along axis 0 of the array; None where it has no layers. part: a | b of an adapter, which the file has
-    transposed; None for a weight that trains whole.
-    """
-
-    key: str
-    shape: tuple[int, ...]
-    path: Path
-    row: int | None
-    part: str | None
-
-
-def entries(plan: Plan, weights: Tree) -> list[Entry]:
-    """Every tensor that an adapter file of this plan holds, no more and no less."""
-    result = [entry for site in plan.sites.values() for entry in _site_entries(site)]
-    for path, weight in declared(weights):
-        for row, key in enumerate(weight.keys):
-            if key in plan.trained:
-                name = f"{module_of(key)}.base_layer.bias" if key in plan.biases else key
-                result.append(Entry(PREFIX + name, weight.shape, path, None if weight.layers is None else row, None))
-    return result
-
-
-def _site_entries(site: Site) -> Iterator[Entry]:
-    a_name, b_name = (
-        ("lora_embedding_A", "lora_embedding_B") if site.is_embedding else ("lora_A.weight", "lora_B.weight")
-    )
-    in_size, out_size = site.in_out
-    for row, (module, rank) in enumerate(zip(site.modules, site.ranks)):
-        axis = None if site.weight.layers is None else row
-        if rank:
-            yield Entry(f"{PREFIX}{module}.{a_name}", (rank, in_size), site.path, axis, "a")
-            yield Entry(f"{PREFIX}{module}.{b_name}", (out_size, rank), site.path, axis, "b")
 
 
 @dataclass(frozen=True)
@@ -104,65 +64,67 @@ def open_adapter(directory: str | FilePath) -> AdapterFile:
         raise AdapterError(f"{path}: not a safetensors file: {error}") from None
 
 
-def read_adapter(
-    directory: str, plan: Plan, weights: Tree, params: Tree, shardings: dict[Path, dict[str, Any]] | None
-) -> tuple[Tree, Parts]:
-    """(params with the weights that train whole taken from the adapter, the parts of each adapted weight).
+@dataclass(frozen=True)
+class Checked:
+    """An adapter's tensors, each with its place in a tree. copies: of base weights, (key in the file, path, row)."""
 
-    Each process reads the bytes of its own shards. Without values in `params` only names and shapes are checked.
+    file: AdapterFile
+    wanted: list[Entry]
+    copies: list[tuple[str, Path, int | None]]
+    fill: dict[str, float]
+
+    def put_into(self, params: Tree) -> Tree:
+        """`params`, whose leaves the method has put in place, with every number that the adapter has.
+
+        Each process reads the bytes of its own shards. A tree without values stays as it is.
+
+        Raises:
+            AdapterError: the adapter was made for another base, or has a number that is not finite.
+        """
+        if not is_concrete(params):
+            return params
+        for key, path, row in self.copies:
+            _check_copy(self.file, key, _bottom(get_path(params, path)), row)
+        result = map_tree(lambda leaf: leaf, params)
+        for path, part in dict.fromkeys((entry.path, entry.part) for entry in self.wanted):
+            leaf = get_path(result, path)
+            array = leaf if part is None else getattr(leaf, part)
+            mine = [entry for entry in self.wanted if (entry.path, entry.part) == (path, part)]
+            value = _place(
+                array.shape, array.sharding, _reader(self.file, mine, array.shape, self.fill.get(part or "", 0.0))
+            )
+            set_path(result, path, value if part is None else replace(leaf, **{part: value}))
+        return result
+
+
+def open_checked(directory: str, files: Files, section: Any, weights: Tree) -> Checked:
+    """The tensors of an adapter directory for a model; only names and shapes are read.
 
     Raises:
-        AdapterError: a tensor too many, too few or of another shape, or one made for another base.
+        AdapterError: a tensor too many, too few or of another shape.
     """
     file = open_adapter(directory)
-    wanted = entries(plan, weights)
-    copies = _check_names(file, wanted, weights)
-    if not is_concrete(params):
-        zeros = lambda: {path: _zeros(site) for path, site in plan.sites.items()}  # noqa: E731
-        return params, make(zeros, shardings, is_abstract(params))
-    for key, path, row in copies:
-        _check_copy(file, key, get_path(params, path), row)
-    parts = {path: _read_parts(file, wanted, site, shardings) for path, site in plan.sites.items()}
-    return _read_whole(file, wanted, params), parts
+    wanted = files.entries(section, weights)
+    return Checked(file, wanted, _check_names(file, wanted, weights), files.fill)
 
 
-def _zeros(site: Site) -> dict[str, jax.Array]:
-    return {name: jnp.zeros(part.shape) for name, part in site.parts.items()}
-
-
-def _read_parts(file: AdapterFile, wanted: list[Entry], site: Site, shardings) -> dict[str, jax.Array]:
-    result = {}
-    for name, part in site.parts.items():
-        sharding = None if shardings is None else shardings[site.path][name]
-        if name == "scale":
-            scales = np.array(site.scales, np.float32).reshape(part.shape)
-            result[name] = _place(part.shape, sharding, scales.__getitem__)
-        else:
-            mine = [entry for entry in wanted if entry.path == site.path and entry.part == name]
-            result[name] = _place(part.shape, sharding, _reader(file, mine, part.shape))
-    return result
-
-
-def _read_whole(file: AdapterFile, wanted: list[Entry], params: Tree) -> Tree:
-    result = map_tree(lambda array: array, params)
-    for path in dict.fromkeys(entry.path for entry in wanted if entry.part is None):
-        array, mine = get_path(params, path), [entry for entry in wanted if entry.path == path]
-        set_path(result, path, _place(array.shape, array.sharding, _reader(file, mine, array.shape)))
-    return result
+def _bottom(leaf: Any) -> Any:
+    """The array under the leaves; None where it has another form, in which nothing can be compared."""
+    while isinstance(leaf, Leaf):
+        leaf = getattr(leaf, "base", None)
+    return leaf
 
 
 def _place(shape: tuple[int, ...], sharding: Any, read: Callable[[Index], np.ndarray]) -> jax.Array:
-    if sharding is None:
-        return jnp.asarray(read(tuple(slice(None) for _ in shape)))
     return jax.make_array_from_callback(shape, sharding, read)
 
 
-def _reader(file: AdapterFile, mine: list[Entry], shape: tuple[int, ...]) -> Callable[[Index], np.ndarray]:
-    """A function from an index into an array of the tree to its numbers in float32; zero where no tensor has any."""
+def _reader(file: AdapterFile, mine: list[Entry], shape: tuple[int, ...], fill: float) -> Callable[[Index], np.ndarray]:
+    """A function from an index into an array of the tree to its numbers in float32; `fill` where no tensor has any."""
 
     def read(index: Index) -> np.ndarray:
         ranges = [range(size)[part] for part, size in zip(index, shape)]
-        out: np.ndarray = np.zeros([len(part) for part in ranges], np.float32)
+        out: np.ndarray = np.full([len(part) for part in ranges], fill, np.float32)
         for entry in mine:
             if entry.row is not None and entry.row not in ranges[0]:
                 continue
@@ -177,14 +139,32 @@ def _reader(file: AdapterFile, mine: list[Entry], shape: tuple[int, ...]) -> Cal
 
 def _read_slice(file: AdapterFile, entry: Entry, ranges: list[range]) -> np.ndarray:
     """The part of a tensor that lies in the ranges of the tree's array; a smaller rank ends before they do."""
-    ordered = ranges if entry.part is None else ranges[::-1]
-    bounds = [(part.start, min(part.stop, size)) for part, size in zip(ordered, entry.shape)]
+    bounds = _bounds(entry, ranges[::-1] if entry.turned else ranges)
     if any(start >= stop for start, stop in bounds):
-        return np.zeros([0] * len(bounds), np.float32)
+        return np.zeros([0] * len(ranges), np.float32)
     value: np.ndarray = file.read(entry.key, tuple(slice(*bound) for bound in bounds)).astype(np.float32)
     if not np.isfinite(value).all():
         raise AdapterError(f"{file.path}: {entry.key} has numbers that are not finite (NaN or infinity)")
-    return value if entry.part is None else value.T
+    if _is_flat(entry, ranges):
+        return value.reshape([len(part) for part in ranges])
+    return value.T if entry.turned else value
+
+
+def _is_flat(entry: Entry, ranges: list[range]) -> bool:
+    """Whether the tensor has dimensions of size 1 that the array lacks."""
+    return len(entry.shape) != len(ranges)
+
+
+def _bounds(entry: Entry, ranges: list[range]) -> list[tuple[int, int]]:
+    """What to read of each dimension of a tensor."""
+    if _is_flat(entry, ranges):
+        left = iter(ranges)
+        ranges = [range(1) if size == 1 else next(left) for size in entry.shape]
+    bounds = [(part.start, min(part.stop, size)) for part, size in zip(ranges, entry.shape)]
+    if entry.columns is not None:
+        first = entry.columns[0]
+        bounds[-1] = (first + ranges[-1].start, min(first + ranges[-1].stop, entry.columns[1]))
+    return bounds
 
 
 def _check_names(file: AdapterFile, wanted: list[Entry], weights: Tree) -> list[tuple[str, Path, int | None]]:
@@ -249,8 +229,10 @@ def _check_alias(file: AdapterFile, key: str) -> None:
         raise AdapterError(f"{file.path}: {key} and {_alias(key)} differ; they are the same weight")
 
 
-def _check_copy(file: AdapterFile, key: str, array: jax.Array, row: int | None) -> None:
+def _check_copy(file: AdapterFile, key: str, array: jax.Array | None, row: int | None) -> None:
     """A base weight in the file is what the adapter was made for; the model's must be the same."""
+    if array is None:
+        return
     base = array if row is None else array[row]
     stored = _place(base.shape, base.sharding, lambda index: file.read(key, index).astype(base.dtype))
     if not bool(jnp.array_equal(stored, base)):

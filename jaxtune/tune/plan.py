@@ -1,15 +1,15 @@
-"""What a LoRA section means for a model: which weights get an adapter, of which rank and scale, and which train whole.
+"""What a section with targets means for a model: which weights get an adapter, of which rank and scale, and which
+train whole.
 
 Made from declarations alone. The names are PEFT's rules' (names.py); every setting that would do nothing is an error.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxtune.config import TuneSection
 from jaxtune.errors import AdapterError, listing
 from jaxtune.models.weights import Path, Tree, Weight
+from jaxtune.section import Targeted
 from jaxtune.tune import names
 from jaxtune.tune.method import EMBEDDING, all_keys, declared
 from jaxtune.tune.names import Modules, module_of
@@ -24,7 +24,7 @@ class Part(NamedTuple):
 class Site:
     """The adapters on one weight: one entry in `ranks` and `scales` for each layer, or one where it has no layers.
 
-    Rank 0: no adapter in that layer.
+    Rank 0: no adapter in that layer. A method that knows no ranks has 1 in the others.
     """
 
     path: Path
@@ -48,22 +48,20 @@ class Site:
 
     @property
     def in_out(self) -> tuple[int, int]:
-        """Sizes of `a`'s first and `b`'s last dimension."""
+        """Sizes of what goes into the weight and of what comes out."""
         return self._turned(*self.weight.shape)
+
+    @property
+    def in_out_axes(self) -> tuple[str | None, str | None]:
+        """Their logical axes."""
+        return self._turned(*self.weight.axes)
 
     def _turned(self, first, second):
         return (first, second) if self.is_embedding else (second, first)
 
-    @property
-    def parts(self) -> dict[str, Part]:
-        """The adapter's arrays; their axes follow from the base weight's."""
-        (in_size, out_size), (in_axis, out_axis) = self.in_out, self._turned(*self.weight.axes)
-        sizes, axes = ((), ()) if self.weight.layers is None else ((len(self.ranks),), ("layers",))
-        return {
-            "a": Part((*sizes, in_size, self.rank), (*axes, in_axis, "rank")),
-            "b": Part((*sizes, self.rank, out_size), (*axes, "rank", out_axis)),
-            "scale": Part(sizes, axes),
-        }
+    def part(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Part:
+        """A part of this shape in each layer."""
+        return Part(shape, axes) if self.weight.layers is None else Part((len(self.ranks), *shape), ("layers", *axes))
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Plan:
         return {key for pairs in ranked for key, rank in pairs if rank}
 
 
-def make_plan(section: TuneSection, weights: Tree) -> Plan:
+def make_plan(section: Targeted, weights: Tree) -> Plan:
     """The plan of a resolved section.
 
     Raises:
@@ -97,25 +95,24 @@ def make_plan(section: TuneSection, weights: Tree) -> Plan:
         if site is not None:
             sites[path] = site
     own = {f"{name}.bias" for name in targets}
-    biases = {key for key in all_keys(weights) if key.endswith(".bias") and (key in own or section.bias == "all")}
-    trained = saved | (biases if section.bias != "none" else set())
+    bias = getattr(section, "bias", "none")
+    biases = {key for key in all_keys(weights) if key.endswith(".bias") and (key in own or bias == "all")}
+    trained = saved | (biases if bias != "none" else set())
     _check_effects(section, modules, targets, biases)
     _check_conflicts(targets, saved)
     return Plan(sites, frozenset(trained), frozenset(trained & own))
 
 
-def _site(section: TuneSection, path: Path, weight: Weight, targets: set[str]) -> Site | None:
+def _site(section: Targeted, path: Path, weight: Weight, targets: set[str]) -> Site | None:
     named = [module_of(key) for key in weight.keys]
     if path[-1] != "weight" or not targets & set(named):
         return None
-    ranks = [names.by_pattern(name, section.rank_pattern, section.rank) if name in targets else 0 for name in named]
-    alphas = [names.by_pattern(name, section.alpha_pattern, section.alpha) for name in named]
-    power = 0.5 if section.use_rslora else 1.0
-    scales = [alpha / math.pow(rank, power) if rank else 0.0 for alpha, rank in zip(alphas, ranks)]
+    ranks = [section.rank_of(name) if name in targets else 0 for name in named]
+    scales = [section.scale_of(name) if name in targets else 0.0 for name in named]
     return Site(path, weight, tuple(ranks), tuple(scales))
 
 
-def _targets(section: TuneSection, modules: Modules) -> set[str]:
+def _targets(section: Targeted, modules: Modules) -> set[str]:
     """Full names of the modules that get an adapter."""
     if is_all_linear(section.targets):
         section = section.model_copy(update={"targets": names.last_names(modules.linears)})
@@ -135,11 +132,13 @@ def _targets(section: TuneSection, modules: Modules) -> set[str]:
         why = "all of them are excluded, saved whole, or in other layers" if named else "no module has such a name"
         hint = "" if named else _hint(section.targets, modules)
         raise AdapterError(f"tune.targets {section.targets!r}: {why}{hint}")
-    unfit = [name for name in modules.others if name in found]
+    adaptable = [name for name in modules.adaptable if section.TABLE or name != modules.embedding]
+    unfit = [name for name in modules.all if name in found and name not in adaptable]
     if unfit:
+        what = "neither a linear map nor the embedding" if section.TABLE else "not a linear map"
         raise AdapterError(
-            f"tune.targets {section.targets!r} matches {listing(unfit)}: neither a linear map nor the embedding; "
-            f"allowed are {listing(names.last_names(modules.adaptable), 20)}"
+            f"tune.targets {section.targets!r} matches {listing(unfit)}: {what}; "
+            f"allowed are {listing(names.last_names(adaptable), 20)}"
         )
     return found
 
@@ -161,13 +160,13 @@ def _hint(targets: list[str] | str, modules: Modules) -> str:
     )
 
 
-def _check_patterns(section: TuneSection) -> None:
+def _check_patterns(section: Targeted) -> None:
     """Every regex compiles."""
     regexes = {
         "targets": [section.targets] if isinstance(section.targets, str) else [],
         "exclude": [section.exclude] if isinstance(section.exclude, str) else [],
-        "rank_pattern": list(section.rank_pattern),
-        "alpha_pattern": list(section.alpha_pattern),
+        "rank_pattern": list(getattr(section, "rank_pattern", ())),
+        "alpha_pattern": list(getattr(section, "alpha_pattern", ())),
         "modules_to_save": section.modules_to_save,
     }
     for option, patterns in regexes.items():
@@ -177,7 +176,7 @@ def _check_patterns(section: TuneSection) -> None:
         raise AdapterError("tune.layers does not go with a regex in tune.targets: put the layers into the regex")
 
 
-def _check_each_target(section: TuneSection, modules: Modules) -> None:
+def _check_each_target(section: Targeted, modules: Modules) -> None:
     """Each name of a list matches something by itself."""
     if isinstance(section.targets, str):
         return
@@ -188,7 +187,7 @@ def _check_each_target(section: TuneSection, modules: Modules) -> None:
             raise AdapterError(f'tune.targets: no module is named "{target}"{_hint([target], modules)}')
 
 
-def _saved(section: TuneSection, modules: Modules, weights: Tree) -> set[str]:
+def _saved(section: Targeted, modules: Modules, weights: Tree) -> set[str]:
     """Keys of the weights in modules_to_save."""
     holders = [name for name in modules.all if names.is_saved(name, section.modules_to_save)]
     for entry in section.modules_to_save:
@@ -210,11 +209,12 @@ def _check_conflicts(targets: set[str], saved: set[str]) -> None:
         )
 
 
-def _check_effects(section: TuneSection, modules: Modules, targets: set[str], biases: set[str]) -> None:
+def _check_effects(section: Targeted, modules: Modules, targets: set[str], biases: set[str]) -> None:
     """A setting that changes nothing is an error; in an adapter from elsewhere it is what PEFT ignored too."""
     if section.adapter is not None:
         return
-    for option, patterns in (("rank_pattern", section.rank_pattern), ("alpha_pattern", section.alpha_pattern)):
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(section, option, {})
         used = {names.pattern_of(name, patterns) for name in targets}
         for pattern in patterns:
             if pattern not in used:
@@ -222,10 +222,11 @@ def _check_effects(section: TuneSection, modules: Modules, targets: set[str], bi
                 raise AdapterError(
                     f'tune.{option}: "{pattern}" decides for no target{hint or ";"} remove or correct it'
                 )
-    if section.bias != "none" and not biases:
-        whose = "the model" if section.bias == "all" else "a target"
-        raise AdapterError(f"tune.bias {section.bias}: no module of {whose} has a bias; set it to none")
-    if section.dropout and targets == {modules.embedding}:
+    bias = getattr(section, "bias", "none")
+    if bias != "none" and not biases:
+        whose = "the model" if bias == "all" else "a target"
+        raise AdapterError(f"tune.bias {bias}: no module of {whose} has a bias; set it to none")
+    if getattr(section, "dropout", 0) and targets == {modules.embedding}:
         raise AdapterError("tune.dropout acts on linear maps only, and the only target is the embedding; set it to 0")
 
 
@@ -240,7 +241,7 @@ def _check_exclude(exclude: list[str] | str, targeted: list[str]) -> None:
             raise AdapterError(f'tune.exclude: "{entry}" excludes no target{hint or ";"} remove or correct it')
 
 
-def _check_layers(section: TuneSection, modules: Modules) -> None:
+def _check_layers(section: Targeted, modules: Modules) -> None:
     if section.layers is None:
         return
     wanted = [section.layers] if isinstance(section.layers, int) else section.layers

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxtune.assemble import Source, assemble
-from jaxtune.config import ModelSection, OptimSection, TuneSection, make_config
+from jaxtune.config import ModelSection, OptimSection, make_config, tune_section
 from jaxtune.mesh import single_device_mesh
 from jaxtune.program import build
 from jaxtune.tune.peft_io import save_adapter
@@ -88,7 +88,7 @@ def test_full_tuning(tiny_model, family):
 
     path = tiny_model(family, tie_word_embeddings=family == "qwen2")
     peer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    assert_follow(our_losses(path, TuneSection(method="full")), torch_losses(peer))
+    assert_follow(our_losses(path, tune_section(method="full")), torch_losses(peer))
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=str)
@@ -98,7 +98,7 @@ def test_lora(tiny_model, tmp_path, targets):
     from transformers import AutoModelForCausalLM
 
     path = tiny_model("qwen2")
-    section = TuneSection(method="lora", rank=4, alpha=16, targets=targets)
+    section = tune_section(method="lora", rank=4, alpha=16, targets=targets)
     losses = our_losses(path, section, adapter=tmp_path / "start")
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     peer = PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True)

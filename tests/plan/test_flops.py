@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxtune import tune
-from jaxtune.config import MeshSection, TuneSection
+from jaxtune.config import MeshSection, tune_section
 from jaxtune.mesh import make_mesh
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import Model
@@ -122,24 +122,24 @@ def asked(section, config=CONFIG):
 
 
 def test_full_tuning_is_six_for_each_matmul_parameter_and_palms_attention():
-    assert asked(TuneSection(method="full")) == TOKENS * (6 * (2 * LAYER + HEAD) + 2 * ATTENTION)
+    assert asked(tune_section(method="full")) == TOKENS * (6 * (2 * LAYER + HEAD) + 2 * ATTENTION)
 
 
 def test_lora_is_four_for_frozen_and_six_for_trained():
-    section = TuneSection(rank=4, targets=["q_proj"])
+    section = tune_section(rank=4, targets=["q_proj"])
     low_rank = 2 * 4 * (32 + 32)
     assert asked(section) == TOKENS * (4 * (2 * LAYER + HEAD) + 6 * low_rank + 2 * ATTENTION)
 
 
 def test_layers_below_the_first_that_trains_are_forward_only():
-    section = TuneSection(method="freeze", freeze_embedding=True, freeze_first=1)
+    section = tune_section(method="freeze", freeze_embedding=True, freeze_first=1)
     assert asked(section) == TOKENS * (2 * LAYER + 6 * (LAYER + HEAD) + ATTENTION / 3 + ATTENTION)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_embedding_counts_as_a_head_alone(tied):
     config = ModelConfig(**{**CONFIG.__dict__, "tied": tied})
-    assert asked(TuneSection(method="full"), config) == TOKENS * (6 * (2 * LAYER + HEAD) + 2 * ATTENTION)
+    assert asked(tune_section(method="full"), config) == TOKENS * (6 * (2 * LAYER + HEAD) + 2 * ATTENTION)
 
 
 def test_the_declarations_hold_no_other_matmul():

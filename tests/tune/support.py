@@ -13,8 +13,8 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import Model
 from jaxtune.models.families import parse_config
 from jaxtune.models.weights import Tree, map_tree
+from jaxtune.tune.lora import SETTINGS
 from jaxtune.tune.low_rank import LowRank
-from jaxtune.tune.peft_config import SETTINGS
 from jaxtune.tune.plan import make_plan
 
 SIZES = {
@@ -82,7 +82,7 @@ def tuned(section: TuneSection, family: str = "qwen2", tied: bool = True, seed: 
     """The model as the loop makes it: settings resolved, layers laid out, method applied."""
     section = tune.resolve(section)
     config, stacks = tune.layout(section, model_config(family, tied, **settings))
-    model = Model.create(config, stacks)
+    model = Model.create(config, stacks, hooks=tune.hooks(section, config))
     params = base_params(model.weights, family, tied, **settings)
     return Tuned(model, *tune.apply(section, params, model.weights, seed), section)
 

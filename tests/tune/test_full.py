@@ -3,7 +3,7 @@
 import pytest
 
 from jaxtune import tune
-from jaxtune.config import TuneSection
+from jaxtune.config import tune_section
 from jaxtune.errors import AdapterError
 from jaxtune.models.decoder import Model
 from jaxtune.models.weights import leaves_with_path
@@ -12,7 +12,7 @@ from tests.tune.support import base_params, model_config, settings_id
 
 def trained(tied: bool = True, **settings) -> set[str]:
     """Hugging Face keys of what trains, from the mask that the step gets."""
-    section = TuneSection(**settings)
+    section = tune_section(**settings)
     config, stacks = tune.layout(section, model_config(tied=tied))
     weights = Model.create(config, stacks).weights
     params, mask = tune.apply(section, base_params(weights, tied=tied), weights, 0)
@@ -79,5 +79,5 @@ def test_freezing_the_embedding_of_an_untied_model_leaves_the_head_training():
 )
 def test_a_setting_that_matches_nothing_or_does_nothing_is_named(settings, words):
     with pytest.raises(AdapterError) as error:
-        tune.layout(TuneSection(method="freeze", **settings), model_config())
+        tune.layout(tune_section(method="freeze", **settings), model_config())
     assert all(word in str(error.value) for word in words), str(error.value)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtune import tune
-from jaxtune.config import TuneSection
+from jaxtune.config import tune_section
 from jaxtune.models.decoder import Model
 from jaxtune.tune.low_rank import LowRank
 from tests.tune.support import base_params, logits, model_config, tuned
@@ -15,7 +15,7 @@ ONE = (range(3),)
 
 
 def stacks_of(**settings) -> tuple[range, ...]:
-    return tune.layout(TuneSection(**settings), model_config())[1]
+    return tune.layout(tune_section(**settings), model_config())[1]
 
 
 @pytest.mark.parametrize(
@@ -34,11 +34,11 @@ def stacks_of(**settings) -> tuple[range, ...]:
     ids=str,
 )
 def test_a_head_stays_tied_until_it_or_the_embedding_is_tuned_apart(settings, stays_tied):
-    assert tune.layout(TuneSection(**settings), model_config(tied=True))[0].tied == stays_tied
+    assert tune.layout(tune_section(**settings), model_config(tied=True))[0].tied == stays_tied
 
 
 def test_an_untied_model_stays_untied():
-    assert not tune.layout(TuneSection(), model_config(tied=False))[0].tied
+    assert not tune.layout(tune_section(), model_config(tied=False))[0].tied
 
 
 @pytest.mark.parametrize(
@@ -71,19 +71,19 @@ def test_layers_of_one_stack_train_the_same_weights(settings, expected):
 
 @pytest.mark.parametrize("settings", [{"layers": [1, 2]}, {"modules_to_save": ["layers.1.mlp"]}], ids=str)
 def test_a_fresh_adapter_on_several_stacks_computes_what_the_base_does(settings):
-    made, whole = tuned(TuneSection(**settings)), tuned(TuneSection(method="full"))
+    made, whole = tuned(tune_section(**settings)), tuned(tune_section(method="full"))
     np.testing.assert_allclose(logits(made.model, made.params), logits(whole.model, whole.params), atol=1e-5)
 
 
 def test_a_stack_without_adapters_has_plain_leaves():
-    made = tuned(TuneSection(layers=[1, 2]))
+    made = tuned(tune_section(layers=[1, 2]))
     below, above = (made.params["stacks"][name]["attention"]["q_proj"]["weight"] for name in "01")
     assert isinstance(below, jax.Array) and isinstance(above, LowRank)
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_an_untied_head_shares_the_embedding_s_buffer_while_both_are_frozen(target):
-    params = tuned(TuneSection(targets=[target])).params
+    params = tuned(tune_section(targets=[target])).params
     embedding, head = params["embed"]["weight"], params["head"]["weight"]
     arrays = [leaf.base if isinstance(leaf, LowRank) else leaf for leaf in (embedding, head)]
     assert arrays[0].unsafe_buffer_pointer() == arrays[1].unsafe_buffer_pointer()
@@ -91,14 +91,14 @@ def test_an_untied_head_shares_the_embedding_s_buffer_while_both_are_frozen(targ
 
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
 def test_an_untied_head_has_a_buffer_of_its_own_where_one_of_the_two_trains(saved):
-    params = tuned(TuneSection(modules_to_save=saved)).params
+    params = tuned(tune_section(modules_to_save=saved)).params
     embedding, head = params["embed"]["weight"], params["head"]["weight"]
     assert embedding.unsafe_buffer_pointer() != head.unsafe_buffer_pointer()
     np.testing.assert_array_equal(embedding, head)
 
 
 def test_a_head_that_was_loaded_is_left_as_it_is():
-    section = TuneSection(targets=["lm_head"])
+    section = tune_section(targets=["lm_head"])
     config, stacks = tune.layout(section, model_config(tied=False))
     weights = Model.create(config, stacks).weights
     params = base_params(weights, tied=False)
@@ -107,7 +107,7 @@ def test_a_head_that_was_loaded_is_left_as_it_is():
 
 
 def test_the_callers_tree_is_not_changed():
-    section = TuneSection(targets=["lm_head", "q_proj"], modules_to_save=["norm"])
+    section = tune_section(targets=["lm_head", "q_proj"], modules_to_save=["norm"])
     config, stacks = tune.layout(section, model_config())
     weights = Model.create(config, stacks).weights
     params = base_params(weights, dtype=jnp.bfloat16)

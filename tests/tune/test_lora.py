@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtune import tune
-from jaxtune.config import OptimSection, TuneSection
+from jaxtune.config import OptimSection, tune_section
 from jaxtune.errors import AdapterError
 from jaxtune.leaves import combine, count, partition
 from jaxtune.models.config import ModelConfig
@@ -28,7 +28,7 @@ def leaf(made, name: str = "q_proj", stack: str = "0") -> LowRank:
 
 
 def test_the_seed_recipe_has_96_tensors_and_540_672_numbers():
-    section = TuneSection(rank=8, alpha=32, targets=["q_proj", "v_proj"])
+    section = tune_section(rank=8, alpha=32, targets=["q_proj", "v_proj"])
     config, stacks = tune.layout(section, QWEN2_5_0_5B)
     weights = Model.create(config, stacks).weights
     plan = make_plan(section, weights)
@@ -40,13 +40,13 @@ def test_the_seed_recipe_has_96_tensors_and_540_672_numbers():
 
 
 def test_a_fresh_adapter_changes_nothing():
-    base = tuned(TuneSection(method="full"))
-    made = tuned(TuneSection(targets=["q_proj", "down_proj", "lm_head", "embed_tokens"]))
+    base = tuned(tune_section(method="full"))
+    made = tuned(tune_section(targets=["q_proj", "down_proj", "lm_head", "embed_tokens"]))
     np.testing.assert_array_equal(logits(made.model, made.params), logits(base.model, base.params))
 
 
 def test_a_starts_uniform_within_one_over_the_root_of_its_inputs_and_b_at_zero():
-    made = tuned(TuneSection(rank=64, targets="all-linear"))
+    made = tuned(tune_section(rank=64, targets="all-linear"))
     for name, inputs in (("q_proj", 32), ("down_proj", 40)):
         a, bound = np.asarray(leaf(made, name).a), inputs**-0.5
         assert a.shape == (3, inputs, 64)
@@ -57,14 +57,14 @@ def test_a_starts_uniform_within_one_over_the_root_of_its_inputs_and_b_at_zero()
 
 
 def test_a_gaussian_start_has_deviation_one_over_the_rank_of_its_layer():
-    made = tuned(TuneSection(rank=40, init="gaussian", rank_pattern={"layers.1.self_attn.q_proj": 10}))
+    made = tuned(tune_section(rank=40, init="gaussian", rank_pattern={"layers.1.self_attn.q_proj": 10}))
     a = np.asarray(leaf(made).a)
     assert abs(a[0].std() * 40 - 1) < 0.05
     assert abs(a[1, :, :10].std() * 10 - 1) < 0.1
 
 
 def test_an_embedding_starts_with_a_at_zero_and_b_normal():
-    embedding = tuned(TuneSection(rank=50, targets=["embed_tokens"])).params["embed"]["weight"]
+    embedding = tuned(tune_section(rank=50, targets=["embed_tokens"])).params["embed"]["weight"]
     assert embedding.a.shape == (48, 50) and embedding.b.shape == (50, 32)
     assert not np.any(embedding.a)
     assert abs(np.asarray(embedding.b).std() - 1) < 0.05
@@ -72,28 +72,28 @@ def test_an_embedding_starts_with_a_at_zero_and_b_normal():
 
 def test_the_scale_is_alpha_over_the_rank_or_over_its_root():
     pattern = {"rank_pattern": {"layers.1.self_attn.q_proj": 16}, "alpha_pattern": {"layers.2.self_attn.q_proj": 2}}
-    np.testing.assert_allclose(leaf(tuned(TuneSection(rank=4, alpha=8, **pattern))).scale, [2.0, 0.5, 0.5])
-    rooted = tuned(TuneSection(rank=4, alpha=8, use_rslora=True, **pattern))
+    np.testing.assert_allclose(leaf(tuned(tune_section(rank=4, alpha=8, **pattern))).scale, [2.0, 0.5, 0.5])
+    rooted = tuned(tune_section(rank=4, alpha=8, use_rslora=True, **pattern))
     np.testing.assert_allclose(leaf(rooted).scale, [4.0, 2.0, 1.0])
 
 
 def test_first_values_depend_on_the_seed_and_the_module_name_alone():
-    plain = leaf(tuned(TuneSection(rank=4)))
+    plain = leaf(tuned(tune_section(rank=4)))
     assert np.unique(plain.a).size == plain.a.size, "layers share numbers"
     # Another method for another module, other stacks, other ranks in the stack: the same numbers.
-    shuffled = tuned(TuneSection(rank=4, targets="all-linear", modules_to_save=["layers.1.input_layernorm"]))
+    shuffled = tuned(tune_section(rank=4, targets="all-linear", modules_to_save=["layers.1.input_layernorm"]))
     assert len(shuffled.model.stacks) == 3
     for layer in range(3):
         np.testing.assert_array_equal(plain.a[layer], leaf(shuffled, stack=str(layer)).a[0])
-    wider = leaf(tuned(TuneSection(rank=4, rank_pattern={"layers.1.self_attn.q_proj": 9})))
+    wider = leaf(tuned(tune_section(rank=4, rank_pattern={"layers.1.self_attn.q_proj": 9})))
     np.testing.assert_array_equal(plain.a[0], wider.a[0, :, :4])
     assert not np.any(wider.a[0, :, 4:])
     np.testing.assert_array_equal(plain.a[1], wider.a[1, :, :4])
-    assert not np.any(plain.a == leaf(tuned(TuneSection(rank=4), seed=1)).a)
+    assert not np.any(plain.a == leaf(tuned(tune_section(rank=4), seed=1)).a)
 
 
 def test_only_adapters_train():
-    made = tuned(TuneSection(rank=4, targets=["q_proj", "lm_head"]))
+    made = tuned(tune_section(rank=4, targets=["q_proj", "lm_head"]))
     trainable, frozen = partition(made.params, made.mask)
     arrays = jax.tree_util.tree_leaves_with_path(trainable)
     assert {path[-1].name for path, _ in arrays} == {"a", "b"}
@@ -113,13 +113,13 @@ def test_only_adapters_train():
     ids=settings_id,
 )
 def test_biases_train_as_the_bias_setting_says(settings, whole):
-    made = tuned(TuneSection(**settings))
+    made = tuned(tune_section(**settings))
     attention = made.mask["stacks"]["0"]["attention"]
     assert {name for name in attention if attention[name].get("bias")} == whole
 
 
 def test_what_trains_is_float32_and_what_is_frozen_keeps_its_type():
-    section = TuneSection(modules_to_save=["norm", "lm_head"], bias="lora_only")
+    section = tune_section(modules_to_save=["norm", "lm_head"], bias="lora_only")
     config, stacks = tune.layout(section, model_config())
     weights = Model.create(config, stacks).weights
     params, mask = tune.apply(section, base_params(weights, dtype=jnp.bfloat16), weights, 0)
@@ -145,7 +145,7 @@ SETTINGS = {
 @pytest.mark.parametrize("way", ["shapes", "eval_shape"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_everything_is_known_without_an_array(settings, way):
-    section = TuneSection(**settings)
+    section = tune_section(**settings)
     config, stacks = tune.layout(section, model_config())
     weights = Model.create(config, stacks).weights
     arrays = base_params(weights, dtype=jnp.bfloat16)
@@ -171,7 +171,7 @@ PADDED = {"rank": 4, "rank_pattern": {"layers.0.self_attn.q_proj": 2, "v_proj": 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "lion", "adafactor"])
 def test_padding_stays_zero_under_every_optimizer(optimizer):
-    made = randomised(tuned(TuneSection(**PADDED, targets=["q_proj", "v_proj"])))
+    made = randomised(tuned(tune_section(**PADDED, targets=["q_proj", "v_proj"])))
     trainable, frozen = partition(made.params, made.mask)
     rule = make_optimizer(OptimSection(name=optimizer, weight_decay=0.1), made.model.weights)
 
@@ -206,7 +206,7 @@ def test_adapters_lie_along_their_base_s_axes():
         asked.append((shape, axes))
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-    section = TuneSection(rank=4, targets=["down_proj", "embed_tokens"])
+    section = tune_section(rank=4, targets=["down_proj", "embed_tokens"])
     config, stacks = tune.layout(section, model_config(tied=False))
     weights = Model.create(config, stacks).weights
     tune.apply(section, base_params(weights, tied=False), weights, 0, sharding_of)
@@ -251,15 +251,15 @@ def test_adapters_lie_along_their_base_s_axes():
 )
 def test_a_setting_that_matches_nothing_or_does_nothing_is_named(settings, words):
     with pytest.raises(AdapterError) as error:
-        tune.layout(TuneSection(**settings), model_config())
+        tune.layout(tune_section(**settings), model_config())
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_biases_of_a_model_without_any_cannot_be_trained():
     with pytest.raises(AdapterError, match=r"tune.bias all: no module of the model has a bias"):
-        tune.layout(TuneSection(bias="all"), model_config("llama"))
+        tune.layout(tune_section(bias="all"), model_config("llama"))
 
 
 def test_a_leaf_has_no_part_that_this_file_forgets():
     assert [field.name for field in fields(LowRank)] == ["base", "a", "b", "scale", "dropout"]
-    assert leaf(tuned(TuneSection(dropout=0.25))).dropout == 0.25
+    assert leaf(tuned(tune_section(dropout=0.25))).dropout == 0.25

@@ -9,7 +9,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jaxtune import ops
-from jaxtune.config import TuneSection
+from jaxtune.config import TuneSection, tune_section
 from jaxtune.leaves import combine, partition
 from jaxtune.models.weights import leaves_with_path
 from jaxtune.ops import Noise
@@ -81,12 +81,12 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
 def test_no_arithmetic_makes_anything_as_large_as_a_frozen_matrix(settings):
-    found = made_in_program(TuneSection(rank=RANK, **settings))
+    found = made_in_program(tune_section(rank=RANK, **settings))
     assert not {name: count for name, count in found.items() if name[0] in ARITHMETIC}
 
 
 def test_full_tuning_does_make_them():
-    found = made_in_program(TuneSection(method="full"))
+    found = made_in_program(tune_section(method="full"))
     assert {("dot_general", shape) for shape in ((32, 32), (16, 32), (40, 32), (32, 40))} <= set(found)
 
 
@@ -99,22 +99,22 @@ def test_a_forward_pass_that_forms_the_sum_would_be_seen(monkeypatch):
         return plain(x, weight, bias, key)
 
     monkeypatch.setattr(ops, "linear", forming)
-    found = made_in_program(TuneSection(rank=RANK))
+    found = made_in_program(tune_section(rank=RANK))
     assert {("add", (32, 32)), ("dot_general", (32, 32)), ("add", (16, 32))} <= set(found)
 
 
 @pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
 def test_no_compiled_product_has_the_shape_of_a_frozen_matrix(settings):
-    assert not products_compiled(TuneSection(rank=RANK, **settings))
+    assert not products_compiled(tune_section(rank=RANK, **settings))
 
 
 def test_full_tuning_compiles_them():
-    found = {shape[-2:] for shape in products_compiled(TuneSection(method="full"))}
+    found = {shape[-2:] for shape in products_compiled(tune_section(method="full"))}
     assert all({shape, shape[::-1]} & found for shape in ((32, 32), (16, 32), (40, 32)))
 
 
 def test_a_saved_matrix_has_a_gradient_and_the_others_have_none():
-    found = made_in_program(TuneSection(rank=RANK, modules_to_save=["up_proj"]))
+    found = made_in_program(tune_section(rank=RANK, modules_to_save=["up_proj"]))
     assert {name for name in found if name[0] == "dot_general"} == {("dot_general", (40, 32))}
 
 
@@ -130,6 +130,6 @@ def test_a_saved_matrix_has_a_gradient_and_the_others_have_none():
     ids=str,
 )
 def test_the_backward_pass_ends_at_the_lowest_layer_that_trains(settings, lengths):
-    function, arguments, _ = gradient(TuneSection(rank=RANK, **settings))
+    function, arguments, _ = gradient(tune_section(rank=RANK, **settings))
     scans = [e for e in equations(jax.make_jaxpr(function)(*arguments).jaxpr) if e.primitive.name == "scan"]
     assert [scan.params["length"] for scan in scans if scan.params["reverse"]] == lengths

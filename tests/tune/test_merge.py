@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune.config import TuneSection
+from jaxtune.config import tune_section
 from jaxtune.tune.low_rank import LowRank
 from jaxtune.tune.merge import merged
 from tests.tune.support import difference, logits, randomised, tuned
@@ -20,7 +20,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_a_merged_model_computes_what_the_adapted_one_does(settings):
-    made = randomised(tuned(TuneSection(**settings)))
+    made = randomised(tuned(tune_section(**settings)))
     whole = merged(made.params)
     assert not [
         leaf for leaf in jax.tree.leaves(whole, is_leaf=lambda x: isinstance(x, LowRank)) if isinstance(leaf, LowRank)
@@ -29,12 +29,12 @@ def test_a_merged_model_computes_what_the_adapted_one_does(settings):
 
 
 def test_a_fresh_adapter_merges_into_the_base_bit_for_bit():
-    made, base = tuned(TuneSection(targets="all-linear")), tuned(TuneSection(method="full"))
+    made, base = tuned(tune_section(targets="all-linear")), tuned(tune_section(method="full"))
     jax.tree.map(np.testing.assert_array_equal, merged(made.params), base.params)
 
 
 def test_what_has_no_adapter_is_the_same_array():
-    params = randomised(tuned(TuneSection())).params
+    params = randomised(tuned(tune_section())).params
     assert merged(params)["norm"]["weight"] is params["norm"]["weight"]
 
 
@@ -53,7 +53,7 @@ def test_a_merge_is_computed_in_float32_and_rounded_once():
 MESHED = """
 import jax, jax.numpy as jnp, numpy as np, sys
 from jaxtune import tune
-from jaxtune.config import MeshSection, TuneSection
+from jaxtune.config import MeshSection, tune_section
 from jaxtune.mesh import axes_sharding, make_mesh, shardings
 from jaxtune.models.decoder import Model
 from jaxtune.tune.merge import merged
@@ -74,7 +74,7 @@ def build(section):
         assert leaf.sharding.mesh == mesh, leaf.sharding
     return Tuned(model, *made, section)
 
-made = build(TuneSection(rank=4, targets=["q_proj", "down_proj", "embed_tokens"], modules_to_save=["lm_head"],
+made = build(tune_section(rank=4, targets=["q_proj", "down_proj", "embed_tokens"], modules_to_save=["lm_head"],
                          rank_pattern={"layers.1.*": 2}))
 q = made.params["stacks"]["0"]["attention"]["q_proj"]["weight"]
 if sizes[2] > 1:
@@ -84,7 +84,7 @@ if sizes[1] > 1:
 save_adapter(directory + "/fresh", made.section, made.model.weights, made.params)
 moved = randomised(made)
 save_adapter(directory + "/moved", made.section, made.model.weights, moved.params)
-again = build(TuneSection(adapter=directory + "/moved"))
+again = build(tune_section(adapter=directory + "/moved"))
 save_adapter(directory + "/again", again.section, again.model.weights, again.params)
 whole = merged(again.params)
 w = whole["stacks"]["0"]["attention"]["q_proj"]["weight"]

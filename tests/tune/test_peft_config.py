@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxtune import tune
-from jaxtune.config import TuneSection
+from jaxtune.config import tune_section
 from jaxtune.errors import AdapterError, ConfigError
 from jaxtune.tune.peft_config import is_resolved, read_config, resolve, to_peft
 from tests.tune.support import tuned
@@ -47,7 +47,7 @@ def test_the_newest_peft_s_defaults_are_read(tmp_path):
     section = read_config(written(tmp_path))
     assert (
         section.model_dump()
-        == TuneSection(rank=8, alpha=8, targets=["q_proj"], adapter=str(tmp_path), method="lora").model_dump()
+        == tune_section(rank=8, alpha=8, targets=["q_proj"], adapter=str(tmp_path), method="lora").model_dump()
     )
 
 
@@ -59,7 +59,7 @@ def test_a_config_of_2023_is_read(tmp_path):
 
 
 def test_every_setting_survives_the_way_out_and_in(tmp_path):
-    section = TuneSection(**OURS)
+    section = tune_section(**OURS)
     tree = to_peft(section, tuned(section).model.weights, "base")
     (tmp_path / "adapter_config.json").write_text(json.dumps(tree))
     expected = {**section.model_dump(), "targets": ["q_proj", "v_proj"], "adapter": str(tmp_path)}
@@ -68,14 +68,14 @@ def test_every_setting_survives_the_way_out_and_in(tmp_path):
 
 def test_patterns_keep_the_order_in_which_they_are_tried():
     patterns = {"v_proj": 2, "self_attn.*": 3}
-    section = TuneSection(rank_pattern=patterns, alpha_pattern=patterns)
+    section = tune_section(rank_pattern=patterns, alpha_pattern=patterns)
     tree = json.loads(json.dumps(to_peft(section, tuned(section).model.weights, None)))
     assert list(tree["rank_pattern"]) == list(tree["alpha_pattern"]) == list(patterns)
     assert list(tree) == sorted(tree)
 
 
 def test_all_linear_is_written_as_the_names_that_it_means():
-    section = TuneSection(targets="all-linear", layers=[1])
+    section = tune_section(targets="all-linear", layers=[1])
     tree = to_peft(section, tuned(section, "llama", tied=False).model.weights, None)
     names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert tree["target_modules"] == names and tree["layers_to_transform"] == [1]
@@ -83,7 +83,7 @@ def test_all_linear_is_written_as_the_names_that_it_means():
 
 @pytest.mark.parametrize(("alpha", "kind"), [(32, int), (32.0, int), (2.5, float)])
 def test_a_whole_alpha_is_written_as_an_integer(alpha, kind):
-    section = TuneSection(alpha=alpha)
+    section = tune_section(alpha=alpha)
     assert type(to_peft(section, tuned(section).model.weights, None)["lora_alpha"]) is kind
 
 
@@ -142,7 +142,7 @@ def test_an_adapter_that_changed_its_base_is_refused(tmp_path, init):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"peft_type": "IA3"}, ["peft_type 'IA3'", "'LORA'"]),
+        ({"peft_type": "POLY"}, ["peft_type 'POLY'", "LORA"]),
         ({"peft_type": None}, ["peft_type None"]),
         ({"r": 0}, ["r:", "greater than 0", "found 0"]),
         ({"r": "8"}, ["r:", "found '8'"]),
@@ -180,7 +180,7 @@ def test_an_adapter_one_directory_deeper_is_pointed_out(tmp_path):
 
 
 def test_the_adapter_s_settings_win(tmp_path):
-    section = TuneSection(adapter=str(written(tmp_path, r=3, lora_alpha=5)))
+    section = tune_section(adapter=str(written(tmp_path, r=3, lora_alpha=5)))
     assert not is_resolved(section)
     resolved = resolve(section)
     assert (resolved.rank, resolved.alpha, resolved.targets) == (3, 5, ["q_proj"])
@@ -189,12 +189,12 @@ def test_the_adapter_s_settings_win(tmp_path):
 
 def test_a_setting_that_agrees_with_the_adapter_s_may_stand_beside_it(tmp_path):
     written(tmp_path, r=3, target_modules=["v_proj", "q_proj"])
-    resolve(TuneSection(adapter=str(tmp_path), rank=3, targets=["q_proj", "v_proj"]))
+    resolve(tune_section(adapter=str(tmp_path), rank=3, targets=["q_proj", "v_proj"]))
 
 
 @pytest.mark.parametrize("where", ["resolve", "layout"])
 def test_settings_that_contradict_the_adapter_s_are_all_named(tmp_path, where):
-    section = TuneSection(adapter=str(written(tmp_path, r=3)), rank=4, alpha=8, dropout=0.5)
+    section = tune_section(adapter=str(written(tmp_path, r=3)), rank=4, alpha=8, dropout=0.5)
     with pytest.raises(ConfigError) as error:
         resolve(section) if where == "resolve" else tune.layout(section, None)
     assert "tune.rank: 4, the adapter has 3" in str(error.value)

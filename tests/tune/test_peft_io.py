@@ -9,14 +9,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxtune import tune
-from jaxtune.config import TuneSection
+from jaxtune.config import TuneSection, tune_section
 from jaxtune.errors import AdapterError
 from jaxtune.models.weights import leaves_with_path
 from jaxtune.tune.peft_io import load_adapter, save_adapter
 from tests.tune.support import peer_adapter, randomised, tuned
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:::transformers")
-SECTION = TuneSection(rank=4, rank_pattern={"layers.1.self_attn.v_proj": 2}, modules_to_save=["norm"], bias="lora_only")
+SECTION = tune_section(
+    rank=4, rank_pattern={"layers.1.self_attn.v_proj": 2}, modules_to_save=["norm"], bias="lora_only"
+)
 A, B = (f"base_model.model.model.layers.1.self_attn.q_proj.lora_{part}.weight" for part in "AB")
 NORM = "base_model.model.model.norm.weight"
 
@@ -40,13 +42,13 @@ def change(directory: Path, **changes) -> None:
 
 def refused(directory: Path) -> str:
     with pytest.raises(AdapterError) as error:
-        tuned(TuneSection(adapter=str(directory)))
+        tuned(tune_section(adapter=str(directory)))
     return str(error.value)
 
 
 def test_an_adapter_comes_back_bit_for_bit(tmp_path):
     made = save(tmp_path / "adapter")
-    again = tuned(TuneSection(adapter=str(tmp_path / "adapter")), seed=7)
+    again = tuned(tune_section(adapter=str(tmp_path / "adapter")), seed=7)
     assert again.model.stacks == made.model.stacks and again.model.config == made.model.config
     assert jax.tree.structure(again.params) == jax.tree.structure(made.params)
     jax.tree.map(np.testing.assert_array_equal, again.params, made.params)
@@ -55,7 +57,7 @@ def test_an_adapter_comes_back_bit_for_bit(tmp_path):
 
 def test_an_adapter_that_goes_on_is_written_as_it_was_read(tmp_path):
     save(tmp_path / "one")
-    made = tuned(TuneSection(adapter=str(tmp_path / "one")))
+    made = tuned(tune_section(adapter=str(tmp_path / "one")))
     save_adapter(tmp_path / "two", made.section, made.model.weights, made.params, "base")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
@@ -63,7 +65,7 @@ def test_an_adapter_that_goes_on_is_written_as_it_was_read(tmp_path):
 
 def test_an_unresolved_section_is_resolved_before_it_is_written(tmp_path):
     save(tmp_path / "one")
-    section = TuneSection(adapter=str(tmp_path / "one"))
+    section = tune_section(adapter=str(tmp_path / "one"))
     made = tuned(section)
     save_adapter(tmp_path / "two", section, made.model.weights, made.params)
     assert json.loads((tmp_path / "two" / "adapter_config.json").read_text())["r"] == 4
@@ -71,7 +73,7 @@ def test_an_unresolved_section_is_resolved_before_it_is_written(tmp_path):
 
 def test_a_resolved_section_is_written_without_the_directory_that_it_came_from(tmp_path):
     save(tmp_path / "one")
-    made = tuned(TuneSection(adapter=str(tmp_path / "one")))
+    made = tuned(tune_section(adapter=str(tmp_path / "one")))
     (tmp_path / "one").rename(tmp_path / "gone")
     save_adapter(tmp_path / "two", made.section, made.model.weights, made.params)
     assert load_adapter(tmp_path / "two")[0].rank == 4
@@ -99,12 +101,12 @@ def test_the_same_numbers_give_the_same_bytes_and_the_files_are_peft_s(tmp_path)
 
 def test_an_adapter_that_is_there_is_replaced_and_nothing_else_is(tmp_path):
     save(tmp_path / "adapter")
-    save(tmp_path / "adapter", TuneSection(rank=2))
+    save(tmp_path / "adapter", tune_section(rank=2))
     assert load_adapter(tmp_path / "adapter")[0].rank == 2
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     (tmp_path / "adapter" / "thesis.txt").write_text("mine")
     with pytest.raises(AdapterError, match=r"thesis.txt.*Nothing was written"):
-        save(tmp_path / "adapter", TuneSection(rank=3))
+        save(tmp_path / "adapter", tune_section(rank=3))
     assert load_adapter(tmp_path / "adapter")[0].rank == 2
 
 
@@ -112,10 +114,10 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     save(tmp_path / "adapter")
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        save(tmp_path / "adapter", TuneSection(rank=2))
+        save(tmp_path / "adapter", tune_section(rank=2))
     assert load_adapter(tmp_path / "adapter")[0].rank == 4
     monkeypatch.undo()
-    save(tmp_path / "adapter", TuneSection(rank=2))
+    save(tmp_path / "adapter", tune_section(rank=2))
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -154,14 +156,14 @@ def test_names_are_checked_before_there_are_arrays(tmp_path):
     made = tuned(SECTION)
     shapes = {"embed": {"weight": jax.ShapeDtypeStruct((48, 32), np.float32)}}
     with pytest.raises(AdapterError, match="missing"):
-        tune.apply(TuneSection(adapter=str(tmp_path)), shapes, made.model.weights, 0)
+        tune.apply(tune_section(adapter=str(tmp_path)), shapes, made.model.weights, 0)
 
 
 def test_an_adapter_s_shapes_are_known_without_reading_it(tmp_path):
     made = save(tmp_path)
-    base = tuned(TuneSection(method="full"))
+    base = tuned(tune_section(method="full"))
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), base.params)
-    planned, mask = tune.apply(TuneSection(adapter=str(tmp_path)), shapes, made.model.weights, 0)
+    planned, mask = tune.apply(tune_section(adapter=str(tmp_path)), shapes, made.model.weights, 0)
     assert mask == made.mask
     found = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(planned)}
     expected = {
@@ -173,7 +175,7 @@ def test_an_adapter_s_shapes_are_known_without_reading_it(tmp_path):
 def test_an_adapter_for_a_model_of_another_size_is_refused(tmp_path):
     save(tmp_path)
     with pytest.raises(AdapterError, match="another shape"):
-        tuned(TuneSection(adapter=str(tmp_path)), "llama", tied=False, head_dim=16, attention_bias=True)
+        tuned(tune_section(adapter=str(tmp_path)), "llama", tied=False, head_dim=16, attention_bias=True)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -185,7 +187,7 @@ def test_an_adapter_in_16_bits_is_read_as_float32(tmp_path, dtype):
     change(
         tmp_path, **dict.fromkeys(load_file(tmp_path / "adapter_model.safetensors"), lambda array: array.astype(kind))
     )
-    again = tuned(TuneSection(adapter=str(tmp_path)))
+    again = tuned(tune_section(adapter=str(tmp_path)))
     for (path, before), (_, after) in zip(leaves_with_path(made.params), leaves_with_path(again.params), strict=True):
         for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
             assert y.dtype == np.float32, path
@@ -220,12 +222,12 @@ class TestBaseWeightsInTheFile:
     """peft stores the weight under an adapter on the embedding or the head: it says what the adapter was made for."""
 
     def made_by_peft(self, directory: Path) -> str:
-        peer_adapter(TuneSection(targets=["lm_head", "embed_tokens"])).save_pretrained(directory)
+        peer_adapter(tune_section(targets=["lm_head", "embed_tokens"])).save_pretrained(directory)
         return "base_model.model.lm_head.base_layer.weight"
 
     def test_they_are_there_and_accepted_when_they_are_the_model_s(self, tmp_path):
         assert self.made_by_peft(tmp_path) in load_adapter(tmp_path)[1].shapes
-        tuned(TuneSection(adapter=str(tmp_path)))
+        tuned(tune_section(adapter=str(tmp_path)))
 
     def test_others_are_refused(self, tmp_path):
         name = self.made_by_peft(tmp_path)
@@ -241,17 +243,17 @@ class TestBaseWeightsInTheFile:
     @pytest.mark.parametrize("same", [True, False])
     def test_a_tied_head_stored_beside_an_embedding_is_the_embedding(self, tmp_path, same):
         save(tmp_path)
-        embedding = np.asarray(tuned(TuneSection(method="full")).params["embed"]["weight"])
+        embedding = np.asarray(tuned(tune_section(method="full")).params["embed"]["weight"])
         name = "base_model.model.lm_head.weight"
         change(tmp_path, **{name: lambda _: embedding if same else embedding * 2})
         if same:
-            tuned(TuneSection(adapter=str(tmp_path)))
+            tuned(tune_section(adapter=str(tmp_path)))
         else:
             assert "another base model" in refused(tmp_path)
 
     def test_a_bias_stored_twice_must_be_the_same(self, tmp_path):
-        peer_adapter(TuneSection(bias="all", modules_to_save=["k_proj"])).save_pretrained(tmp_path)
+        peer_adapter(tune_section(bias="all", modules_to_save=["k_proj"])).save_pretrained(tmp_path)
         name = "base_model.model.model.layers.0.self_attn.k_proj.modules_to_save.bias"
-        tuned(TuneSection(adapter=str(tmp_path)))
+        tuned(tune_section(adapter=str(tmp_path)))
         change(tmp_path, **{name: lambda array: array + 1})
         assert f"{name} and" in refused(tmp_path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxtune.config import TuneSection
+from jaxtune.config import tune_section
 from jaxtune.tune.merge import merged
 from jaxtune.tune.peft_io import save_adapter
 from tests.tune.support import difference, logits, peer_adapter, peer_logits, peer_model, randomised, tuned
@@ -75,7 +75,7 @@ def test_an_adapter_gives_the_same_logits_in_peft_and_in_ours(case, tmp_path):
     from peft import PeftModel
 
     base, settings = CASES[case]
-    section = TuneSection(**settings)
+    section = tune_section(**settings)
 
     ours = randomised(tuned(section, **base))
     expected = logits(ours.model, ours.params)
@@ -88,7 +88,7 @@ def test_an_adapter_gives_the_same_logits_in_peft_and_in_ours(case, tmp_path):
     peer_adapter(section, **base).save_pretrained(tmp_path / "theirs")
     # Loaded again, since peft sorts the patterns when it saves them, which can change which one matches first.
     theirs = PeftModel.from_pretrained(peer_model(**base), tmp_path / "theirs").eval()
-    ours = tuned(TuneSection(adapter=str(tmp_path / "theirs")), **base)
+    ours = tuned(tune_section(adapter=str(tmp_path / "theirs")), **base)
     expected = peer_logits(theirs)
     assert difference(expected, plain) > 0.01
     assert difference(logits(ours.model, ours.params), expected) < TOLERANCE
@@ -106,7 +106,7 @@ def logits_of_base(base: dict) -> np.ndarray:
 @pytest.mark.parametrize("case", CASES)
 def test_peft_writes_the_tensors_that_we_write(case, tmp_path):
     base, settings = CASES[case]
-    section = TuneSection(**settings)
+    section = tune_section(**settings)
     ours = tuned(section, **base)
     save_adapter(tmp_path / "ours", section, ours.model.weights, ours.params)
     peer_adapter(section, **base).save_pretrained(tmp_path / "theirs")
@@ -120,7 +120,7 @@ def test_peft_writes_the_tensors_that_we_write(case, tmp_path):
 
 def test_the_config_that_we_write_is_one_that_peft_writes(tmp_path):
     settings = {"rank": 4, "alpha": 8, "rank_pattern": {"v_proj": 2, "q_proj": 3}, "modules_to_save": ["norm"]}
-    section = TuneSection(
+    section = tune_section(
         **settings, dropout=0.25, use_rslora=True, layers=[0, 1], exclude=["layers.0.self_attn.v_proj"]
     )
     ours = tuned(section)

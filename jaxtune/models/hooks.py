@@ -1,0 +1,60 @@
+"""Where a tuning method may add to the decoder: weights of its own, and what it does with them in named places.
+
+A method that changes a weight is a leaf (leaves.py), not a hook.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxtune.models.config import ModelConfig
+from jaxtune.models.weights import Tree
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a method adds; these here add nothing. Compared by value: a model is compiled once for equal ones.
+
+    Virtual tokens are ids from the vocabulary's size on: the data puts them at the start of every document, where the
+    embedding has zeros for them, and no loss is on them. So masks, positions, packing and caches need to know nothing.
+
+    Legend: B batch, T time, E hidden size, K key/value heads of this device, D head size.
+    """
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many stand before every document."""
+        return 0
+
+    def shared(self, config: ModelConfig) -> Tree:
+        """Declarations of weights that there are once. They lie under "hooks" of the tree."""
+        return {}
+
+    def layer(self, config: ModelConfig) -> Tree:
+        """Declarations of weights that each layer has ("{layer}" in their keys), under "hooks" of each stack."""
+        return {}
+
+    def embedded(self, shared: Tree, slots_BT: jax.Array, dtype: Any) -> jax.Array | None:
+        """The embeddings [B, T, E] of virtual tokens, zero elsewhere. slots: a virtual token's number, or below 0."""
+        return None
+
+    def keys_values(
+        self, own: Tree, shared: Tree, slots_BT: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Keys, after their rotation, and values, as attention and the cache take them. own: this layer's weights."""
+        return k_BTKD, v_BTKD
+
+    def attention_output(self, own: Tree, residual_BTE: jax.Array, normed_BTE: jax.Array, y_BTE: jax.Array) -> Any:
+        """What is added to the residual stream after attention. normed: what attention took.
+
+        With sequence parallelism all three are this device's part of the sequence.
+        """
+        return y_BTE
+
+    def mlp_output(self, own: Tree, residual_BTE: jax.Array, normed_BTE: jax.Array, y_BTE: jax.Array) -> Any:
+        """Likewise, after the MLP."""
+        return y_BTE
+
+
+NO_HOOKS = Hooks()

@@ -1,0 +1,54 @@
+"""What every section of a configuration is, and that of a tuning method. No section of a kind is here: config.py has
+them, and each tuning method's stands beside the method.
+"""
+
+from typing import Annotated, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, `"3"` is not a number, and inf and nan are nothing at all."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class TuneSection(Section):
+    """What is trained, and how. A method's own section has its options, named as PEFT names them."""
+
+    method: str
+
+
+class Adapting(TuneSection):
+    """An option of every method that ends in an adapter."""
+
+    adapter: str | None = None  # a PEFT directory to start from; its settings win
+
+
+class Targeted(Adapting):
+    """Options of a method that sits on some of the model's linear maps, chosen by name."""
+
+    TABLE: ClassVar[bool] = False  # whether it can sit on the embedding
+
+    targets: list[str] | str = ["q_proj", "v_proj"]  # names, one regex, or all-linear
+    exclude: list[str] | str | None = None  # names or one regex
+    layers: list[NonNegative] | NonNegative | None = None  # only these layers, counted from 0
+    modules_to_save: list[str] = []  # trained in full and saved with the adapter
+
+    def rank_of(self, module: str) -> int:
+        """The rank of what sits on a module; 1 where a method knows no ranks."""
+        return 1
+
+    def scale_of(self, module: str) -> float:
+        """What its contribution is multiplied by."""
+        return 1.0
+
+
+def adapter_of(section: TuneSection) -> str | None:
+    """The directory of the adapter that a section starts from, if its method has any."""
+    return section.adapter if isinstance(section, Adapting) else None

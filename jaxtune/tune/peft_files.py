@@ -1,0 +1,91 @@
+"""How a method lies in PEFT's files: what each says of itself. Reading and writing are peft_config.py's, for the
+settings, and peft_tensors.py's and peft_io.py's, for the tensors.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path as FilePath
+from typing import Any
+
+from jaxtune.models.weights import Path, Tree
+from jaxtune.tune.method import declared
+from jaxtune.tune.names import module_of
+from jaxtune.tune.plan import Plan
+
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the file, and the array in the tree whose numbers it has.
+
+    row: along axis 0 of the array; None where it has no layers. part: of a typed leaf; None for a weight of its own.
+    turned: the file has it transposed; otherwise the two may differ by dimensions of size 1.
+    columns: what of the tensor's last dimension it is; None: all. The file may have less than the array: its numbers
+    are then the array's first ones along each dimension.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    path: Path
+    row: int | None
+    part: str | None
+    turned: bool = False
+    columns: tuple[int, int] | None = None
+
+
+def no_entries(section: Any, weights: Tree) -> list[Entry]:
+    return []
+
+
+@dataclass(frozen=True)
+class Files:
+    """A method in PEFT's files.
+
+    peft_type: as in adapter_config.json. settings: PEFT's key -> our option. defaults: what PEFT takes where a key is
+    absent, in our names.
+    fixed: keys and values that tell this method from others of its peft_type; written, and asked for.
+    harmless: keys that change nothing, whatever their value.
+    read: (contents of adapter_config.json, its path) -> options that take more than a new name; raises AdapterError
+    for what we do not have. write: (section, weights) -> keys besides the settings.
+    entries: (section, weights) -> every tensor of the file, no more and no less. fill: numbers of a part that no
+    tensor has, where they are not 0: in layers without an adapter.
+    """
+
+    peft_type: str
+    settings: dict[str, str]
+    defaults: dict[str, Any]
+    fixed: dict[str, Any] = field(default_factory=dict)
+    harmless: frozenset[str] = frozenset()
+    read: Callable[[dict[str, Any], FilePath], dict[str, Any]] = lambda tree, where: {}
+    write: Callable[[Any, Tree], dict[str, Any]] = lambda section, weights: {}
+    entries: Callable[[Any, Tree], list[Entry]] = no_entries
+    fill: dict[str, float] = field(default_factory=dict)
+
+    def with_entries(self, entries: Callable[[Any, Tree], list[Entry]]) -> "Files":
+        return replace(self, entries=entries)
+
+    def claims(self, tree: dict[str, Any]) -> bool:
+        """Whether an adapter_config.json is of this method."""
+        return tree.get("peft_type") == self.peft_type and all(tree.get(k) == v for k, v in self.fixed.items())
+
+
+# PEFT's keys of every method that sits on modules, and our options.
+TARGET_SETTINGS = {
+    "target_modules": "targets",
+    "exclude_modules": "exclude",
+    "layers_to_transform": "layers",
+    "modules_to_save": "modules_to_save",
+}
+TARGET_DEFAULTS: dict[str, Any] = {"exclude": None, "layers": None, "modules_to_save": []}
+
+
+def whole_entries(plan: Plan, weights: Tree) -> list[Entry]:
+    """The tensors of the weights that train whole."""
+    result = []
+    for path, weight in declared(weights):
+        for row, key in enumerate(weight.keys):
+            if key in plan.trained:
+                name = f"{module_of(key)}.base_layer.bias" if key in plan.biases else key
+                result.append(Entry(PREFIX + name, weight.shape, path, None if weight.layers is None else row, None))
+    return result
