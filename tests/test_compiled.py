@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from functools import cache
+from itertools import pairwise
 
 import jax
 import numpy as np
@@ -138,4 +139,4 @@ def test_remat_policies_keep_less_in_the_promised_order():
 
 def test_temporary_memory_falls_with_the_ring_s_size():
     sizes = [Stepper(rows=2, time=512, mesh={"context": n}).memory.temp_size_in_bytes for n in (1, 2, 4, 8)]
-    assert all(less < 0.75 * more for more, less in zip(sizes, sizes[1:], strict=False)), sizes
+    assert all(less < 0.75 * more for more, less in pairwise(sizes)), sizes
