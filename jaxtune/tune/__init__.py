@@ -25,8 +25,15 @@ from jaxtune.tune.lora import LORA
 from jaxtune.tune.method import EMBEDDING, HEAD, Method, ShardingOf, declared, get_path, is_abstract
 from jaxtune.tune.peft_config import resolve
 from jaxtune.tune.peft_tensors import open_checked
+from jaxtune.tune.selective import BITFIT, LAYERNORM
 
-METHODS: dict[str, Method] = {"full": FULL, "freeze": FREEZE, "lora": LORA}
+METHODS: dict[str, Method] = {
+    "full": FULL,
+    "freeze": FREEZE,
+    "lora": LORA,
+    "layernorm": LAYERNORM,
+    "bitfit": BITFIT,
+}
 
 __all__ = ["METHODS", "apply", "gates", "has_adapter", "hooks", "layout", "rates", "resolve"]
 

@@ -93,7 +93,7 @@ class Checked:
             value = _place(
                 array.shape, array.sharding, _reader(self.file, mine, array.shape, self.fill.get(part or "", 0.0))
             )
-            set_path(result, path, value if part is None else replace(leaf, **{part: value}))
+            set_path(result, path, _with_others(value, array, mine) if part is None else replace(leaf, **{part: value}))
         return result
 
 
@@ -113,6 +113,15 @@ def _bottom(leaf: Any) -> Any:
     while isinstance(leaf, Leaf):
         leaf = getattr(leaf, "base", None)
     return leaf
+
+
+def _with_others(value: jax.Array, before: jax.Array, mine: list[Entry]) -> jax.Array:
+    """A weight of the model that trains whole in some layers: those that the file does not have stay as they were."""
+    rows = [entry.row for entry in mine]
+    if None in rows or len(rows) == len(before):
+        return value
+    has = np.isin(np.arange(len(before)), rows).reshape(-1, *[1] * (before.ndim - 1))
+    return jnp.where(has, value, before)
 
 
 def _place(shape: tuple[int, ...], sharding: Any, read: Callable[[Index], np.ndarray]) -> jax.Array:

@@ -4,7 +4,7 @@ A method says, of one weight (a `Site` of plan.py): which parts it adds, how the
 under which names PEFT stores them. Choosing weights, sharding, loading, saving and merging are then the same for all.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from jaxtune.models.weights import Tree, Weight, leaves_with_path, map_tree, pat
 from jaxtune.section import Targeted
 from jaxtune.tune.method import Method, ShardingOf, get_path, is_abstract, make
 from jaxtune.tune.peft_files import PREFIX, Entry, Files, whole_entries
-from jaxtune.tune.plan import Part, Plan, Site, make_plan
+from jaxtune.tune.plan import Part, Site, make_plan
 
 
 class Tensor(NamedTuple):
@@ -88,7 +88,7 @@ def wrap(kind: Kind, section: Targeted, params: Tree, weights: Tree, seed: int, 
     """The parameters with fresh leaves. Weights that train whole become float32, as all that an adapter file holds."""
     plan = make_plan(section, weights)
     result: Tree = {}
-    for path, leaf in leaves_with_path(map_tree(partial(_wide, plan), weights, params)):
+    for path, leaf in leaves_with_path(widened(params, weights, plan.trained)):
         site = plan.sites.get(path)
         set_path(result, path, leaf if site is None else _leaf(kind, section, site, leaf, seed, sharding_of))
     return result
@@ -106,8 +106,13 @@ def _leaf(kind: Kind, section: Targeted, site: Site, base: Any, seed: int, shard
     return kind.leaf(section, parts.pop("base", base), parts)
 
 
-def _wide(plan: Plan, weight: Weight, array: Any) -> Any:
-    if not plan.trained & set(weight.keys) or array.dtype == jnp.float32:
+def widened(params: Tree, weights: Tree, trained: Set[str]) -> Tree:
+    """The tree with the weights that train whole in float32, which an adapter file has them in."""
+    return map_tree(partial(_wide, trained), weights, params)
+
+
+def _wide(trained: Set[str], weight: Weight, array: Any) -> Any:
+    if not trained & set(weight.keys) or array.dtype == jnp.float32:
         return array
     if isinstance(array, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(array.shape, jnp.float32, sharding=array.sharding)
