@@ -26,6 +26,7 @@ from jaxtune.tune.method import EMBEDDING, HEAD, Method, ShardingOf, declared, g
 from jaxtune.tune.peft_config import resolve
 from jaxtune.tune.peft_tensors import open_checked
 from jaxtune.tune.selective import BITFIT, LAYERNORM
+from jaxtune.tune.tokens import TRAINABLE_TOKENS
 
 METHODS: dict[str, Method] = {
     "full": FULL,
@@ -33,9 +34,26 @@ METHODS: dict[str, Method] = {
     "lora": LORA,
     "layernorm": LAYERNORM,
     "bitfit": BITFIT,
+    "trainable_tokens": TRAINABLE_TOKENS,
 }
 
-__all__ = ["METHODS", "apply", "gates", "has_adapter", "hooks", "layout", "rates", "resolve"]
+__all__ = ["METHODS", "apply", "gates", "has_adapter", "hooks", "layout", "rates", "resolve", "vocab_size", "words"]
+
+
+def words(section: TuneSection, tokenizer: Any) -> tuple[Any, TuneSection]:
+    """(the tokenizer with the tokens that the method adds, the section, resolved, with what it needs of them)."""
+    section = resolve(section)
+    return METHODS[section.method].words(section, tokenizer)
+
+
+def vocab_size(section: TuneSection, config: ModelConfig) -> int:
+    """Rows of the embedding and of the head under this method.
+
+    Raises:
+        ConfigError: the section names tokens that cannot be.
+    """
+    section = resolve(section)
+    return METHODS[section.method].vocab_size(section, config)
 
 
 def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -> tuple[ModelConfig, tuple[range, ...]]:
@@ -49,6 +67,7 @@ def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -
         AdapterError: the section does not fit the model; the message names what is near.
     """
     section, method = resolve(section), METHODS[section.method]
+    config = replace(config, vocab_size=method.vocab_size(section, config))
     hooked = hooks(section, config)
     if config.tied and method.separates:
         apart = replace(config, tied=False)

@@ -35,6 +35,8 @@ class Method:
     files: how PEFT stores it; None: it ends in a whole model, not in an adapter.
     hooks: (section, model settings) -> what it adds to the decoder beside the weights; None: nothing.
     rates: section -> factors of the learning rate, by the name of a leaf's part.
+    words: (section, tokenizer) -> the tokenizer with tokens that the method adds, and the section with what it needs of
+    them; it is given a tokenizer of its own. vocab_size: (section, model settings) -> rows of the tables then.
     """
 
     section: type[TuneSection]
@@ -45,6 +47,8 @@ class Method:
     files: "Files | None" = None
     hooks: "Callable[[Any, ModelConfig], Hooks | None]" = lambda section, config: None
     rates: Callable[[Any], dict[str, float]] = lambda section: {}
+    words: Callable[[Any, Any], tuple[Any, Any]] = lambda section, tokenizer: (tokenizer, section)
+    vocab_size: "Callable[[Any, ModelConfig], int]" = lambda section, config: config.vocab_size
 
 
 def declared(weights: Tree) -> Iterator[tuple[Path, Weight]]:

@@ -48,7 +48,8 @@ class Files:
     harmless: keys that change nothing, whatever their value.
     read: (contents of adapter_config.json, its path) -> options that take more than a new name; raises AdapterError
     for what we do not have. write: (section, weights) -> keys besides the settings.
-    entries: (section, weights) -> every tensor of the file, no more and no less. fill: numbers of a part that no
+    alias: name of a tensor -> of the one that it is a second copy of, if it is. entries: (section, weights) -> every
+    other tensor of the file, no more and no less. fill: numbers of a part that no
     tensor has, where they are not 0: in layers without an adapter.
     """
 
@@ -61,6 +62,7 @@ class Files:
     write: Callable[[Any, Tree], dict[str, Any]] = lambda section, weights: {}
     entries: Callable[[Any, Tree], list[Entry]] = no_entries
     fill: dict[str, float] = field(default_factory=dict)
+    alias: Callable[[str], str] = lambda key: key
 
     def with_entries(self, entries: Callable[[Any, Tree], list[Entry]]) -> "Files":
         return replace(self, entries=entries)

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,9 +34,16 @@ def load_adapter(directory: str | Path) -> tuple[TuneSection, AdapterFile]:
 
 
 def save_adapter(
-    directory: str | Path, section: TuneSection, weights: Tree, params: Tree, base_model_name: str | None = None
+    directory: str | Path,
+    section: TuneSection,
+    weights: Tree,
+    params: Tree,
+    base_model_name: str | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """Write the adapter in `params` as a PEFT directory: float32, the same bytes for the same numbers.
+
+    tokenizer: written beside it, where the adapter's tokens are not all the base model's.
 
     Every process calls this; the first one writes, under a temporary name that is renamed at the end. An
     adapter that is there already is replaced.
@@ -47,8 +56,16 @@ def save_adapter(
     if processes.is_first():
         config = json.dumps(to_peft(section, weights, base_model_name), indent=2, ensure_ascii=False)
         files = {TENSORS_NAME: save(tensors, {"format": "pt"}), CONFIG_NAME: f"{config}\n".encode()}
-        _replace_directory(Path(directory), files)
+        _replace_directory(Path(directory), files | _tokenizer_files(tokenizer))
     processes.barrier("adapter saved")
+
+
+def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    if tokenizer is None:
+        return {}
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
 
 
 def adapter_tensors(section: TuneSection, weights: Tree, params: Tree) -> dict[str, np.ndarray]:

@@ -105,7 +105,7 @@ def open_checked(directory: str, files: Files, section: Any, weights: Tree) -> C
     """
     file = open_adapter(directory)
     wanted = files.entries(section, weights)
-    return Checked(file, wanted, _check_names(file, wanted, weights), files.fill)
+    return Checked(file, wanted, _check_names(file, wanted, weights, files.alias), files.fill)
 
 
 def _bottom(leaf: Any) -> Any:
@@ -176,7 +176,9 @@ def _bounds(entry: Entry, ranges: list[range]) -> list[tuple[int, int]]:
     return bounds
 
 
-def _check_names(file: AdapterFile, wanted: list[Entry], weights: Tree) -> list[tuple[str, Path, int | None]]:
+def _check_names(
+    file: AdapterFile, wanted: list[Entry], weights: Tree, alias: Callable[[str], str]
+) -> list[tuple[str, Path, int | None]]:
     """The tensors that are copies of base weights, as (key in the file, path, row); any other surplus is an error."""
     expected = {entry.key: entry.shape for entry in wanted}
     missing = [key for key in expected if key not in file.shapes]
@@ -189,9 +191,9 @@ def _check_names(file: AdapterFile, wanted: list[Entry], weights: Tree) -> list[
         if name is not None:
             copies.append((key, *known[name][:2]))
             expected[key] = known[name][2]
-        elif _alias(key) in expected:
-            expected[key] = expected[_alias(key)]
-            _check_alias(file, key)
+        elif (other := alias(_saved_once(key))) in expected:
+            expected[key] = expected[other]
+            _check_alias(file, key, other)
         else:
             unknown.append(key)
     if unknown:
@@ -228,14 +230,14 @@ def _base_name(key: str, known: dict) -> str | None:
     return None
 
 
-def _alias(key: str) -> str:
+def _saved_once(key: str) -> str:
     """PEFT stores the bias of a module to save a second time, with this word in its name."""
     return key.replace(".modules_to_save.", ".")
 
 
-def _check_alias(file: AdapterFile, key: str) -> None:
-    if not np.array_equal(file.read(key), file.read(_alias(key))):
-        raise AdapterError(f"{file.path}: {key} and {_alias(key)} differ; they are the same weight")
+def _check_alias(file: AdapterFile, key: str, other: str) -> None:
+    if not np.array_equal(file.read(key), file.read(other)):
+        raise AdapterError(f"{file.path}: {key} and {other} differ; they are the same weight")
 
 
 def _check_copy(file: AdapterFile, key: str, array: jax.Array | None, row: int | None) -> None:
