@@ -27,7 +27,12 @@ from jaxtune.tune.method import EMBEDDING, HEAD, Method, ShardingOf, declared, g
 from jaxtune.tune.peft_config import resolve
 from jaxtune.tune.peft_tensors import open_checked
 
-METHODS: dict[str, Method] = {"full": FULL, "freeze": FREEZE, "lora": LORA, "ia3": IA3}
+METHODS: dict[str, Method] = {
+    "full": FULL,
+    "freeze": FREEZE,
+    "lora": LORA,
+    "ia3": IA3,
+}
 
 __all__ = ["METHODS", "apply", "gates", "has_adapter", "hooks", "layout", "rates", "resolve"]
 
