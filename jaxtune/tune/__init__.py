@@ -21,6 +21,7 @@ from jaxtune.models.hooks import NO_HOOKS, Hooks
 from jaxtune.models.weights import HOOKS, Path, Tree, Weight, map_tree
 from jaxtune.section import TuneSection, adapter_of
 from jaxtune.tune.full import FREEZE, FULL
+from jaxtune.tune.ia3 import IA3
 from jaxtune.tune.lora import LORA
 from jaxtune.tune.method import EMBEDDING, HEAD, Method, ShardingOf, declared, get_path, is_abstract
 from jaxtune.tune.peft_config import resolve
@@ -32,6 +33,7 @@ METHODS: dict[str, Method] = {
     "full": FULL,
     "freeze": FREEZE,
     "lora": LORA,
+    "ia3": IA3,
     "layernorm": LAYERNORM,
     "bitfit": BITFIT,
     "trainable_tokens": TRAINABLE_TOKENS,
