@@ -9,6 +9,9 @@ from tests.programs import Stepper
 # name -> the section's options
 METHODS = {
     "ia3": {"method": "ia3", "targets": "all-linear"},
+    "layernorm": {"method": "layernorm", "exclude": ["model.layers.2.input_layernorm"]},
+    "bitfit": {"method": "bitfit"},
+    "trainable tokens": {"method": "trainable_tokens", "token_indices": [3, 300, 511, 17]},
 }
 MESHES = {
     "fsdp 2, tensor 2, pipe 2": {

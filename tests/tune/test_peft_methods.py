@@ -30,9 +30,31 @@ CASES = {
     "ia3 on maps with biases": (BIASED, {"method": "ia3", "targets": ["q_proj", "o_proj", "up_proj", "down_proj"]}),
     "ia3 in some layers, a norm saved": (QWEN2, {"method": "ia3", "layers": [0, 2], "modules_to_save": ["norm"]}),
     "ia3 without feed-forward modules": (LLAMA, {"method": "ia3", "targets": ["v_proj"], "feedforward_modules": []}),
+    "layernorm": (QWEN2, {"method": "layernorm"}),
+    "layernorm of heads in some layers, the head saved": (
+        {"family": "qwen3", "tied": False},
+        {
+            "method": "layernorm",
+            "targets": r".*layers\.[12]\..*(q_norm|input_layernorm)",
+            "modules_to_save": ["lm_head"],
+        },
+    ),
+    "trainable tokens": (QWEN2, {"method": "trainable_tokens", "token_indices": [40, 5, 13]}),
+    "trainable tokens of an embedding alone": (LLAMA, {"method": "trainable_tokens", "token_indices": [40, 5, 13]}),
+    "trainable tokens of embedding and head": (
+        LLAMA,
+        {
+            "method": "trainable_tokens",
+            "token_indices": [7, 44, 0, 30, 21, 2, 12, 13],
+            "targets": ["embed_tokens", "lm_head"],
+        },
+    ),
 }
 UNMERGEABLE: set[str] = set()  # methods that no weight can take up
-TRAINED = ["ia3", "ia3 on maps with biases"]
+TRAINED = [
+    *("ia3", "ia3 on maps with biases", "layernorm", "trainable tokens"),
+    *("trainable tokens of embedding and head",),
+]
 STEPS, LR = 10, 1e-2
 
 each = pytest.mark.parametrize(("base", "options"), CASES.values(), ids=list(CASES))
