@@ -20,6 +20,7 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.models.hooks import NO_HOOKS, Hooks
 from jaxtune.models.weights import HOOKS, Path, Tree, Weight, map_tree
 from jaxtune.section import TuneSection, adapter_of
+from jaxtune.tune.bottleneck import HOULSBY, PARALLEL, PFEIFFER
 from jaxtune.tune.full import FREEZE, FULL
 from jaxtune.tune.ia3 import IA3
 from jaxtune.tune.lora import LORA
@@ -37,6 +38,9 @@ METHODS: dict[str, Method] = {
     "layernorm": LAYERNORM,
     "bitfit": BITFIT,
     "trainable_tokens": TRAINABLE_TOKENS,
+    "houlsby": HOULSBY,
+    "pfeiffer": PFEIFFER,
+    "parallel": PARALLEL,
 }
 
 __all__ = ["METHODS", "apply", "gates", "has_adapter", "hooks", "layout", "rates", "resolve", "vocab_size", "words"]

@@ -38,22 +38,27 @@ def no_entries(section: Any, weights: Tree) -> list[Entry]:
     return []
 
 
+TENSORS_NAME = "adapter_model.safetensors"
+
+
 @dataclass(frozen=True)
 class Files:
-    """A method in PEFT's files.
+    """A method in PEFT's files, or in those of another library.
 
-    peft_type: as in adapter_config.json. settings: PEFT's key -> our option. defaults: what PEFT takes where a key is
-    absent, in our names.
+    peft_type: as in adapter_config.json; None: the files are not PEFT's. tensors_name: of the file with them.
+    settings: PEFT's key -> our option. defaults: what PEFT takes where a key is absent, in our names.
+    nested: the key under which adapter_config.json has the settings; None: they are at its top.
+    around: (settings, section, weights, name of the base model) -> the contents with them.
     fixed: keys and values that tell this method from others of its peft_type; written, and asked for.
     harmless: keys that change nothing, whatever their value.
     read: (contents of adapter_config.json, its path) -> options that take more than a new name; raises AdapterError
     for what we do not have. write: (section, weights) -> keys besides the settings.
-    alias: name of a tensor -> of the one that it is a second copy of, if it is. entries: (section, weights) -> every
-    other tensor of the file, no more and no less. fill: numbers of a part that no
-    tensor has, where they are not 0: in layers without an adapter.
+    entries: (section, weights) -> every tensor of the file, no more and no less. alias: name of another -> of the one
+    that it is a copy of, if it is. fill: numbers of a part that no tensor has, where they are not 0: in layers without
+    an adapter.
     """
 
-    peft_type: str
+    peft_type: str | None
     settings: dict[str, str]
     defaults: dict[str, Any]
     fixed: dict[str, Any] = field(default_factory=dict)
@@ -63,13 +68,22 @@ class Files:
     entries: Callable[[Any, Tree], list[Entry]] = no_entries
     fill: dict[str, float] = field(default_factory=dict)
     alias: Callable[[str], str] = lambda key: key
+    tensors_name: str = TENSORS_NAME
+    nested: str | None = None
+    around: Callable[[dict[str, Any], Any, Tree, str | None], dict[str, Any]] = lambda settings, *rest: settings
 
     def with_entries(self, entries: Callable[[Any, Tree], list[Entry]]) -> "Files":
         return replace(self, entries=entries)
 
     def claims(self, tree: dict[str, Any]) -> bool:
         """Whether an adapter_config.json is of this method."""
-        return tree.get("peft_type") == self.peft_type and all(tree.get(k) == v for k, v in self.fixed.items())
+        inner = self.settings_in(tree)
+        return tree.get("peft_type") == self.peft_type and all(inner.get(k) == v for k, v in self.fixed.items())
+
+    def settings_in(self, tree: dict[str, Any]) -> dict[str, Any]:
+        """The part of an adapter_config.json that has the settings."""
+        inner = tree if self.nested is None else tree.get(self.nested)
+        return inner if isinstance(inner, dict) else {}
 
 
 # PEFT's keys of every method that sits on modules, and our options.

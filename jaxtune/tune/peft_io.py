@@ -19,7 +19,7 @@ from jaxtune.section import TuneSection
 from jaxtune.tune.method import get_path
 from jaxtune.tune.peft_config import CONFIG_NAME, is_resolved, read_config, resolve, to_peft
 from jaxtune.tune.peft_files import Entry, Files
-from jaxtune.tune.peft_tensors import TENSORS_NAME, AdapterFile, open_adapter
+from jaxtune.tune.peft_tensors import AdapterFile, open_adapter
 
 
 def load_adapter(directory: str | Path) -> tuple[TuneSection, AdapterFile]:
@@ -30,7 +30,8 @@ def load_adapter(directory: str | Path) -> tuple[TuneSection, AdapterFile]:
     Raises:
         AdapterError: not an adapter, a pickled one, or one with options that we do not have.
     """
-    return read_config(Path(directory)), open_adapter(directory)
+    section = read_config(Path(directory))
+    return section, open_adapter(directory, files_of(section).tensors_name)
 
 
 def save_adapter(
@@ -55,7 +56,7 @@ def save_adapter(
     tensors = adapter_tensors(section, weights, params)
     if processes.is_first():
         config = json.dumps(to_peft(section, weights, base_model_name), indent=2, ensure_ascii=False)
-        files = {TENSORS_NAME: save(tensors, {"format": "pt"}), CONFIG_NAME: f"{config}\n".encode()}
+        files = {files_of(section).tensors_name: save(tensors, {"format": "pt"}), CONFIG_NAME: f"{config}\n".encode()}
         _replace_directory(Path(directory), files | _tokenizer_files(tokenizer))
     processes.barrier("adapter saved")
 
