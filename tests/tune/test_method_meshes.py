@@ -11,6 +11,8 @@ METHODS = {
     "ia3": {"method": "ia3", "targets": "all-linear"},
     "layernorm": {"method": "layernorm", "exclude": ["model.layers.2.input_layernorm"]},
     "bitfit": {"method": "bitfit"},
+    "houlsby": {"method": "houlsby", "scaling": "learned", "dropout": 0.1, "leave_out": [1]},
+    "parallel": {"method": "parallel", "reduction_factor": 5},
     "trainable tokens": {"method": "trainable_tokens", "token_indices": [3, 300, 511, 17]},
 }
 MESHES = {
