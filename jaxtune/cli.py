@@ -191,6 +191,36 @@ def export(
 
 
 @app.command()
+def combine(
+    adapters: Annotated[list[Path], typer.Argument(help="PEFT directories of LoRA adapters of one base model.")],
+    out: Annotated[Path, typer.Option(help="Directory to make.")],
+    weights: Annotated[
+        str | None, typer.Option(help="A factor for each; 1 for all by default.", metavar="W,W,...")
+    ] = None,
+    way: Annotated[
+        str,
+        typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune; the last four also _svd."),
+    ] = "svd",
+    rank: Annotated[int | None, typer.Option(help="Of the result, with a way that ends in svd.")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of the numbers that thinning leaves.")] = None,
+    sign: Annotated[str, typer.Option(help="How ties elects a sign.", metavar="total|frequency")] = "total",
+    seed: Annotated[int, typer.Option(help="Of dare's draws.")] = 0,
+) -> None:
+    """Make one LoRA adapter of several, each times its weight, as PEFT's add_weighted_adapter does."""
+    with _one_line_errors():
+        from jaxtune.console import say
+        from jaxtune.errors import ConfigError
+        from jaxtune.tune.combine import combine as make_one
+
+        try:
+            factors = [1.0] * len(adapters) if weights is None else [float(part) for part in weights.split(",")]
+        except ValueError:
+            raise ConfigError(f"--weights {weights!r}: expected numbers with commas between, such as 0.7,0.3") from None
+        made = make_one(adapters, factors, out, way, rank=rank, density=density, sign=sign, seed=seed)
+        say(f"{out}: {way} of {len(adapters)} adapters, rank {made.rank}, on {len(made.targets)} modules")
+
+
+@app.command()
 def plan(
     config: Annotated[Path, typer.Option(help="YAML file, as for train; its data need not be there.")],
     devices: Annotated[int | None, typer.Option(help="How many to pretend to have; else this machine's.")] = None,

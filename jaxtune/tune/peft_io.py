@@ -45,10 +45,23 @@ def save_adapter(
     section = section if is_resolved(section) else resolve(section)
     tensors = adapter_tensors(section, weights, params)
     if processes.is_first():
-        config = json.dumps(to_peft(section, weights, base_model_name), indent=2, ensure_ascii=False)
-        files = {TENSORS_NAME: save(tensors, {"format": "pt"}), CONFIG_NAME: f"{config}\n".encode()}
-        _replace_directory(Path(directory), files)
+        write_adapter(Path(directory), section, weights, tensors, base_model_name)
     processes.barrier("adapter saved")
+
+
+def write_adapter(
+    directory: Path, section: TuneSection, weights: Tree, tensors: dict[str, np.ndarray], base_model_name: str | None
+) -> None:
+    """Write the two files of a PEFT directory. What was there before is replaced at the end.
+
+    Raises:
+        AdapterError: the directory holds other things.
+    """
+    config = json.dumps(to_peft(section, weights, base_model_name), indent=2, ensure_ascii=False)
+    # The library writes an array's memory as it lies, which is another tensor's where rows are not one after another.
+    plain = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    files = {TENSORS_NAME: save(plain, {"format": "pt"}), CONFIG_NAME: f"{config}\n".encode()}
+    _replace_directory(directory, files)
 
 
 def adapter_tensors(section: TuneSection, weights: Tree, params: Tree) -> dict[str, np.ndarray]:
