@@ -3,7 +3,7 @@ export and the Python calls all start from.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,21 @@ def assemble(
         params = load_params(open_source(source.path), stored, where, jnp.dtype(dtype), progress)
     params, mask = tune.apply(section, params, model.weights, seed, axes_sharding(mesh, config, *places))
     return Assembled(model, params, mask, mesh, source)
+
+
+def adapted(base: Assembled, section: TuneSection) -> Assembled:
+    """A loaded model with an adapter on it. The two share every array that the adapter leaves as it is.
+
+    base: assembled without an adapter. section: that of an adapter (peft_config.read_config).
+
+    Raises:
+        AdapterError: the adapter does not fit the model.
+    """
+    config, _ = tune.layout(section, base.source.config, one_stack=True)
+    model = Model.create(config, base.model.stacks, base.model.execution, tune.hooks(section, base.source.config))
+    where = axes_sharding(base.mesh, config, *base.model.execution.places)
+    params, mask = tune.apply(section, base.params, model.weights, 0, where)
+    return replace(base, model=model, params=params, mask=mask)
 
 
 def compute_dtype(asked: str) -> Any:
