@@ -73,10 +73,10 @@ def fresh(section: LoraSection, site: Site, seed: int) -> Start:
     kind = "embedding" if site.is_embedding else section.init
     sizes, has_layers = (*site.in_out, site.rank), site.weight.layers is not None
     arrays = keys_of(site, seed), np.array(site.ranks), np.array(site.scales, np.float32)
-    return Start(_initial, arrays, {"sizes": sizes, "kind": kind, "stacked": has_layers})
+    return Start(initial, arrays, {"sizes": sizes, "kind": kind, "stacked": has_layers})
 
 
-def _initial(keys, ranks, scales, *, sizes: tuple[int, int, int], kind: str, stacked: bool) -> dict[str, jax.Array]:
+def initial(keys, ranks, scales, *, sizes: tuple[int, int, int], kind: str, stacked: bool) -> dict[str, jax.Array]:
     """`a`, `b` and `scale` of one leaf, from a key, a rank and a scale for each layer.
 
     Drawn row by row of the rank, so that a layer's numbers do not depend on the largest rank of its stack.
