@@ -115,7 +115,7 @@ def build(config: Config, model: Model, mesh: Mesh, params: Tree, mask: Tree, to
         seed=config.train.seed,
         pipeline=pipeline,
         gates=_gate_arrays(gates, stages),
-        rates=tune.rates(config.tune),
+        rates=tune.rates(config.tune, model.weights, trainable, config.optim.lr),
         scale_window=precision.loss_scale.window if precision.compute == "float16" else None,
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(homes, None))

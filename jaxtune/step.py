@@ -126,14 +126,14 @@ def make_train_step(
     seed: int,
     pipeline: Pipeline | None = None,
     gates: dict[Path, jax.Array] | None = None,
-    rates: dict[str, float] | None = None,
+    rates: Tree | None = None,
     scale_window: int | None = None,
 ) -> Callable[[Tree, Tree, Batch, jax.Array], tuple[Tree, dict[str, jax.Array]]]:
     """(state, frozen params, batch, step) -> (state, metrics).
 
     homes: where the state's arrays lie between steps. Donate the state, and pass the homes as its out_shardings.
     pipeline: what computes the gradients, if it is one. gates: of a stack, 1 for each layer that trains.
-    rates: factors of the learning rate, by the name of a leaf's part.
+    rates: factors of the learning rate, in the structure of what trains.
     scale_window: that of a float16 loss (loss_scale.py); None: the loss is not scaled.
     A loss or gradient that is not finite leaves params and optimiser as they were, bit for bit.
     """
@@ -177,11 +177,9 @@ def gated(tree: Tree, gates: dict[Path, jax.Array] | None) -> Tree:
     return jax.tree_util.tree_map_with_path(gate, tree)
 
 
-def rated(tree: Tree, rates: dict[str, float] | None) -> Tree:
-    """The tree with the parts of leaves that these factors name multiplied by them."""
-    if not rates:
-        return tree
-    return jax.tree_util.tree_map_with_path(lambda path, x: x * rates.get(getattr(path[-1], "name", ""), 1.0), tree)
+def rated(tree: Tree, rates: Tree | None) -> Tree:
+    """The tree with every array multiplied by its factor."""
+    return tree if rates is None else jax.tree.map(lambda x, rate: x if rate == 1 else x * rate, tree, rates)
 
 
 def make_eval_step(

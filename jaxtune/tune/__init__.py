@@ -94,9 +94,17 @@ def has_adapter(section: TuneSection) -> bool:
     return METHODS[section.method].files is not None
 
 
-def rates(section: TuneSection) -> dict[str, float]:
-    """Factors of the learning rate, by the name of a leaf's part."""
-    return METHODS[section.method].rates(section)
+def rates(section: TuneSection, weights: Tree, trainable: Tree, lr: float) -> Tree:
+    """For every array of a trainable tree: what the learning rate, of which `lr` is the highest, is multiplied by."""
+    section = resolve(section)
+    rate = METHODS[section.method].rate
+
+    def of(weight: Weight, leaf: Any) -> Any:
+        if not isinstance(leaf, Leaf):
+            return None if leaf is None else rate(section, weight, None, lr)
+        return jax.tree_util.tree_map_with_path(lambda path, _: rate(section, weight, path[-1].name, lr), leaf)
+
+    return map_tree(of, weights, trainable)
 
 
 def _declare(config: ModelConfig, hooked: Hooks) -> Tree:

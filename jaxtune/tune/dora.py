@@ -18,7 +18,7 @@ from jaxtune import ops
 from jaxtune.float8 import unwrapped
 from jaxtune.leaves import Axes
 from jaxtune.parallel import local
-from jaxtune.tune.lora import LORA_FILES, Ranked, fresh, initial, lora_parts, lora_tensors
+from jaxtune.tune.lora import LORA_FILES, Ranked, fresh, initial, lora_parts, lora_rate, lora_tensors
 from jaxtune.tune.low_rank import LowRank, low_rank
 from jaxtune.tune.plan import Part, Site
 from jaxtune.tune.sites import Kind, Start, Tensor, site_method
@@ -72,14 +72,13 @@ class Dora(LowRank):
 
         cross: A W^T; this device's part of the sum, where `split` names the axis along which `in` is split.
         """
-        a, b, cross, scale = (
-            jax.lax.stop_gradient(x).astype(jnp.float32) for x in (self.a, self.b, cross_RO, self.scale)
-        )
+        parts = self.a, self.b, self.scale, self.squares, cross_RO
+        a, b, scale, squares, cross = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in parts)
         gram = jnp.einsum("ir,is->rs", a, a, precision=EXACT)
         if split:
             cross, gram = local.total((cross, gram), split)
         both = 2 * scale * cross + scale**2 * jnp.einsum("rs,so->ro", gram, b, precision=EXACT)
-        return _ratio(self.magnitude, jnp.sqrt(jnp.maximum(self.squares + jnp.sum(both * b, axis=0), 0)), scale)
+        return _ratio(self.magnitude, jnp.sqrt(jnp.maximum(squares + jnp.sum(both * b, axis=0), 0)), scale)
 
     def dense(self, is_table: bool) -> Any:
         axis = -2 if is_table else -1
@@ -121,4 +120,4 @@ def dora_tensors(section: DoraSection, site: Site, row: int) -> list[Tensor]:
 
 
 DORA_KIND = Kind(parts=dora_parts, start=dora_start, leaf=dora_leaf, tensors=dora_tensors)
-DORA = site_method(DoraSection, DORA_KIND, replace(LORA_FILES, fixed={"use_dora": True}))
+DORA = site_method(DoraSection, DORA_KIND, replace(LORA_FILES, fixed={"use_dora": True}), rate=lora_rate)

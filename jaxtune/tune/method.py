@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ShardingOf = Callable[[tuple[int, ...], tuple[str | None, ...]], Sharding]  # (shape, logical axes) -> sharding
 
+Rate = Callable[[Any, Weight, str | None, float], float]
+
 EMBEDDING = ("embed", "weight")
 HEAD = ("head", "weight")
 
@@ -34,7 +36,7 @@ class Method:
     separates: a head tied to the embedding becomes a weight of its own where either is trained or adapted.
     files: how PEFT stores it; None: it ends in a whole model, not in an adapter.
     hooks: (section, model settings) -> what it adds to the decoder beside the weights; None: nothing.
-    rates: section -> factors of the learning rate, by the name of a leaf's part.
+    rate: (section, weight, name of a leaf's part or None, learning rate) -> what that rate is multiplied by.
     """
 
     section: type[TuneSection]
@@ -44,7 +46,7 @@ class Method:
     separates: bool = False
     files: "Files | None" = None
     hooks: "Callable[[Any, ModelConfig], Hooks | None]" = lambda section, config: None
-    rates: Callable[[Any], dict[str, float]] = lambda section: {}
+    rate: Rate = lambda section, weight, part, lr: 1.0
 
 
 def declared(weights: Tree) -> Iterator[tuple[Path, Weight]]:

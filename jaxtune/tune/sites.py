@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtune.leaves import Leaf
 from jaxtune.models.weights import Tree, Weight, leaves_with_path, map_tree, path_key, set_path
 from jaxtune.section import Targeted
-from jaxtune.tune.method import Method, ShardingOf, get_path, is_abstract, make
+from jaxtune.tune.method import Method, Rate, ShardingOf, get_path, is_abstract, make
 from jaxtune.tune.peft_files import PREFIX, Entry, Files, whole_entries
 from jaxtune.tune.plan import Part, Plan, Site, make_plan
 
@@ -66,7 +66,7 @@ def site_method(
     section: type[Targeted],
     kind: Kind,
     files: Files | None,
-    rates: Callable[[Any], dict[str, float]] = lambda section: {},
+    rate: Rate = lambda section, weight, part, lr: 1.0,
 ) -> Method:
     """The method that puts leaves of this kind on the targets of a section.
 
@@ -80,7 +80,7 @@ def site_method(
         wrap=partial(wrap, kind),
         separates=True,
         files=stored,
-        rates=rates,
+        rate=rate,
     )
 
 
