@@ -111,7 +111,7 @@ def _with_lengths(base, keys, ranks, scales, *, kind: str, **settings) -> dict[s
     return {**parts, "magnitude": jnp.sqrt(squares), "squares": squares}
 
 
-def dora_leaf(section: DoraSection, base: Any, parts: dict[str, Any]) -> Dora:
+def dora_leaf(section: DoraSection, site: Site, base: Any, parts: dict[str, Any]) -> Dora:
     return Dora(base, **parts, dropout=section.dropout)
 
 

@@ -15,8 +15,6 @@ from jaxtune.config import tune_section
 from jaxtune.float8 import Float8, wrapped
 from jaxtune.ops import Noise
 from jaxtune.tune.dora import Dora
-from tests.parallel_rows import row
-from tests.programs import Stepper
 from tests.tune.support import logits, tuned
 from tests.tune.test_lora_compiled import ARITHMETIC, RANK, made_in_program, products_compiled
 
@@ -137,25 +135,7 @@ def test_the_base_s_float8_is_for_tokens_alone():
     gains = ops.linear(X, made) / (X @ (made.base + SCALE * (made.a @ made.b).T).T)
     low = ops.linear(X, replace(coarse, magnitude=jnp.zeros(OUT))), ops.linear(X, coarse)
     assert not np.any(low[0])
-    alone = ops.linear(X, replace(coarse, magnitude=jnp.sqrt(jnp.sum((made.base + SCALE * (made.a @ made.b).T) ** 2, 1))))
+    alone = ops.linear(
+        X, replace(coarse, magnitude=jnp.sqrt(jnp.sum((made.base + SCALE * (made.a @ made.b).T) ** 2, 1)))
+    )
     np.testing.assert_allclose(low[1] / alone, gains, rtol=1e-4)
-
-
-MESHES = {
-    "fsdp 8": row(fsdp=8),
-    "fsdp 2, tensor 2, pipe 2": row(fsdp=2, tensor=2, pipe=2, micro=4),
-    "tensor 4, context 2": row(tensor=4, context=2),
-}
-DORA = {"method": "dora", "rank": 4, "dropout": 0.1, "targets": "all-linear"}
-OPTIM = {"lr": 1e-3, "eps": 1e-5}
-
-
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-def test_every_mesh_gives_one_device_s_losses_and_parameters(mesh):
-    tune = {**DORA, "targets": ["q_proj", "o_proj", "up_proj", "down_proj", "embed_tokens"]}
-    one, many = (Stepper(**{**sections, "tune": tune, "optim": OPTIM}) for sections in (row(), mesh))
-    np.testing.assert_allclose(many.run(3), one.run(3), atol=2e-5, rtol=0)
-    expected, found = one.weights(), many.weights()
-    assert expected.keys() == found.keys() and any("magnitude" in name for name in found)
-    for name, array in expected.items():
-        np.testing.assert_allclose(found[name], array, atol=1e-4, rtol=0)

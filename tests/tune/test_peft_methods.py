@@ -30,9 +30,15 @@ CASES = {
     "ia3 on maps with biases": (BIASED, {"method": "ia3", "targets": ["q_proj", "o_proj", "up_proj", "down_proj"]}),
     "ia3 in some layers, a norm saved": (QWEN2, {"method": "ia3", "layers": [0, 2], "modules_to_save": ["norm"]}),
     "ia3 without feed-forward modules": (LLAMA, {"method": "ia3", "targets": ["v_proj"], "feedforward_modules": []}),
+    "dora": (QWEN2, {"method": "dora", "rank": 4, "targets": "all-linear"}),
+    "dora on the ends, a rank by pattern": (
+        LLAMA,
+        {"method": "dora", "targets": ["q_proj", "embed_tokens", "lm_head"], "rank_pattern": {"layers.1.*": 3}},
+    ),
+    "dora in some layers, rsLoRA": (QWEN2, {"method": "dora", "layers": [0, 2], "use_rslora": True, "bias": "all"}),
 }
 UNMERGEABLE: set[str] = set()  # methods that no weight can take up
-TRAINED = ["ia3", "ia3 on maps with biases"]
+TRAINED = ["ia3", "ia3 on maps with biases", "dora"]
 STEPS, LR = 10, 1e-2
 
 each = pytest.mark.parametrize(("base", "options"), CASES.values(), ids=list(CASES))
