@@ -27,12 +27,14 @@ from jaxtune.tune.lora import LORA
 from jaxtune.tune.method import EMBEDDING, HEAD, Method, ShardingOf, declared, get_path, is_abstract
 from jaxtune.tune.peft_config import resolve
 from jaxtune.tune.peft_tensors import open_checked
+from jaxtune.tune.pissa import PISSA
 
 METHODS: dict[str, Method] = {
     "full": FULL,
     "freeze": FREEZE,
     "lora": LORA,
     "dora": DORA,
+    "pissa": PISSA,
     "ia3": IA3,
 }
 

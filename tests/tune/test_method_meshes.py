@@ -8,6 +8,7 @@ from tests.programs import Stepper
 
 # name -> the section's options
 METHODS = {
+    "pissa": {"method": "pissa", "rank": 4, "targets": "all-linear", "layers": [1, 2, 3]},
     "dora": {"method": "dora", "rank": 4, "dropout": 0.1, "targets": ["q_proj", "o_proj", "up_proj", "embed_tokens"]},
     "ia3": {"method": "ia3", "targets": "all-linear"},
 }

@@ -36,6 +36,17 @@ CASES = {
         {"method": "dora", "targets": ["q_proj", "embed_tokens", "lm_head"], "rank_pattern": {"layers.1.*": 3}},
     ),
     "dora in some layers, rsLoRA": (QWEN2, {"method": "dora", "layers": [0, 2], "use_rslora": True, "bias": "all"}),
+    "pissa": (QWEN2, {"method": "pissa", "rank": 4, "targets": "all-linear"}),
+    "pissa, ranks by pattern, rsLoRA": (
+        LLAMA,
+        {
+            "method": "pissa",
+            "targets": ["q_proj", "lm_head"],
+            "use_rslora": True,
+            "rank_pattern": {"layers.1.*": 3},
+            "alpha_pattern": {"layers.2.*": 3.0},
+        },
+    ),
 }
 UNMERGEABLE: set[str] = set()  # methods that no weight can take up
 TRAINED = ["ia3", "ia3 on maps with biases", "dora"]
