@@ -97,7 +97,7 @@ def assemble(
     places = execution.places
     where = shardings(mesh, config, stored, *places)
     sharding_of = axes_sharding(mesh, config, *places)
-    quantizer = Quantizer(source.scheme, sharding_of)
+    quantizer = Quantizer(source.scheme, sharding_of, tune.quantized(section, model.weights))
     params: Tree
     if init == "shapes":
         shape = partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))

@@ -5,13 +5,14 @@ The dequantised weight lives for one matmul. It is never among what a layer keep
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxtune.errors import MeshError
-from jaxtune.leaves import Axes, Axis, Leaf, fields_of
+from jaxtune.leaves import Axes, Axis, Leaf, fields_of, map_parts
 from jaxtune.mesh import shards_of
 from jaxtune.models.weights import Weight
 
@@ -91,8 +92,15 @@ def _home(weight: Weight, name: str, part: Any, axes: Axes, sharding_of: Shardin
     return home
 
 
-def placed(leaf: Quantized, weight: Weight, sharding_of: ShardingOf) -> Quantized:
-    """A leaf of shapes with their shardings."""
+def placed(leaf: Leaf, weight: Weight, sharding_of: ShardingOf) -> Leaf:
+    """A leaf of shapes with their shardings: a quantised one, or a tuning method's over one."""
+    if not isinstance(leaf, Quantized):
+        over = map_parts(partial(_placed, sharding_of), replace(leaf, base=None), weight.full_axes, weight.is_table)
+        return replace(over, base=placed(leaf.base, weight, sharding_of))
     where, shapes = homes(leaf, weight, sharding_of), parts_of(leaf).items()
     parts = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where[name]) for name, s in shapes}
     return replace(leaf, **parts)  # type: ignore[type-var]
+
+
+def _placed(sharding_of: ShardingOf, part: Any, axes: Axes, exact: bool) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=sharding_of(part.shape, axes))

@@ -1,7 +1,7 @@
 """How a model's linear maps are quantised, if they are: as they are loaded, or by the checkpoint that they are in."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from jaxtune.config import ModelSection
 from jaxtune.errors import ConfigError
+from jaxtune.leaves import Leaf
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.weights import Weight
 from jaxtune.quant import four_bit, int8
 from jaxtune.quant.checkpoints import Format, Stored, Tensors, format_of
-from jaxtune.quant.leaf import Quantized, ShardingOf, homes, placed
+from jaxtune.quant.leaf import Quantized, ShardingOf, placed
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,11 @@ class AtLoad:
 
     def quantized(self, w_LOI: jax.Array) -> Quantized:
         """The leaf of a stack of weights, made layer by layer."""
-        return jax.lax.map(partial(_quantized, kind=self.kind, double=self.double), w_LOI)
+        return jax.lax.map(self.layer, w_LOI)
+
+    def layer(self, w_OI: jax.Array) -> Quantized:
+        """The leaf of one layer's weight."""
+        return _quantized(w_OI, self.kind, self.double)
 
 
 def _quantized(w: jax.Array, kind: str, double: bool) -> Quantized:
@@ -71,10 +76,14 @@ def scheme_of(section: ModelSection, config: ModelConfig, where: str) -> Scheme 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """A scheme, and where the parts of its leaves lie."""
+    """A scheme, and where the parts of its leaves lie.
+
+    own: (weight, scheme) -> what makes a leaf of the weight in the tuning method's own way; None: there is none.
+    """
 
     scheme: Scheme | None
     sharding_of: ShardingOf
+    own: Callable[[Weight, AtLoad], Callable | None] = lambda weight, scheme: None
 
     def shape(self, weight: Weight, shape: jax.ShapeDtypeStruct) -> Any:
         """What `weight` becomes, as shapes with shardings."""
@@ -97,17 +106,22 @@ class Quantizer:
         if not isinstance(self.scheme, AtLoad) or not weight.is_linear:
             return array
         leaf = self._leaf(self.scheme, weight, array)
-        where = replace(leaf, **homes(leaf, weight, self.sharding_of))  # type: ignore[type-var]
-        made = jax.jit(self.scheme.quantized, out_shardings=where)(array)
+        where = jax.tree.map(lambda part: part.sharding, placed(leaf, weight, self.sharding_of))
+        made = jax.jit(self._making(self.scheme, weight), out_shardings=where)(array)
         jax.block_until_ready(made)
         array.delete()
         return made
 
-    def _leaf(self, scheme: AtLoad, weight: Weight, like: Any) -> Quantized:
+    def _making(self, scheme: AtLoad, weight: Weight) -> Callable:
+        return self.own(weight, scheme) or scheme.quantized
+
+    def _leaf(self, scheme: AtLoad, weight: Weight, like: Any) -> Leaf:
         """The shapes of its parts."""
         if scheme.kind != "int8":
             four_bit.check_shape(weight.shape, weight.key)
-        return jax.eval_shape(scheme.quantized, jax.ShapeDtypeStruct(weight.full_shape, jnp.dtype(like.dtype)))
+        return jax.eval_shape(
+            self._making(scheme, weight), jax.ShapeDtypeStruct(weight.full_shape, jnp.dtype(like.dtype))
+        )
 
 
 PLAIN = Quantizer(None, lambda shape, axes: None)  # nothing is quantised

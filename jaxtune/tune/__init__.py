@@ -8,7 +8,9 @@
 Files in PEFT's format are peft_io.py's, merging is merge.py's.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ from jaxtune.section import TuneSection, adapter_of
 from jaxtune.tune.dora import DORA
 from jaxtune.tune.full import FREEZE, FULL
 from jaxtune.tune.ia3 import IA3
+from jaxtune.tune.loftq import LOFTQ
 from jaxtune.tune.lora import LORA
 from jaxtune.tune.method import EMBEDDING, HEAD, Method, ShardingOf, declared, get_path, is_abstract
 from jaxtune.tune.peft_config import resolve
@@ -35,10 +38,11 @@ METHODS: dict[str, Method] = {
     "lora": LORA,
     "dora": DORA,
     "pissa": PISSA,
+    "loftq": LOFTQ,
     "ia3": IA3,
 }
 
-__all__ = ["METHODS", "apply", "gates", "has_adapter", "hooks", "layout", "rates", "resolve"]
+__all__ = ["METHODS", "apply", "gates", "has_adapter", "hooks", "layout", "quantized", "rates", "resolve"]
 
 
 def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -> tuple[ModelConfig, tuple[range, ...]]:
@@ -101,6 +105,12 @@ def hooks(section: TuneSection, config: ModelConfig) -> Hooks:
 def has_adapter(section: TuneSection) -> bool:
     """Whether the method ends in an adapter; the others end in a whole model."""
     return METHODS[section.method].files is not None
+
+
+def quantized(section: TuneSection, weights: Tree) -> Callable[[Weight, Any], Callable | None]:
+    """(weight, how weights are quantised as they are loaded) -> what makes its leaf of it, where the method does."""
+    section = resolve(section)
+    return partial(METHODS[section.method].quantized, section, weights)
 
 
 def rates(section: TuneSection, weights: Tree, trainable: Tree, lr: float) -> Tree:

@@ -14,6 +14,7 @@ from jaxtune.section import TuneSection
 if TYPE_CHECKING:
     from jaxtune.models.config import ModelConfig
     from jaxtune.models.hooks import Hooks
+    from jaxtune.quant.scheme import AtLoad
     from jaxtune.tune.peft_files import Files
 
 ShardingOf = Callable[[tuple[int, ...], tuple[str | None, ...]], Sharding]  # (shape, logical axes) -> sharding
@@ -36,6 +37,8 @@ class Method:
     separates: a head tied to the embedding becomes a weight of its own where either is trained or adapted.
     files: how PEFT stores it; None: it ends in a whole model, not in an adapter.
     hooks: (section, model settings) -> what it adds to the decoder beside the weights; None: nothing.
+    quantized: (section, weights, weight, how weights are quantised as they are loaded) -> array -> the leaf of a weight
+    that the method quantises in its own way; None: none.
     rate: (section, weight, name of a leaf's part or None, learning rate) -> what that rate is multiplied by.
     """
 
@@ -46,6 +49,7 @@ class Method:
     separates: bool = False
     files: "Files | None" = None
     hooks: "Callable[[Any, ModelConfig], Hooks | None]" = lambda section, config: None
+    quantized: Callable[[Any, Tree, Weight, "AtLoad"], Callable | None] = lambda section, weights, weight, scheme: None
     rate: Rate = lambda section, weight, part, lr: 1.0
 
 

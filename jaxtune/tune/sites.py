@@ -87,20 +87,28 @@ def site_method(
 
 
 def wrap(kind: Kind, section: Targeted, params: Tree, weights: Tree, seed: int, sharding_of: ShardingOf | None) -> Tree:
-    """The parameters with fresh leaves. Weights that train whole become float32, as all that an adapter file holds."""
+    """The parameters with fresh leaves."""
+    made = partial(_leaf, kind, section, seed, sharding_of)
+    return wrap_with(made, section, params, weights, kind.takes_bias)
+
+
+def wrap_with(
+    made: Callable[[Site, Any, Any], Leaf], section: Targeted, params: Tree, weights: Tree, takes_bias: bool = False
+) -> Tree:
+    """The parameters with `made(site, weight, bias)` at every site. Weights that train whole become float32, as all
+    that an adapter file holds."""
     plan = make_plan(section, weights)
     result: Tree = {}
     for path, leaf in leaves_with_path(map_tree(partial(_wide, plan), weights, params)):
         site = plan.sites.get(path)
         if site is not None:
-            bias = get_path(params, (*path[:-1], "bias")) if kind.takes_bias else None
-            leaf = _leaf(kind, section, site, leaf, bias, seed, sharding_of)
+            leaf = made(site, leaf, get_path(params, (*path[:-1], "bias")) if takes_bias else None)
         set_path(result, path, leaf)
     return result
 
 
 def _leaf(
-    kind: Kind, section: Targeted, site: Site, base: Any, bias: Any, seed: int, sharding_of: ShardingOf | None
+    kind: Kind, section: Targeted, seed: int, sharding_of: ShardingOf | None, site: Site, base: Any, bias: Any
 ) -> Leaf:
     start = kind.start(section, site, seed)
     arrays = (base, *start.arrays) if start.of_base else start.arrays

@@ -133,8 +133,8 @@ def our_batch(step):
     return {name: jnp.asarray(array)[None] for name, array in arrays.items()}
 
 
-def our_losses(made):
-    optim = {"lr": LR, "schedule": "constant", "warmup": 0, "clip_norm": None}
+def our_losses(made, lr=LR):
+    optim = {"lr": lr, "schedule": "constant", "warmup": 0, "clip_norm": None}
     config = make_config({"model": {"path": "-"}, "data": {"path": "-"}, "tune": made.section, "optim": optim})
     program = build(config, made.model, single_device_mesh(), made.params, made.mask, STEPS)
     state, losses = program.state, []
@@ -144,10 +144,11 @@ def our_losses(made):
     return losses
 
 
-def peer_losses(model):
+def peer_losses(model, optimizer=None):
     import torch
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer or torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
     losses = []
     for step in range(1, STEPS + 1):
         tokens, labels = (torch.tensor(x) for x in batch(step))
