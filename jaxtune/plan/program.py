@@ -22,7 +22,7 @@ from jaxtune.plan.flops import model_flops
 from jaxtune.plan.memory import tree_bytes
 from jaxtune.quant.scheme import scheme_of
 
-TOTAL_STEPS = 1000  # of the schedule of learning rates, which changes nothing that is counted here
+TOTAL_STEPS = 1_000_000  # of the schedule of learning rates, which changes nothing that is counted here
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.models.hooks import NO_HOOKS, Hooks
 from jaxtune.models.weights import HOOKS, Path, Tree, Weight, map_tree
 from jaxtune.section import TuneSection, adapter_of
+from jaxtune.tune.adalora import ADALORA
 from jaxtune.tune.dora import DORA
 from jaxtune.tune.full import FREEZE, FULL
 from jaxtune.tune.ia3 import IA3
 from jaxtune.tune.loftq import LOFTQ
 from jaxtune.tune.lora import LORA
-from jaxtune.tune.method import EMBEDDING, HEAD, Method, ShardingOf, declared, get_path, is_abstract
+from jaxtune.tune.method import EMBEDDING, HEAD, Course, Method, ShardingOf, declared, get_path, is_abstract
 from jaxtune.tune.peft_config import resolve
 from jaxtune.tune.peft_tensors import open_checked
 from jaxtune.tune.pissa import PISSA
@@ -39,10 +40,11 @@ METHODS: dict[str, Method] = {
     "dora": DORA,
     "pissa": PISSA,
     "loftq": LOFTQ,
+    "adalora": ADALORA,
     "ia3": IA3,
 }
 
-__all__ = ["METHODS", "apply", "gates", "has_adapter", "hooks", "layout", "quantized", "rates", "resolve"]
+__all__ = ["METHODS", "apply", "course", "gates", "has_adapter", "hooks", "layout", "quantized", "rates", "resolve"]
 
 
 def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -> tuple[ModelConfig, tuple[range, ...]]:
@@ -105,6 +107,12 @@ def hooks(section: TuneSection, config: ModelConfig) -> Hooks:
 def has_adapter(section: TuneSection) -> bool:
     """Whether the method ends in an adapter; the others end in a whole model."""
     return METHODS[section.method].files is not None
+
+
+def course(section: TuneSection, weights: Tree, steps: int) -> Course | None:
+    """What the method does in a run of so many steps besides descending."""
+    section = resolve(section)
+    return METHODS[section.method].course(section, weights, steps)
 
 
 def quantized(section: TuneSection, weights: Tree) -> Callable[[Weight, Any], Callable | None]:

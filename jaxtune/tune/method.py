@@ -19,6 +19,21 @@ if TYPE_CHECKING:
 
 ShardingOf = Callable[[tuple[int, ...], tuple[str | None, ...]], Sharding]  # (shape, logical axes) -> sharding
 
+
+@dataclass(frozen=True)
+class Course:
+    """What a method does in training besides descending. Trees are whole arrays, as what trains lies between steps.
+
+    penalty: what trains -> a float32 scalar that is added to the loss. kept: what trains -> a state, saved with the
+    rest; an array of it that is of one in what trains has that one's shape and, within the state, its path.
+    after: (state, what trains, its clipped gradients, the step's number) -> (state, what trains), after the optimiser.
+    """
+
+    penalty: Callable[[Tree], jax.Array]
+    kept: Callable[[Tree], Tree]
+    after: Callable[[Tree, Tree, Tree, jax.Array], tuple[Tree, Tree]]
+
+
 Rate = Callable[[Any, Weight, str | None, float], float]
 
 EMBEDDING = ("embed", "weight")
@@ -39,6 +54,7 @@ class Method:
     hooks: (section, model settings) -> what it adds to the decoder beside the weights; None: nothing.
     quantized: (section, weights, weight, how weights are quantised as they are loaded) -> array -> the leaf of a weight
     that the method quantises in its own way; None: none.
+    course: (section, weights, steps of the run) -> what it does in training besides descending; None: nothing.
     rate: (section, weight, name of a leaf's part or None, learning rate) -> what that rate is multiplied by.
     """
 
@@ -50,6 +66,7 @@ class Method:
     files: "Files | None" = None
     hooks: "Callable[[Any, ModelConfig], Hooks | None]" = lambda section, config: None
     quantized: Callable[[Any, Tree, Weight, "AtLoad"], Callable | None] = lambda section, weights, weight, scheme: None
+    course: Callable[[Any, Tree, int], Course | None] = lambda section, weights, steps: None
     rate: Rate = lambda section, weight, part, lr: 1.0
 
 

@@ -47,6 +47,8 @@ CASES = {
             "alpha_pattern": {"layers.2.*": 3.0},
         },
     ),
+    "adalora": (QWEN2, {"method": "adalora", "init_r": 4, "target_r": 2, "total_step": 10, "targets": "all-linear"}),
+    "adalora in some layers": (LLAMA, {"method": "adalora", "total_step": 5, "layers": [0, 2], "alpha": 16}),
 }
 UNMERGEABLE: set[str] = set()  # methods that no weight can take up
 TRAINED = ["ia3", "ia3 on maps with biases", "dora"]
