@@ -8,7 +8,9 @@
 Files in PEFT's format are peft_io.py's, merging is merge.py's.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,21 +22,29 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.models.hooks import NO_HOOKS, Hooks
 from jaxtune.models.weights import HOOKS, Path, Tree, Weight, map_tree
 from jaxtune.section import TuneSection, adapter_of
+from jaxtune.tune.adalora import ADALORA
+from jaxtune.tune.dora import DORA
 from jaxtune.tune.full import FREEZE, FULL
 from jaxtune.tune.ia3 import IA3
+from jaxtune.tune.loftq import LOFTQ
 from jaxtune.tune.lora import LORA
-from jaxtune.tune.method import EMBEDDING, HEAD, Method, ShardingOf, declared, get_path, is_abstract
+from jaxtune.tune.method import EMBEDDING, HEAD, Course, Method, ShardingOf, declared, get_path, is_abstract
 from jaxtune.tune.peft_config import resolve
 from jaxtune.tune.peft_tensors import open_checked
+from jaxtune.tune.pissa import PISSA
 
 METHODS: dict[str, Method] = {
     "full": FULL,
     "freeze": FREEZE,
     "lora": LORA,
+    "dora": DORA,
+    "pissa": PISSA,
+    "loftq": LOFTQ,
+    "adalora": ADALORA,
     "ia3": IA3,
 }
 
-__all__ = ["METHODS", "apply", "gates", "has_adapter", "hooks", "layout", "rates", "resolve"]
+__all__ = ["METHODS", "apply", "course", "gates", "has_adapter", "hooks", "layout", "quantized", "rates", "resolve"]
 
 
 def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -> tuple[ModelConfig, tuple[range, ...]]:
@@ -99,9 +109,29 @@ def has_adapter(section: TuneSection) -> bool:
     return METHODS[section.method].files is not None
 
 
-def rates(section: TuneSection) -> dict[str, float]:
-    """Factors of the learning rate, by the name of a leaf's part."""
-    return METHODS[section.method].rates(section)
+def course(section: TuneSection, weights: Tree, steps: int) -> Course | None:
+    """What the method does in a run of so many steps besides descending."""
+    section = resolve(section)
+    return METHODS[section.method].course(section, weights, steps)
+
+
+def quantized(section: TuneSection, weights: Tree) -> Callable[[Weight, Any], Callable | None]:
+    """(weight, how weights are quantised as they are loaded) -> what makes its leaf of it, where the method does."""
+    section = resolve(section)
+    return partial(METHODS[section.method].quantized, section, weights)
+
+
+def rates(section: TuneSection, weights: Tree, trainable: Tree, lr: float) -> Tree:
+    """For every array of a trainable tree: what the learning rate, of which `lr` is the highest, is multiplied by."""
+    section = resolve(section)
+    rate = METHODS[section.method].rate
+
+    def of(weight: Weight, leaf: Any) -> Any:
+        if not isinstance(leaf, Leaf):
+            return None if leaf is None else rate(section, weight, None, lr)
+        return jax.tree_util.tree_map_with_path(lambda path, _: rate(section, weight, path[-1].name, lr), leaf)
+
+    return map_tree(of, weights, trainable)
 
 
 def _declare(config: ModelConfig, hooked: Hooks) -> Tree:

@@ -14,9 +14,27 @@ from jaxtune.section import TuneSection
 if TYPE_CHECKING:
     from jaxtune.models.config import ModelConfig
     from jaxtune.models.hooks import Hooks
+    from jaxtune.quant.scheme import AtLoad
     from jaxtune.tune.peft_files import Files
 
 ShardingOf = Callable[[tuple[int, ...], tuple[str | None, ...]], Sharding]  # (shape, logical axes) -> sharding
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a method does in training besides descending. Trees are whole arrays, as what trains lies between steps.
+
+    penalty: what trains -> a float32 scalar that is added to the loss. kept: what trains -> a state, saved with the
+    rest; an array of it that is of one in what trains has that one's shape and, within the state, its path.
+    after: (state, what trains, its clipped gradients, the step's number) -> (state, what trains), after the optimiser.
+    """
+
+    penalty: Callable[[Tree], jax.Array]
+    kept: Callable[[Tree], Tree]
+    after: Callable[[Tree, Tree, Tree, jax.Array], tuple[Tree, Tree]]
+
+
+Rate = Callable[[Any, Weight, str | None, float], float]
 
 EMBEDDING = ("embed", "weight")
 HEAD = ("head", "weight")
@@ -34,7 +52,10 @@ class Method:
     separates: a head tied to the embedding becomes a weight of its own where either is trained or adapted.
     files: how PEFT stores it; None: it ends in a whole model, not in an adapter.
     hooks: (section, model settings) -> what it adds to the decoder beside the weights; None: nothing.
-    rates: section -> factors of the learning rate, by the name of a leaf's part.
+    quantized: (section, weights, weight, how weights are quantised as they are loaded) -> array -> the leaf of a weight
+    that the method quantises in its own way; None: none.
+    course: (section, weights, steps of the run) -> what it does in training besides descending; None: nothing.
+    rate: (section, weight, name of a leaf's part or None, learning rate) -> what that rate is multiplied by.
     """
 
     section: type[TuneSection]
@@ -44,7 +65,9 @@ class Method:
     separates: bool = False
     files: "Files | None" = None
     hooks: "Callable[[Any, ModelConfig], Hooks | None]" = lambda section, config: None
-    rates: Callable[[Any], dict[str, float]] = lambda section: {}
+    quantized: Callable[[Any, Tree, Weight, "AtLoad"], Callable | None] = lambda section, weights, weight, scheme: None
+    course: Callable[[Any, Tree, int], Course | None] = lambda section, weights, steps: None
+    rate: Rate = lambda section, weight, part, lr: 1.0
 
 
 def declared(weights: Tree) -> Iterator[tuple[Path, Weight]]:

@@ -50,6 +50,7 @@ class Files:
     for what we do not have. write: (section, weights) -> keys besides the settings.
     entries: (section, weights) -> every tensor of the file, no more and no less. fill: numbers of a part that no
     tensor has, where they are not 0: in layers without an adapter.
+    stored: (section, weights, parameters) -> those that the files are written of, where they are another method's.
     """
 
     peft_type: str
@@ -61,6 +62,7 @@ class Files:
     write: Callable[[Any, Tree], dict[str, Any]] = lambda section, weights: {}
     entries: Callable[[Any, Tree], list[Entry]] = no_entries
     fill: dict[str, float] = field(default_factory=dict)
+    stored: Callable[[Any, Tree, Tree], tuple[Any, Tree]] = lambda section, weights, params: (section, params)
 
     def with_entries(self, entries: Callable[[Any, Tree], list[Entry]]) -> "Files":
         return replace(self, entries=entries)

@@ -43,6 +43,7 @@ def save_adapter(
         AdapterError: the directory holds other things.
     """
     section = section if is_resolved(section) else resolve(section)
+    section, params = files_of(section).stored(section, weights, params)
     tensors = adapter_tensors(section, weights, params)
     if processes.is_first():
         write_adapter(Path(directory), section, weights, tensors, base_model_name)

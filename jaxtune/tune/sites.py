@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtune.leaves import Leaf
 from jaxtune.models.weights import Tree, Weight, leaves_with_path, map_tree, path_key, set_path
 from jaxtune.section import Targeted
-from jaxtune.tune.method import Method, ShardingOf, get_path, is_abstract, make
+from jaxtune.tune.method import Method, Rate, ShardingOf, get_path, is_abstract, make
 from jaxtune.tune.peft_files import PREFIX, Entry, Files, whole_entries
 from jaxtune.tune.plan import Part, Plan, Site, make_plan
 
@@ -68,7 +68,7 @@ def site_method(
     section: type[Targeted],
     kind: Kind,
     files: Files | None,
-    rates: Callable[[Any], dict[str, float]] = lambda section: {},
+    rate: Rate = lambda section, weight, part, lr: 1.0,
 ) -> Method:
     """The method that puts leaves of this kind on the targets of a section.
 
@@ -82,25 +82,33 @@ def site_method(
         wrap=partial(wrap, kind),
         separates=True,
         files=stored,
-        rates=rates,
+        rate=rate,
     )
 
 
 def wrap(kind: Kind, section: Targeted, params: Tree, weights: Tree, seed: int, sharding_of: ShardingOf | None) -> Tree:
-    """The parameters with fresh leaves. Weights that train whole become float32, as all that an adapter file holds."""
+    """The parameters with fresh leaves."""
+    made = partial(_leaf, kind, section, seed, sharding_of)
+    return wrap_with(made, section, params, weights, kind.takes_bias)
+
+
+def wrap_with(
+    made: Callable[[Site, Any, Any], Leaf], section: Targeted, params: Tree, weights: Tree, takes_bias: bool = False
+) -> Tree:
+    """The parameters with `made(site, weight, bias)` at every site. Weights that train whole become float32, as all
+    that an adapter file holds."""
     plan = make_plan(section, weights)
     result: Tree = {}
     for path, leaf in leaves_with_path(map_tree(partial(_wide, plan), weights, params)):
         site = plan.sites.get(path)
         if site is not None:
-            bias = get_path(params, (*path[:-1], "bias")) if kind.takes_bias else None
-            leaf = _leaf(kind, section, site, leaf, bias, seed, sharding_of)
+            leaf = made(site, leaf, get_path(params, (*path[:-1], "bias")) if takes_bias else None)
         set_path(result, path, leaf)
     return result
 
 
 def _leaf(
-    kind: Kind, section: Targeted, site: Site, base: Any, bias: Any, seed: int, sharding_of: ShardingOf | None
+    kind: Kind, section: Targeted, seed: int, sharding_of: ShardingOf | None, site: Site, base: Any, bias: Any
 ) -> Leaf:
     start = kind.start(section, site, seed)
     arrays = (base, *start.arrays) if start.of_base else start.arrays

@@ -8,6 +8,17 @@ from tests.programs import Stepper
 
 # name -> the section's options
 METHODS = {
+    "adalora": {
+        "method": "adalora",
+        "init_r": 4,
+        "target_r": 2,
+        "tfinal": 7,
+        "total_step": 10,
+        "targets": ["q_proj", "o_proj", "up_proj"],
+        "layers": [1, 2, 3],
+    },
+    "pissa": {"method": "pissa", "rank": 4, "targets": "all-linear", "layers": [1, 2, 3]},
+    "dora": {"method": "dora", "rank": 4, "dropout": 0.1, "targets": ["q_proj", "o_proj", "up_proj", "embed_tokens"]},
     "ia3": {"method": "ia3", "targets": "all-linear"},
 }
 MESHES = {

@@ -30,9 +30,28 @@ CASES = {
     "ia3 on maps with biases": (BIASED, {"method": "ia3", "targets": ["q_proj", "o_proj", "up_proj", "down_proj"]}),
     "ia3 in some layers, a norm saved": (QWEN2, {"method": "ia3", "layers": [0, 2], "modules_to_save": ["norm"]}),
     "ia3 without feed-forward modules": (LLAMA, {"method": "ia3", "targets": ["v_proj"], "feedforward_modules": []}),
+    "dora": (QWEN2, {"method": "dora", "rank": 4, "targets": "all-linear"}),
+    "dora on the ends, a rank by pattern": (
+        LLAMA,
+        {"method": "dora", "targets": ["q_proj", "embed_tokens", "lm_head"], "rank_pattern": {"layers.1.*": 3}},
+    ),
+    "dora in some layers, rsLoRA": (QWEN2, {"method": "dora", "layers": [0, 2], "use_rslora": True, "bias": "all"}),
+    "pissa": (QWEN2, {"method": "pissa", "rank": 4, "targets": "all-linear"}),
+    "pissa, ranks by pattern, rsLoRA": (
+        LLAMA,
+        {
+            "method": "pissa",
+            "targets": ["q_proj", "lm_head"],
+            "use_rslora": True,
+            "rank_pattern": {"layers.1.*": 3},
+            "alpha_pattern": {"layers.2.*": 3.0},
+        },
+    ),
+    "adalora": (QWEN2, {"method": "adalora", "init_r": 4, "target_r": 2, "total_step": 10, "targets": "all-linear"}),
+    "adalora in some layers": (LLAMA, {"method": "adalora", "total_step": 5, "layers": [0, 2], "alpha": 16}),
 }
 UNMERGEABLE: set[str] = set()  # methods that no weight can take up
-TRAINED = ["ia3", "ia3 on maps with biases"]
+TRAINED = ["ia3", "ia3 on maps with biases", "dora"]
 STEPS, LR = 10, 1e-2
 
 each = pytest.mark.parametrize(("base", "options"), CASES.values(), ids=list(CASES))
@@ -116,8 +135,8 @@ def our_batch(step):
     return {name: jnp.asarray(array)[None] for name, array in arrays.items()}
 
 
-def our_losses(made):
-    optim = {"lr": LR, "schedule": "constant", "warmup": 0, "clip_norm": None}
+def our_losses(made, lr=LR):
+    optim = {"lr": lr, "schedule": "constant", "warmup": 0, "clip_norm": None}
     config = make_config({"model": {"path": "-"}, "data": {"path": "-"}, "tune": made.section, "optim": optim})
     program = build(config, made.model, single_device_mesh(), made.params, made.mask, STEPS)
     state, losses = program.state, []
@@ -127,10 +146,11 @@ def our_losses(made):
     return losses
 
 
-def peer_losses(model):
+def peer_losses(model, optimizer=None):
     import torch
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer or torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
     losses = []
     for step in range(1, STEPS + 1):
         tokens, labels = (torch.tensor(x) for x in batch(step))
