@@ -1,0 +1,1 @@
+"""Weights in few bits: the leaves that compute with them, and the files that hold them."""
