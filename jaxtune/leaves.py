@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from jaxtune.models.weights import Tree
 
-Axes = tuple[str | None, ...]
+# The logical axis of a dimension; several where it is split along each of them, the first one outermost.
+Axis = str | None | tuple[str, ...]
+Axes = tuple[Axis, ...]
 
 
 class Leaf:
@@ -50,6 +52,12 @@ class Leaf:
     def dense(self, is_table: bool) -> Any:
         """The weight that it stands for, as one float32 array, of all layers: for files that know no leaves."""
         raise NotImplementedError
+
+
+def dim_of(axes: Axes, name: str) -> int | None:
+    """The dimension that lies along a logical axis; None where none does."""
+    found = (dim for dim, axis in enumerate(axes) if axis == name or (isinstance(axis, tuple) and name in axis))
+    return next(found, None)
 
 
 def fields_of(leaf: Leaf) -> list[str]:

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as _save
 
 from jaxtune import float8, ops
-from jaxtune.leaves import Axes, map_parts
+from jaxtune.leaves import Axes, dim_of, map_parts
 from jaxtune.models.attention import attention
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.execution import USUAL, WEIGHT, Execution
@@ -360,11 +360,12 @@ class Model:
             if run.offload_params:
                 x = local.near(x)
             wanted = x.dtype if dtype is None or exact or x.ndim < 2 else dtype
-            if run.weights_split and "embed" in axes and local.size("fsdp") > 1:
+            dim = dim_of(axes, "embed")
+            if run.weights_split and dim is not None and local.size("fsdp") > 1:
                 if exact:
-                    x = local.gathered(x, "fsdp", axes.index("embed"))
+                    x = local.gathered(x, "fsdp", dim)
                 else:
-                    x = local.weight_gathered(x, "fsdp", axes.index("embed"), wanted, run.sum_dtype or x.dtype)
+                    x = local.weight_gathered(x, "fsdp", dim, wanted, run.sum_dtype or x.dtype)
             return _save(x.astype(wanted), WEIGHT)
 
         used = map_parts(use, leaf, weight.axes, weight.is_table)

@@ -1,1 +1,1 @@
-"""Weights in few bits: the leaves that compute with them, and the files that hold them."""
+"""Weights in fewer bits: quantised as a model is loaded, or read from a checkpoint that is quantised already."""

@@ -9,88 +9,54 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune.leaves import Axes, Leaf
+from jaxtune.leaves import Axes
 from jaxtune.parallel import local
-from jaxtune.quant.matmul import dequantised_matmul
+from jaxtune.quant.leaf import Quantized, row_axis
 from jaxtune.quant.packing import unpack
-
-
-class Parts(NamedTuple):
-    """What `Grid` dequantises: of one layer, or of what a device has of it."""
-
-    codes: Any  # uint8 [O, I * bits / 8], the stream of bits of packing.py
-    scales: Any  # [O, G]
-    zeros: Any  # uint8 [O, G]
-    groups: Any  # int32 [I], the group of each input; None: one after another
-
-
-@dataclass(frozen=True)
-class Grid:
-    """W[o, i] = scales[o, g] * (codes[o, i] - zeros[o, g]), g being the group of input i: in float32, then rounded."""
-
-    bits: int
-    group: int
-
-    def __call__(self, parts: Parts, dtype: Any) -> jax.Array:
-        codes = unpack(parts.codes, self.bits).astype(jnp.float32)
-        scales, zeros = (self._spread(x.astype(jnp.float32), parts.groups, codes) for x in (parts.scales, parts.zeros))
-        return (scales * (codes - zeros)).astype(dtype)
-
-    def _spread(self, of_groups: jax.Array, groups: Any, codes: jax.Array) -> jax.Array:
-        """[O, G] -> [O, I]."""
-        if groups is not None:
-            return jnp.take(of_groups, groups, axis=1)
-        return jnp.repeat(of_groups, self.group, axis=1)[:, : codes.shape[1]]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Grouped(Leaf):
-    """A frozen weight [out, in] on a grid of its own in each group of inputs. Axis 0 of each part is the layer.
+class Grouped(Quantized):
+    """W[o, i] = scales[o, g] * (codes[o, i] - zeros[o, g]), g being the group of input i. Axis 0 of each part is the
+    layer.
 
-    codes: uint8 [out, in * bits / 8]; scales: [out, groups]; zeros: uint8 [out, groups].
-    groups: int32 [in], the group of each input, where they do not follow one another (GPTQ's act-order): no input
-    moves, so that it may be split like the codes. spread: scales and zeros lie in parts along `in` as the codes do;
-    otherwise they are whole along it, since an act-order knows no neighbourhood, and a device's part of the inputs
-    need not be a number of whole groups.
+    codes: uint8 [out, in * bits / 8], the stream of bits of packing.py; scales: [out, groups]; zeros: uint8
+    [out, groups]. groups: int32 [in], the group of each input, where they do not follow one another: GPTQ's act-order.
+    No input moves for it, so that `in` may be split like any other: scales and zeros are whole along it, and each
+    device takes those of its own inputs. size: inputs of a group. inputs: all of them, over all devices.
     """
 
     EXACT: ClassVar[frozenset[str]] = frozenset({"codes", "scales", "zeros", "groups"})
 
-    codes: jax.Array
-    scales: jax.Array
-    zeros: jax.Array
-    groups: jax.Array | None = None
-    grid: Grid = field(default=Grid(4, 128), metadata={"static": True})
-    spread: bool = field(default=False, metadata={"static": True})
+    codes: Any
+    scales: Any
+    zeros: Any
+    groups: Any = None
+    bits: int = field(default=4, metadata={"static": True})
+    size: int = field(default=128, metadata={"static": True})
+    inputs_in_all: int = field(default=0, metadata={"static": True})
 
     def axes(self, axes: Axes, is_table: bool) -> dict[str, Axes]:
         *layers, out_axis, in_axis = axes
-        of_groups = (*layers, out_axis, in_axis if self.spread else None)
+        of_groups = (*layers, row_axis(out_axis, in_axis), None)
         return {"codes": axes, "scales": of_groups, "zeros": of_groups, "groups": (*layers, in_axis)}
 
-    def product(self, inputs: tuple[Any, ...], split: str | None) -> Any:
-        (x,) = inputs
-        return dequantised_matmul(x, self._here(split), self.grid)
+    def weight(self, dtype: Any) -> jax.Array:
+        codes = unpack(self.codes, self.bits).astype(jnp.float32)
+        scales, zeros = (self._spread(x.astype(jnp.float32), codes.shape[1]) for x in (self.scales, self.zeros))
+        return (scales * (codes - zeros)).astype(dtype)
 
-    def dense(self, is_table: bool) -> Any:
-        parts = Parts(self.codes, self.scales, self.zeros, self.groups)
-        dequantise = lambda parts: self.grid(parts, jnp.float32)  # noqa: E731
-        return jax.vmap(dequantise)(parts) if self.codes.ndim == 3 else dequantise(parts)
-
-    def _here(self, split: str | None) -> Parts:
-        """What this device computes with: of the scales that are whole along a split `in`, those of its inputs."""
-        scales, zeros, groups = self.scales, self.zeros, self.groups
-        inputs, size = self.codes.shape[1] * 8 // self.grid.bits, self.grid.group
-        if groups is None and split and not self.spread and local.size(split) > 1:
-            first = local.index(split) * inputs
-            if inputs % size:
-                groups = (first + jnp.arange(inputs)) // size
-            else:
-                scales, zeros = (
-                    jax.lax.dynamic_slice_in_dim(x, first // size, inputs // size, axis=1) for x in (scales, zeros)
-                )
-        return Parts(self.codes, scales, zeros, groups)
+    def _spread(self, of_groups: jax.Array, inputs: int) -> jax.Array:
+        """[O, G] -> [O, I] of this device's inputs."""
+        if self.groups is not None:
+            return jnp.take(of_groups, self.groups, axis=1)
+        if inputs < self.inputs_in_all:
+            first = local.index("tensor") * inputs
+            if inputs % self.size:
+                return jnp.take(of_groups, (first + jnp.arange(inputs)) // self.size, axis=1)
+            of_groups = jax.lax.dynamic_slice_in_dim(of_groups, first // self.size, inputs // self.size, axis=1)
+        return jnp.repeat(of_groups, self.size, axis=1)[:, :inputs]
 
 
 class Fit(NamedTuple):
