@@ -44,7 +44,10 @@ class Stored:
 class Format(Protocol):
     """What a quantization_config says of a checkpoint."""
 
-    name: str  # for messages: "bitsandbytes nf4"
+    @property
+    def name(self) -> str:
+        """For messages: "bitsandbytes nf4"."""
+        ...
 
     def stored(self, weight: Weight, tensors: Tensors | None) -> Stored | None:
         """How this weight is held; None: as a plain tensor. Asked for the layers' linear maps alone.
@@ -66,7 +69,19 @@ def _bitsandbytes(settings: dict[str, Any], where: str) -> Format:
     return read_format(settings, where)
 
 
-METHODS: dict[str, Reader] = {"bitsandbytes": _bitsandbytes}
+def _gptq(settings: dict[str, Any], where: str) -> Format:
+    from jaxtune.quant.gptq_format import read_format
+
+    return read_format(settings, where)
+
+
+def _awq(settings: dict[str, Any], where: str) -> Format:
+    from jaxtune.quant.awq_format import read_format
+
+    return read_format(settings, where)
+
+
+METHODS: dict[str, Reader] = {"bitsandbytes": _bitsandbytes, "gptq": _gptq, "awq": _awq}
 
 
 def format_of(settings: dict[str, Any] | None, where: str) -> Format | None:

@@ -37,7 +37,9 @@ def round_to_nearest(
     grid = fit(rows, bits, symmetric, dtype)
     codes = code(rows, grid, bits).reshape(outputs, -1)[:, :inputs]
     scales, zeros = (x.reshape(outputs, count) for x in grid)
-    return Rounded(codes.astype(jnp.uint8), scales, zeros.astype(jnp.uint8), jnp.arange(inputs, dtype=jnp.int32) // group)
+    return Rounded(
+        codes.astype(jnp.uint8), scales, zeros.astype(jnp.uint8), jnp.arange(inputs, dtype=jnp.int32) // group
+    )
 
 
 @partial(jax.jit, static_argnames=("bits", "group", "symmetric", "act_order", "dtype"))
@@ -102,7 +104,9 @@ def _blocks(w_IO, factor_II, size: int, bits: int, symmetric: bool, dtype: Any, 
         put = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
         codes = put(codes, block_codes.astype(jnp.uint8), start_index=start)
         if whole is None:
-            scales, zeros = (put(old, new[None].astype(old.dtype), start_index=index) for old, new in zip((scales, zeros), grid))
+            scales, zeros = (
+                put(old, new[None].astype(old.dtype), start_index=index) for old, new in zip((scales, zeros), grid)
+            )
         return w_IO, codes, scales, zeros
 
     groups = count if whole is None else 1

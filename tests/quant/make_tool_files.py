@@ -1,4 +1,5 @@
-"""Writes tests/quant/files/: small weights packed by the real GPTQ and AWQ tools, and what those tools read back.
+"""Writes tests/quant/files/: small weights packed by the real GPTQ and AWQ tools, and what those tools read back; and what
+AutoGPTQ's own search makes of a weight.
 
 The tools themselves need CUDA builds that a test machine does not have, so their own packing code was run once, from
 their unpacked source packages, by this script:
@@ -45,7 +46,7 @@ def functions(path: Path, names: set[str], given: dict) -> SimpleNamespace:
         node.decorator_list, node.returns = [], None
         for argument in node.args.args:
             argument.annotation = None
-    exec(compile(ast.Module(found, []), str(path), "exec"), given)  # noqa: S102 - the tool's own code
+    exec(compile(ast.Module(found, []), str(path), "exec"), given)
     return SimpleNamespace(**{name: given[name] for name in names})
 
 
@@ -138,8 +139,41 @@ def autoawq(home: Path) -> None:
     save_file({key: value.contiguous() for key, value in saved.items()}, FILES / "autoawq.safetensors")
 
 
+SEARCHES = {  # bits, symmetric, inputs of a group, act-order
+    "b4": (4, True, 32, False),
+    "b4_act_order": (4, True, 32, True),
+    "b3_asymmetric": (3, False, 32, False),
+    "b2_one_group": (2, True, -1, True),
+}
+
+
+def auto_gptq_itself(home: Path) -> None:
+    """What its GPTQ class makes of a weight [N, K] and inputs that go with one another: the weight on the grid."""
+    package = types.ModuleType("quantization")
+    package.__path__ = [str(home / "auto_gptq/quantization")]
+    sys.modules["quantization"] = package
+    load(home / "auto_gptq/quantization/quantizer.py", "quantization.quantizer")
+    tool = load(home / "auto_gptq/quantization/gptq.py", "quantization.gptq")
+    torch.cuda.synchronize = lambda: None
+    inputs = torch.randn(256, 96) @ (0.2 * torch.randn(96, 96) + torch.eye(96))
+    inputs[:, 7] = 0
+    weight = torch.randn(16, 96)
+    weight[:, 7] = 0
+    saved = {"inputs": inputs, "before": weight.clone()}
+    for name, (bits, symmetric, group, is_ordered) in SEARCHES.items():
+        layer = linear(weight)
+        search = tool.GPTQ(layer)
+        search.quantizer.configure(bits, perchannel=True, sym=symmetric, mse=False)
+        search.add_batch(inputs, None)
+        scales, zeros, groups = search.fasterquant(max(group, 32), 0.01, group, is_ordered)
+        saved |= {f"{name}.weight": layer.weight.data, f"{name}.scales": scales, f"{name}.zeros": zeros}
+        saved[f"{name}.g_idx"] = groups.int()
+    save_file({key: value.contiguous() for key, value in saved.items()}, FILES / "auto_gptq_itself.safetensors")
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     FILES.mkdir(exist_ok=True)
     for write, home in zip((auto_gptq, autoawq, gptqmodel), sys.argv[1:], strict=True):
         write(Path(home))
+    auto_gptq_itself(Path(sys.argv[1]))
