@@ -1,5 +1,5 @@
-"""Writes tests/quant/files/: small weights packed by the real GPTQ and AWQ tools, and what those tools read back; and what
-AutoGPTQ's own search makes of a weight.
+"""Writes tests/quant/files/: small weights packed by the real GPTQ and AWQ tools, and what those tools read back;
+and what AutoGPTQ's own search makes of a weight.
 
 The tools themselves need CUDA builds that a test machine does not have, so their own packing code was run once, from
 their unpacked source packages, by this script:
