@@ -22,6 +22,7 @@ from jaxtune.models.decoder import Model
 from jaxtune.models.execution import USUAL, Execution
 from jaxtune.models.families import read_config
 from jaxtune.models.weights import Tree, init_params, map_tree
+from jaxtune.quant.scheme import Quantizer, Scheme, scheme_of
 from jaxtune.tokenizer import check_tokenizer, load_tokenizer
 
 FULL = TuneSection(method="full")
@@ -34,6 +35,7 @@ class Source:
     path: Path  # a directory or a .gguf file
     config: ModelConfig
     tokenizer: Any
+    scheme: Scheme | None = None  # how its linear maps are quantised
 
     @classmethod
     def open(cls, section: ModelSection, template: str | None = None) -> "Source":
@@ -47,7 +49,7 @@ class Source:
         words = path if section.tokenizer is None else resolve_model(section.tokenizer, weights=False)
         tokenizer = load_tokenizer(words, template)
         check_tokenizer(tokenizer, config.vocab_size)
-        return cls(path, config, tokenizer)
+        return cls(path, config, tokenizer, scheme_of(section, config, str(path)))
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,18 @@ def assemble(
     stored = Model.create(source.config, stacks).weights
     places = execution.places
     where = shardings(mesh, config, stored, *places)
+    sharding_of = axes_sharding(mesh, config, *places)
+    quantizer = Quantizer(source.scheme, sharding_of)
     params: Tree
     if init == "shapes":
         shape = partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
-        params = map_tree(lambda weight, home: shape(weight.full_shape, sharding=home), stored, where)
+        make = lambda weight, home: quantizer.shape(weight, shape(weight.full_shape, sharding=home))  # noqa: E731
+        params = map_tree(make, stored, where)
     elif init == "random":
-        params = init_params(stored, where, seed, config.init_std, jnp.dtype(dtype))
+        params = init_params(stored, where, seed, config.init_std, jnp.dtype(dtype), quantizer.loaded)
     else:
-        params = load_params(open_source(source.path), stored, where, jnp.dtype(dtype), progress)
-    params, mask = tune.apply(section, params, model.weights, seed, axes_sharding(mesh, config, *places))
+        params = load_params(open_source(source.path), stored, where, jnp.dtype(dtype), progress, quantizer)
+    params, mask = tune.apply(section, params, model.weights, seed, sharding_of)
     return Assembled(model, params, mask, mesh, source)
 
 

@@ -23,6 +23,8 @@ RULES = {
     "model.tokenizer": REFUSE,
     "model.init": REFUSE,
     "model.overrides": REFUSE,
+    "model.quantize": REFUSE,
+    "model.double_quant": REFUSE,
     "tune.method": REFUSE,
     "tune.rank": REFUSE,
     "tune.alpha": REFUSE,

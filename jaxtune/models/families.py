@@ -93,6 +93,7 @@ def parse_config(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
     family = FAMILIES[model_type]
     fields.defaults = family.defaults
     _refuse_own_code(fields)
+    fields.table("quantization_config")  # quant/checkpoints.py reads it
     config = ModelConfig(
         model_type=model_type,
         vocab_size=fields.whole("vocab_size"),
@@ -144,7 +145,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         hf["attention_bias"] = config.qkv_bias
     if family.mlp_bias:
         hf["mlp_bias"] = config.mlp_bias
-    hf.pop("auto_map", None)
+    for name in ("auto_map", "quantization_config"):
+        hf.pop(name, None)
     hf = _with_windows(hf, family, config.windows)
     return write_rope(hf, config.rope)
 

@@ -46,7 +46,17 @@ class Format(Protocol):
 
     @property
     def name(self) -> str:
-        """For messages: "bitsandbytes nf4"."""
+        """For messages: `bitsandbytes nf4`."""
+        ...
+
+    @property
+    def kind(self) -> str | None:
+        """The value of model.quantize that means the same; None: there is none."""
+        ...
+
+    @property
+    def double(self) -> bool:
+        """Likewise, of model.double_quant."""
         ...
 
     def stored(self, weight: Weight, tensors: Tensors | None) -> Stored | None:
@@ -84,15 +94,13 @@ def _awq(settings: dict[str, Any], where: str) -> Format:
 METHODS: dict[str, Reader] = {"bitsandbytes": _bitsandbytes, "gptq": _gptq, "awq": _awq}
 
 
-def format_of(settings: dict[str, Any] | None, where: str) -> Format | None:
-    """The format that a quantization_config names; None where there is none.
+def format_of(settings: dict[str, Any], where: str) -> Format:
+    """The format that a quantization_config names.
 
     Raises:
         ModelError: an unknown method, or settings that it does not know.
     """
-    if settings is None:
-        return None
-    method = settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else None)
+    method = settings.get("quant_method")
     if method not in METHODS:
         raise ModelError(
             f"{where}: quantization_config.quant_method is {method!r}; supported: "

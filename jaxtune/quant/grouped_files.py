@@ -54,6 +54,9 @@ class GroupedFormat:
     named: tuple[str, ...] | None
     skipped: tuple[str, ...]
 
+    kind = None  # model.quantize makes no such weights
+    double = False
+
     @property
     def name(self) -> str:
         raise NotImplementedError

@@ -65,18 +65,19 @@ multiplied.defvjp(_multiplied_fwd, _multiplied_bwd)
 ShardingOf = Callable[[tuple[int, ...], Axes], Any]  # (shape, logical axes) -> sharding
 
 
+def parts_of(leaf: Quantized) -> dict[str, Any]:
+    """The parts that a leaf has, by name."""
+    return {name: getattr(leaf, name) for name in fields_of(leaf) if getattr(leaf, name) is not None}
+
+
 def homes(leaf: Quantized, weight: Weight, sharding_of: ShardingOf) -> dict[str, Any]:
     """The sharding of every part.
 
     Raises:
         MeshError: an axis of the mesh does not divide a part.
     """
-    return {name: _home(weight, name, getattr(leaf, name), own, sharding_of) for name, own in _axes(leaf, weight)}
-
-
-def _axes(leaf: Quantized, weight: Weight) -> list[tuple[str, Axes]]:
     axes = leaf.axes(weight.full_axes, weight.is_table)
-    return [(name, axes[name]) for name in fields_of(leaf) if getattr(leaf, name) is not None]
+    return {name: _home(weight, name, part, axes[name], sharding_of) for name, part in parts_of(leaf).items()}
 
 
 def _home(weight: Weight, name: str, part: Any, axes: Axes, sharding_of: ShardingOf) -> Any:
@@ -92,7 +93,6 @@ def _home(weight: Weight, name: str, part: Any, axes: Axes, sharding_of: Shardin
 
 def placed(leaf: Quantized, weight: Weight, sharding_of: ShardingOf) -> Quantized:
     """A leaf of shapes with their shardings."""
-    where = homes(leaf, weight, sharding_of)
-    shapes = {name: getattr(leaf, name) for name in where}
-    parts = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where[name]) for name, s in shapes.items()}
+    where, shapes = homes(leaf, weight, sharding_of), parts_of(leaf).items()
+    parts = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where[name]) for name, s in shapes}
     return replace(leaf, **parts)  # type: ignore[type-var]

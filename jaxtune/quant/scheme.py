@@ -1,0 +1,113 @@
+"""How a model's linear maps are quantised, if they are: as they are loaded, or by the checkpoint that they are in."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.config import ModelSection
+from jaxtune.errors import ConfigError
+from jaxtune.models.config import ModelConfig
+from jaxtune.models.weights import Weight
+from jaxtune.quant import four_bit, int8
+from jaxtune.quant.checkpoints import Format, Stored, Tensors, format_of
+from jaxtune.quant.leaf import Quantized, ShardingOf, homes, placed
+
+
+@dataclass(frozen=True)
+class AtLoad:
+    """model.quantize: each weight is quantised as soon as it is there."""
+
+    kind: str  # nf4 | fp4 | int8 | int4
+    double: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"model.quantize: {self.kind}"
+
+    def quantized(self, w_LOI: jax.Array) -> Quantized:
+        """The leaf of a stack of weights, made layer by layer."""
+        return jax.lax.map(partial(_quantized, kind=self.kind, double=self.double), w_LOI)
+
+
+def _quantized(w: jax.Array, kind: str, double: bool) -> Quantized:
+    if kind == "int8":
+        return int8.quantize(w)
+    if kind == "int4":
+        blocks, size = four_bit.quantize_int4(w), four_bit.piece_of(w.shape[1], four_bit.GROUP)
+        return four_bit.from_blocks(blocks, w.shape, kind, size)
+    return four_bit.from_blocks(four_bit.quantize(w, kind, double), w.shape, kind)
+
+
+Scheme = AtLoad | Format
+
+
+def scheme_of(section: ModelSection, config: ModelConfig, where: str) -> Scheme | None:
+    """What the configuration and the model's own quantization_config say together.
+
+    Raises:
+        ConfigError: they contradict each other.
+        ModelError: the model is quantised in a way that is not read.
+    """
+    settings = config.hf.get("quantization_config")
+    if settings is None:
+        return AtLoad(section.quantize, section.double_quant) if section.quantize else None
+    if section.init == "random":
+        raise ConfigError(
+            f"model.init random: {where} is a quantised model, which has no first values; take the config.json of "
+            "the model that it was made from, and model.quantize"
+        )
+    stored = format_of(settings, where)
+    asked = (section.quantize, section.double_quant)
+    if section.quantize and asked != (stored.kind, stored.double):
+        raise ConfigError(
+            f"model.quantize {section.quantize}, double_quant {str(section.double_quant).lower()}: {where} is "
+            f"quantised already, as {stored.name}, and is read as it is; leave both out"
+        )
+    return stored
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A scheme, and where the parts of its leaves lie."""
+
+    scheme: Scheme | None
+    sharding_of: ShardingOf
+
+    def shape(self, weight: Weight, shape: jax.ShapeDtypeStruct) -> Any:
+        """What `weight` becomes, as shapes with shardings."""
+        if self.scheme is None or not weight.is_linear:
+            return shape
+        if isinstance(self.scheme, AtLoad):
+            return placed(self._leaf(self.scheme, weight, shape), weight, self.sharding_of)
+        held = self.scheme.stored(weight, None)
+        return shape if held is None else placed(held.leaf, weight, self.sharding_of)
+
+    def stored(self, weight: Weight, tensors: Tensors) -> Stored | None:
+        """How a checkpoint holds `weight`; None: as a plain tensor. The shapes of its leaf have shardings."""
+        if self.scheme is None or isinstance(self.scheme, AtLoad) or not weight.is_linear:
+            return None
+        held = self.scheme.stored(weight, tensors)
+        return held and replace(held, leaf=placed(held.leaf, weight, self.sharding_of))
+
+    def loaded(self, weight: Weight, array: jax.Array) -> Any:
+        """A weight that has just been read or drawn, quantised if it is to be: then the array is given up."""
+        if not isinstance(self.scheme, AtLoad) or not weight.is_linear:
+            return array
+        leaf = self._leaf(self.scheme, weight, array)
+        where = replace(leaf, **homes(leaf, weight, self.sharding_of))  # type: ignore[type-var]
+        made = jax.jit(self.scheme.quantized, out_shardings=where)(array)
+        jax.block_until_ready(made)
+        array.delete()
+        return made
+
+    def _leaf(self, scheme: AtLoad, weight: Weight, like: Any) -> Quantized:
+        """The shapes of its parts."""
+        if scheme.kind != "int8":
+            four_bit.check_shape(weight.shape, weight.key)
+        return jax.eval_shape(scheme.quantized, jax.ShapeDtypeStruct(weight.full_shape, jnp.dtype(like.dtype)))
+
+
+PLAIN = Quantizer(None, lambda shape, axes: None)  # nothing is quantised
