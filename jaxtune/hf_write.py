@@ -21,7 +21,7 @@ from jaxtune import processes
 from jaxtune.errors import ModelError, listing
 from jaxtune.files import inside, read_json
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.families import to_hf
+from jaxtune.models.families import QUANTIZE_CONFIG, to_hf
 from jaxtune.models.weights import Path as WeightPath
 from jaxtune.models.weights import Tree, leaves_with_path
 from jaxtune.safetensors_io import INDEX, SINGLE
@@ -32,7 +32,6 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
 GENERATION = "generation_config.json"
-QUANTIZE_CONFIG = "quantize_config.json"  # where GPTQ tools look for the settings of a quantised model
 
 
 def write_model(

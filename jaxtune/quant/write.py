@@ -9,7 +9,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxtune.assemble import Source
-from jaxtune.hf_write import MARK, QUANTIZE_CONFIG, new_directory, write_json
+from jaxtune.hf_write import MARK, new_directory, write_json
+from jaxtune.models.families import QUANTIZE_CONFIG
 from jaxtune.safetensors_io import INDEX, SINGLE
 
 
