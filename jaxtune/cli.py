@@ -1,5 +1,5 @@
-"""The command `jaxtune`: train, generate, chat, export, plan, schedule. What they do is elsewhere; this file reads the
-command line and turns what can go wrong into one line and an exit code.
+"""The command `jaxtune`: train, generate, chat, export, quantize, plan, schedule. What they do is elsewhere; this file
+reads the command line and turns what can go wrong into one line and an exit code.
 
 Exit codes: 0 done, 2 the input is wrong, 130 stopped by Ctrl-C, 143 stopped by SIGTERM after a save, 75 another
 process of the run is gone or never came, 1 a failure.
@@ -11,10 +11,11 @@ JAX takes seconds to import, so the commands import what they need when they run
 """
 
 import contextlib
+import functools
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -22,6 +23,7 @@ import typer
 
 import jaxtune
 from jaxtune.errors import explained
+from jaxtune.quant.command import quantize
 
 app = typer.Typer(
     help="Fine-tune and train decoder language models in JAX: Hugging Face files in, Hugging Face files out.",
@@ -255,6 +257,21 @@ def schedule(
         from jaxtune.parallel.schedule import make_schedule, picture
 
         _write(picture(make_schedule(name, stages, micro_batches, virtual)) + "\n")
+
+
+def _told(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose errors end it as those of the others do."""
+
+    @functools.wraps(command)
+    def run(**options: object) -> None:
+        with _one_line_errors():
+            _keep_compiled_programs()
+            command(**options)
+
+    return run
+
+
+app.command()(_told(quantize))
 
 
 def _load(model: str | None, adapter: str | None, run: str | None, dtype: str):
