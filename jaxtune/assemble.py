@@ -93,16 +93,17 @@ def assemble(
     model = Model.create(config, stacks, execution, tune.hooks(section, config))
     stored = Model.create(source.config, stacks).weights
     places = execution.places
-    where = shardings(mesh, config, stored, *places)
+    homes = shardings(mesh, config, stored, *places)
     params: Tree
     if init == "shapes":
         shape = partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
-        params = map_tree(lambda weight, home: shape(weight.full_shape, sharding=home), stored, where)
+        params = map_tree(lambda weight, home: shape(weight.full_shape, sharding=home), stored, homes)
     elif init == "random":
-        params = init_params(stored, where, seed, config.init_std, jnp.dtype(dtype))
+        params = init_params(stored, homes, seed, config.init_std, jnp.dtype(dtype))
     else:
-        params = load_params(open_source(source.path), stored, where, jnp.dtype(dtype), progress)
-    params, mask = tune.apply(section, params, model.weights, seed, axes_sharding(mesh, config, *places))
+        params = load_params(open_source(source.path), stored, homes, jnp.dtype(dtype), progress)
+    where = axes_sharding(mesh, config, *places)
+    params, mask = tune.apply(section, params, model.weights, seed, where, source.tokenizer)
     return Assembled(model, params, mask, mesh, source)
 
 

@@ -43,16 +43,21 @@ def save_adapter(
         AdapterError: the directory holds other things.
     """
     section = section if is_resolved(section) else resolve(section)
-    tensors = adapter_tensors(section, weights, params)
+    tensors = {TENSORS_NAME: adapter_tensors(section, weights, params)}
+    derived = files_of(section).derived(section)
+    if derived is not None:
+        made = {name: _to_host(array) for name, array in derived.tensors(section, params).items()}
+        tensors = {TENSORS_NAME: made, derived.file: tensors[TENSORS_NAME]}
     if processes.is_first():
         config = json.dumps(to_peft(section, weights, base_model_name), indent=2, ensure_ascii=False)
-        files = {TENSORS_NAME: save(tensors, {"format": "pt"}), CONFIG_NAME: f"{config}\n".encode()}
+        files = {name: save(arrays, {"format": "pt"}) for name, arrays in tensors.items()}
+        files[CONFIG_NAME] = f"{config}\n".encode()
         _replace_directory(Path(directory), files)
     processes.barrier("adapter saved")
 
 
 def adapter_tensors(section: TuneSection, weights: Tree, params: Tree) -> dict[str, np.ndarray]:
-    """The tensors of the adapter file by name, in float32."""
+    """The tensors of the method's entries by name, in float32."""
     hosted: dict[tuple, np.ndarray] = {}
     tensors: dict[str, np.ndarray] = {}
     for entry in files_of(section).entries(section, weights):
@@ -63,7 +68,7 @@ def adapter_tensors(section: TuneSection, weights: Tree, params: Tree) -> dict[s
         if entry.key not in tensors:
             tensors[entry.key] = np.zeros(entry.shape, np.float32)
         columns = slice(None) if entry.columns is None else slice(*entry.columns)
-        tensors[entry.key][..., columns] = _of_entry(hosted[place], entry)
+        tensors[entry.key][columns if entry.turned else (..., columns)] = _of_entry(hosted[place], entry)
     return tensors
 
 
@@ -78,12 +83,12 @@ def files_of(section: TuneSection) -> Files:
 
 def _of_entry(array: np.ndarray, entry: Entry) -> np.ndarray:
     value = array if entry.row is None else array[entry.row]
-    shape = entry.shape if entry.columns is None else (*entry.shape[:-1], entry.columns[1] - entry.columns[0])
-    if entry.turned:
-        value = value.T
+    shape = entry.shape[::-1] if entry.turned else entry.shape
+    shape = shape if entry.columns is None else (*shape[:-1], entry.columns[1] - entry.columns[0])
     if value.ndim == len(shape):
         value = value[tuple(slice(size) for size in shape)]
-    return np.ascontiguousarray(value.reshape(shape), np.float32)
+    value = value.reshape(shape)
+    return np.ascontiguousarray(value.T if entry.turned else value, np.float32)
 
 
 def _to_host(array: jax.Array) -> np.ndarray:
