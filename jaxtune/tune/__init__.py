@@ -21,6 +21,7 @@ from jaxtune.models.hooks import NO_HOOKS, Hooks
 from jaxtune.models.weights import HOOKS, Path, Tree, Weight, map_tree
 from jaxtune.section import TuneSection, adapter_of
 from jaxtune.tune.full import FREEZE, FULL
+from jaxtune.tune.ia3 import IA3
 from jaxtune.tune.lora import LORA
 from jaxtune.tune.method import EMBEDDING, HEAD, Method, ShardingOf, declared, get_path, is_abstract
 from jaxtune.tune.p_tuning import P_TUNING
@@ -36,6 +37,7 @@ METHODS: dict[str, Method] = {
     "prompt": PROMPT_TUNING,
     "p_tuning": P_TUNING,
     "prefix": PREFIX_TUNING,
+    "ia3": IA3,
 }
 
 __all__ = ["METHODS", "apply", "gates", "has_adapter", "hooks", "layout", "rates", "resolve", "virtual_ids"]
