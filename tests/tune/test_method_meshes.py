@@ -9,6 +9,15 @@ from tests.programs import Stepper
 # name -> the section's options
 METHODS = {
     "ia3": {"method": "ia3", "targets": "all-linear"},
+    "prompt": {"method": "prompt", "num_virtual_tokens": 4, "prompt_tuning_init": "SAMPLE_VOCAB"},
+    "P-tuning, LSTM, dropout": {
+        "method": "p_tuning",
+        "num_virtual_tokens": 4,
+        "encoder_reparameterization_type": "LSTM",
+        "encoder_dropout": 0.2,
+    },
+    "prefix": {"method": "prefix", "num_virtual_tokens": 4},
+    "prefix with a projection": {"method": "prefix", "num_virtual_tokens": 4, "prefix_projection": True},
 }
 MESHES = {
     "fsdp 2, tensor 2, pipe 2": {
