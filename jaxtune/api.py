@@ -108,15 +108,17 @@ class LoadedModel:
                 model's positions.
         """
         ids = self._checked(token_ids)
-        shards = batch_shards(self.mesh)
-        rows, time = -(-ids.shape[0] // shards) * shards, bucket(ids.shape[1])
+        shards, virtual = batch_shards(self.mesh), self._model.virtual_ids
+        end = len(virtual) + ids.shape[1]
+        rows, time = -(-ids.shape[0] // shards) * shards, bucket(end)
         tokens, segments = np.zeros((2, rows, time), np.int32)
-        tokens[: ids.shape[0], : ids.shape[1]] = ids
-        segments[: ids.shape[0], : ids.shape[1]] = 1
+        tokens[: ids.shape[0], : len(virtual)] = virtual
+        tokens[: ids.shape[0], len(virtual) : end] = ids
+        segments[: ids.shape[0], :end] = 1
         precision = "highest" if self._dtype == np.float32 else None
         with jax.default_matmul_precision(precision):
             logits = self._logits(self.params, tokens, segments)
-        return np.asarray(logits)[: ids.shape[0], : ids.shape[1]]
+        return np.asarray(logits)[: ids.shape[0], len(virtual) : end]
 
     def generate(
         self,
@@ -160,8 +162,9 @@ class LoadedModel:
         outside = ids[(ids < 0) | (ids >= self.config.vocab_size)]
         if outside.size:
             raise DataError(f"token_ids: {outside[0]} is outside the vocabulary, 0 to {self.config.vocab_size - 1}")
-        if ids.shape[1] > self.config.max_positions and self.config.rope.type != "dynamic":
-            raise ModelError(f"token_ids: {ids.shape[1]} tokens; the model has {self.config.max_positions} positions")
+        positions = self.config.max_positions - len(self._model.virtual_ids)
+        if ids.shape[1] > positions and self.config.rope.type != "dynamic":
+            raise ModelError(f"token_ids: {ids.shape[1]} tokens; the model has {positions} positions for them")
         return ids.astype(np.int32)
 
     def _everywhere(self, function: Any) -> Any:

@@ -95,19 +95,19 @@ def assemble(
     model = Model.create(config, stacks, execution, tune.hooks(section, config))
     stored = Model.create(source.config, stacks).weights
     places = execution.places
-    where = shardings(mesh, config, stored, *places)
+    homes = shardings(mesh, config, stored, *places)
     sharding_of = axes_sharding(mesh, config, *places)
     quantizer = Quantizer(source.scheme, sharding_of, tune.quantized(section, model.weights))
     params: Tree
     if init == "shapes":
         shape = partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
         make = lambda weight, home: quantizer.shape(weight, shape(weight.full_shape, sharding=home))  # noqa: E731
-        params = map_tree(make, stored, where)
+        params = map_tree(make, stored, homes)
     elif init == "random":
-        params = init_params(stored, where, seed, config.init_std, jnp.dtype(dtype), quantizer.loaded)
+        params = init_params(stored, homes, seed, config.init_std, jnp.dtype(dtype), quantizer.loaded)
     else:
-        params = load_params(open_source(source.path), stored, where, jnp.dtype(dtype), progress, quantizer)
-    params, mask = tune.apply(section, params, model.weights, seed, sharding_of)
+        params = load_params(open_source(source.path), stored, homes, jnp.dtype(dtype), progress, quantizer)
+    params, mask = tune.apply(section, params, model.weights, seed, sharding_of, source.tokenizer)
     return Assembled(model, params, mask, mesh, source)
 
 

@@ -19,6 +19,7 @@ from jaxtune.hf_write import write_model
 from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, open_run, require_run
 from jaxtune.mesh import single_device_mesh
 from jaxtune.models.config import ModelConfig
+from jaxtune.models.hooks import NO_HOOKS
 from jaxtune.models.weights import Tree
 from jaxtune.section import TuneSection
 from jaxtune.tokenizer import load_tokenizer
@@ -84,7 +85,13 @@ def export_run(run_dir: str | Path, out: str | Path, format: str, dtype: str = "
     config, step, method = opened.run, opened.step, opened.section.method
     if format == "peft" and not tune.has_adapter(opened.section):
         raise ConfigError(f"{run_dir}: trained with tune.method {method}, so it has no adapter; take the format hf")
-    probe = probe_tokens(opened.assembled.model.config)
+    model = opened.assembled.model
+    if format == "hf" and model.hooks != NO_HOOKS:
+        raise ConfigError(
+            f"{run_dir}: what tune.method {method} trains is no part of the model's weights and cannot be merged into "
+            "them; take the format peft"
+        )
+    probe = probe_tokens(model.config, model.hooks.virtual_tokens)
     expected = LoadedModel(opened).logits(probe)
     unchecked = out.parent / f".{out.name}.unchecked"
     shutil.rmtree(unchecked, ignore_errors=True)
@@ -102,9 +109,12 @@ def export_run(run_dir: str | Path, out: str | Path, format: str, dtype: str = "
     return report
 
 
-def probe_tokens(config: ModelConfig) -> np.ndarray:
-    """Token ids to compare two models on: random ones, which reach more of the embedding than a text does."""
-    length = min(PROBE_LENGTH, config.max_positions)
+def probe_tokens(config: ModelConfig, virtual: int = 0) -> np.ndarray:
+    """Token ids to compare two models on: random ones, which reach more of the embedding than a text does.
+
+    virtual: how many virtual tokens will stand before them.
+    """
+    length = min(PROBE_LENGTH, config.max_positions - virtual)
     return np.random.default_rng(0).integers(0, config.vocab_size, (PROBE_ROWS, length))
 
 

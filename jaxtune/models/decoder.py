@@ -271,7 +271,7 @@ class Model:
 
         noise: of dropout; None turns it off. segments: 0 is padding; a token sees its own segment only.
         """
-        x = self.embed(params, tokens_BT, dtype)
+        x = self.embed(params, tokens_BT, dtype, noise)
         context, cache = self.context(params, tokens_BT, positions_BT, segments_BT, cache)
         caches = []
         for index, layers in enumerate(self.stacks):
@@ -284,13 +284,19 @@ class Model:
             cache = Cache(k, v, cache.segments, cache.length)
         return self.final(params, x), cache
 
-    def embed(self, params: Tree, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+    @property
+    def virtual_ids(self) -> range:
+        """The ids that stand in front of every document."""
+        return range(self.config.vocab_size, self.config.vocab_size + self.hooks.virtual_tokens)
+
+    def embed(self, params: Tree, tokens_BT: jax.Array, dtype: Any, noise: Noise | None = None) -> jax.Array:
         """What the first layer takes."""
         table = self._used(params["embed"]["weight"], self.weights["embed"]["weight"], None)
         first = local.index("tensor") * (self.config.vocab_size // local.size("tensor"))
         x = ops.embed(tokens_BT - first, table, dtype)
         if self.hooks.virtual_tokens:
-            added = self.hooks.embedded(self._shared(params), tokens_BT - self.config.vocab_size, dtype)
+            own = None if noise is None else noise.fold_in(self.config.num_layers)  # the numbers below are the layers'
+            added = self.hooks.embedded(self._shared(params), tokens_BT - self.config.vocab_size, dtype, own)
             # The sum over the tensor axis follows, so one device adds them.
             x = x if added is None else x + jnp.where(local.index("tensor") == 0, added, jnp.zeros_like(added))
         return leave(x, self.execution)

@@ -29,9 +29,12 @@ from jaxtune.tune.ia3 import IA3
 from jaxtune.tune.loftq import LOFTQ
 from jaxtune.tune.lora import LORA
 from jaxtune.tune.method import EMBEDDING, HEAD, Course, Method, ShardingOf, declared, get_path, is_abstract
+from jaxtune.tune.p_tuning import P_TUNING
 from jaxtune.tune.peft_config import resolve
 from jaxtune.tune.peft_tensors import open_checked
 from jaxtune.tune.pissa import PISSA
+from jaxtune.tune.prefix import PREFIX_TUNING
+from jaxtune.tune.prompt import PROMPT_TUNING
 
 METHODS: dict[str, Method] = {
     "full": FULL,
@@ -42,9 +45,24 @@ METHODS: dict[str, Method] = {
     "loftq": LOFTQ,
     "adalora": ADALORA,
     "ia3": IA3,
+    "prompt": PROMPT_TUNING,
+    "p_tuning": P_TUNING,
+    "prefix": PREFIX_TUNING,
 }
 
-__all__ = ["METHODS", "apply", "course", "gates", "has_adapter", "hooks", "layout", "quantized", "rates", "resolve"]
+__all__ = [
+    "METHODS",
+    "apply",
+    "course",
+    "gates",
+    "has_adapter",
+    "hooks",
+    "layout",
+    "quantized",
+    "rates",
+    "resolve",
+    "virtual_ids",
+]
 
 
 def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -> tuple[ModelConfig, tuple[range, ...]]:
@@ -74,14 +92,19 @@ def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -
 
 
 def apply(
-    section: TuneSection, params: Tree, weights: Tree, seed: int, sharding_of: ShardingOf | None = None
+    section: TuneSection,
+    params: Tree,
+    weights: Tree,
+    seed: int,
+    sharding_of: ShardingOf | None = None,
+    tokenizer: Any = None,
 ) -> tuple[Tree, Tree]:
     """(params with the method's leaves in place, mask of what trains).
 
     params: arrays, traced arrays, or jax.ShapeDtypeStructs, for `weights` as declared after `layout`; where
     `layout` untied the head, the head may be absent and is then the embedding: the same buffer while both are
-    frozen, else a copy. mask: the same structure with a bool for every array. New values depend on `seed` and
-    the Hugging Face module names alone.
+    frozen, else a copy. tokenizer: of the model, for a method that starts from a text. mask: the same structure with
+    a bool for every array. New values depend on `seed` and the Hugging Face module names alone.
 
     Raises:
         AdapterError: the section, or the adapter that it starts from, does not fit the model.
@@ -92,7 +115,8 @@ def apply(
     adapter, stored = adapter_of(section), None
     if adapter is not None and method.files is not None:
         stored = open_checked(adapter, method.files, section, weights)
-    params = method.wrap(section, params, weights, seed, sharding_of)
+    words = (tokenizer,) if method.needs_tokenizer else ()
+    params = method.wrap(section, params, weights, seed, sharding_of, *words)
     if stored is not None:
         params = stored.put_into(params)
     return params, map_tree(lambda weight, leaf: _mask(weight, leaf, trained), weights, params)
@@ -102,6 +126,11 @@ def hooks(section: TuneSection, config: ModelConfig) -> Hooks:
     """What the method adds to the decoder beside its weights."""
     section = resolve(section)
     return METHODS[section.method].hooks(section, config) or NO_HOOKS
+
+
+def virtual_ids(section: TuneSection, config: ModelConfig) -> range:
+    """The ids past the vocabulary that the method puts before every document."""
+    return range(config.vocab_size, config.vocab_size + hooks(section, config).virtual_tokens)
 
 
 def has_adapter(section: TuneSection) -> bool:

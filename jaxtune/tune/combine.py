@@ -21,7 +21,7 @@ from jaxtune.tune.lora import LoraSection
 from jaxtune.tune.peft_config import read_config
 from jaxtune.tune.peft_files import PREFIX
 from jaxtune.tune.peft_io import write_adapter
-from jaxtune.tune.peft_tensors import AdapterFile, open_adapter
+from jaxtune.tune.peft_tensors import TENSORS_NAME, AdapterFile, open_adapter
 
 THINNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 WAYS = ("linear", "cat", "svd", *THINNING, *(f"{way}_svd" for way in THINNING))
@@ -107,7 +107,7 @@ def combine(
         names = ("lora_embedding_A", "lora_embedding_B") if _is_table(module) else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{PREFIX}{module}.{name}": part for name, part in zip(names, (a, b), strict=True)}
     section = LoraSection(rank=size, alpha=size, targets=modules)
-    write_adapter(Path(out), section, {}, tensors, None)
+    write_adapter(Path(out), section, {}, {TENSORS_NAME: tensors}, None)
     return section
 
 

@@ -103,11 +103,11 @@ def read_config(directory: Path) -> TuneSection:
 def _method_of(tree: dict[str, Any], where: Path) -> "tuple[str, Method]":
     """The method that an adapter_config.json is of: of several that it could be, the one that asks for most."""
     stored = {name: method for name, method in _methods().items() if method.files is not None}
-    found = [name for name, method in stored.items() if method.files and method.files.claims(tree)]
-    if not found:
+    claims = {name: method.files.claims(tree, where.parent) for name, method in stored.items() if method.files}
+    name = max(claims, key=lambda name: claims[name])
+    if not claims[name]:
         types = dict.fromkeys(method.files.peft_type for method in stored.values() if method.files)
         raise AdapterError(f"{where}: peft_type {tree.get('peft_type')!r}; allowed are {', '.join(types)}")
-    name = max(found, key=lambda name: len(_methods()[name].files.fixed))  # type: ignore[union-attr]
     return name, stored[name]
 
 
