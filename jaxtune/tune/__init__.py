@@ -23,10 +23,11 @@ from jaxtune.section import TuneSection, adapter_of
 from jaxtune.tune.full import FREEZE, FULL
 from jaxtune.tune.lora import LORA
 from jaxtune.tune.method import EMBEDDING, HEAD, Method, ShardingOf, declared, get_path, is_abstract
+from jaxtune.tune.oft import OFT
 from jaxtune.tune.peft_config import resolve
 from jaxtune.tune.peft_tensors import open_checked
 
-METHODS: dict[str, Method] = {"full": FULL, "freeze": FREEZE, "lora": LORA}
+METHODS: dict[str, Method] = {"full": FULL, "freeze": FREEZE, "lora": LORA, "oft": OFT}
 
 __all__ = ["METHODS", "apply", "gates", "has_adapter", "hooks", "layout", "rates", "resolve"]
 

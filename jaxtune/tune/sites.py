@@ -54,12 +54,15 @@ class Kind:
     start: (section, site, seed) -> how they start. A layer without an adapter has values that change nothing.
     leaf: (section, base, parts) -> the leaf.
     tensors: (section, site, row) -> what PEFT stores of the module in that row.
+    check: (section, site, sharding_of) raises AdapterError where the options do not fit the weight, and MeshError where
+    they do not fit the mesh.
     """
 
     parts: Callable[[Any, Site], dict[str, Part]]
     start: Callable[[Any, Site, int], Start]
     leaf: Callable[..., Leaf]
     tensors: Callable[[Any, Site, int], list[Tensor]]
+    check: Callable[[Any, Site, ShardingOf | None], None] = lambda section, site, sharding_of: None
 
 
 def site_method(
@@ -95,6 +98,7 @@ def wrap(kind: Kind, section: Targeted, params: Tree, weights: Tree, seed: int, 
 
 
 def _leaf(kind: Kind, section: Targeted, site: Site, base: Any, seed: int, sharding_of: ShardingOf | None) -> Leaf:
+    kind.check(section, site, sharding_of)
     start = kind.start(section, site, seed)
     arrays = (base, *start.arrays) if start.of_base else start.arrays
     where: Any = None
