@@ -51,6 +51,10 @@ class Leaf:
         """The weight that it stands for, as one float32 array, of all layers: for files that know no leaves."""
         raise NotImplementedError
 
+    def dense_bias(self) -> Any:
+        """What becomes of the bias beside the weight then; None: it stays."""
+        return None
+
 
 def fields_of(leaf: Leaf) -> list[str]:
     """The names of a leaf's parts: its fields that are not static."""

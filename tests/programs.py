@@ -61,11 +61,10 @@ class Stepper:
         section = self.config.tune
         execution = Execution.of(self.config, compute_dtype(self.config.precision.compute))
         settings, stacks = tune.layout(section, model, one_stack=self.mesh.shape["pipe"] > 1)
-        self.model = declared = Model.create(settings, stacks, execution)
+        self.model = declared = Model.create(settings, stacks, execution, tune.hooks(section, model))
         places = execution.places
-        params = init_params(
-            declared.weights, shardings(self.mesh, settings, declared.weights, *places), 0, 0.1, "float32"
-        )
+        own = Model.create(settings, stacks).weights  # without what the method adds
+        params = init_params(own, shardings(self.mesh, settings, own, *places), 0, 0.1, "float32")
         where = axes_sharding(self.mesh, settings, *places)
         params, mask = tune.apply(section, params, declared.weights, 0, where)
         return build(self.config, declared, self.mesh, params, mask, STEPS)

@@ -21,13 +21,20 @@ from jaxtune.models.hooks import NO_HOOKS, Hooks
 from jaxtune.models.weights import HOOKS, Path, Tree, Weight, map_tree
 from jaxtune.section import TuneSection, adapter_of
 from jaxtune.tune.full import FREEZE, FULL
+from jaxtune.tune.ia3 import IA3
 from jaxtune.tune.lora import LORA
 from jaxtune.tune.method import EMBEDDING, HEAD, Method, ShardingOf, declared, get_path, is_abstract
 from jaxtune.tune.oft import OFT
 from jaxtune.tune.peft_config import resolve
 from jaxtune.tune.peft_tensors import open_checked
 
-METHODS: dict[str, Method] = {"full": FULL, "freeze": FREEZE, "lora": LORA, "oft": OFT}
+METHODS: dict[str, Method] = {
+    "full": FULL,
+    "freeze": FREEZE,
+    "lora": LORA,
+    "ia3": IA3,
+    "oft": OFT,
+}
 
 __all__ = ["METHODS", "apply", "gates", "has_adapter", "hooks", "layout", "rates", "resolve"]
 

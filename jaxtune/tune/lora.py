@@ -97,7 +97,7 @@ def _initial(keys, ranks, scales, *, sizes: tuple[int, int, int], kind: str, sta
     return parts if stacked else {name: part[0] for name, part in parts.items()}
 
 
-def lora_leaf(section: Ranked, base: Any, parts: dict[str, Any]) -> LowRank:
+def lora_leaf(section: Ranked, site: Site, base: Any, parts: dict[str, Any]) -> LowRank:
     return LowRank(base, **parts, dropout=section.dropout)
 
 
@@ -150,6 +150,7 @@ def read_lora(tree: dict[str, Any], where: Path) -> dict[str, Any]:
 def write_lora(section: Ranked, weights: Tree) -> dict[str, Any]:
     return {
         "fan_in_fan_out": False,
+        "layers_pattern": None,
         "init_lora_weights": "gaussian" if getattr(section, "init", None) == "gaussian" else True,
         "lora_alpha": _whole(section.alpha),
         "alpha_pattern": {name: _whole(value) for name, value in section.alpha_pattern.items()},

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtune import ops
 from jaxtune.leaves import Leaf
 from jaxtune.models.weights import Tree, leaves_with_path, set_path
-from jaxtune.tune.method import EMBEDDING
+from jaxtune.tune.method import EMBEDDING, get_path
 
 
 def merged(params: Tree, dtype: Any = None) -> Tree:
@@ -22,6 +22,10 @@ def merged(params: Tree, dtype: Any = None) -> Tree:
     result: Tree = {}
     for path, leaf in leaves_with_path(params):
         set_path(result, path, _merge(leaf, path == EMBEDDING, dtype) if isinstance(leaf, Leaf) else leaf)
+    for path, leaf in leaves_with_path(params):
+        bias = leaf.dense_bias() if isinstance(leaf, Leaf) else None
+        if bias is not None:
+            set_path(result, (*path[:-1], "bias"), bias.astype(get_path(params, (*path[:-1], "bias")).dtype))
     return result
 
 

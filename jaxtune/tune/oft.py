@@ -194,7 +194,7 @@ def _zeros(*, shape: tuple[int, ...]) -> dict[str, jax.Array]:
     return {"skew": jnp.zeros(shape, jnp.float32)}
 
 
-def oft_leaf(section: OftSection, base: Any, parts: dict[str, Any]) -> Turned:
+def oft_leaf(section: OftSection, site: Site, base: Any, parts: dict[str, Any]) -> Turned:
     terms = section.num_cayley_neumann_terms if section.use_cayley_neumann else None
     return Turned(base, parts["skew"], terms, section.block_share, section.module_dropout)
 

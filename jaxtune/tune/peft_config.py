@@ -13,8 +13,8 @@ from jaxtune.errors import AdapterError, ConfigError, listing
 from jaxtune.files import inside, read_json
 from jaxtune.models.weights import Tree
 from jaxtune.section import Targeted, TuneSection, adapter_of
-from jaxtune.tune.names import Modules, last_names
-from jaxtune.tune.plan import is_all_linear
+from jaxtune.tune.names import Modules, last_names, module_of
+from jaxtune.tune.plan import is_all_linear, make_plan
 
 if TYPE_CHECKING:
     from jaxtune.tune.method import Method
@@ -153,8 +153,10 @@ def to_peft(section: TuneSection, weights: Tree, base_model_name: str | None) ->
         **files.fixed,
     }
     if isinstance(section, Targeted):
-        tree |= {"layers_pattern": None, "modules_to_save": _ordered(section.modules_to_save) or None}
-        if is_all_linear(section.targets):
+        tree["modules_to_save"] = _ordered(section.modules_to_save) or None
+        if section.layers is not None and "layers" not in files.settings.values():
+            tree["target_modules"] = sorted(module_of(key) for key in make_plan(section, weights).adapted)
+        elif is_all_linear(section.targets):
             # A list, since PEFT refuses layers_to_transform beside a string.
             tree["target_modules"] = _ordered(last_names(Modules.of(weights).linears))
         if section.exclude is None:

@@ -52,16 +52,18 @@ class Kind:
 
     parts: (section, site) -> shapes and logical axes of the parts that it adds, by name.
     start: (section, site, seed) -> how they start. A layer without an adapter has values that change nothing.
-    leaf: (section, base, parts) -> the leaf.
+    leaf: (section, site, base, parts) -> the leaf.
     tensors: (section, site, row) -> what PEFT stores of the module in that row.
+    takes_bias: where the map has a bias, the parts have a copy of it under "bias".
     check: (section, site, sharding_of) raises AdapterError where the options do not fit the weight, and MeshError where
     they do not fit the mesh.
     """
 
     parts: Callable[[Any, Site], dict[str, Part]]
     start: Callable[[Any, Site, int], Start]
-    leaf: Callable[..., Leaf]
+    leaf: Callable[[Any, Site, Any, dict[str, Any]], Leaf]
     tensors: Callable[[Any, Site, int], list[Tensor]]
+    takes_bias: bool = False
     check: Callable[[Any, Site, ShardingOf | None], None] = lambda section, site, sharding_of: None
 
 
@@ -93,11 +95,16 @@ def wrap(kind: Kind, section: Targeted, params: Tree, weights: Tree, seed: int, 
     result: Tree = {}
     for path, leaf in leaves_with_path(map_tree(partial(_wide, plan), weights, params)):
         site = plan.sites.get(path)
-        set_path(result, path, leaf if site is None else _leaf(kind, section, site, leaf, seed, sharding_of))
+        if site is not None:
+            bias = get_path(params, (*path[:-1], "bias")) if kind.takes_bias else None
+            leaf = _leaf(kind, section, site, leaf, bias, seed, sharding_of)
+        set_path(result, path, leaf)
     return result
 
 
-def _leaf(kind: Kind, section: Targeted, site: Site, base: Any, seed: int, sharding_of: ShardingOf | None) -> Leaf:
+def _leaf(
+    kind: Kind, section: Targeted, site: Site, base: Any, bias: Any, seed: int, sharding_of: ShardingOf | None
+) -> Leaf:
     kind.check(section, site, sharding_of)
     start = kind.start(section, site, seed)
     arrays = (base, *start.arrays) if start.of_base else start.arrays
@@ -107,7 +114,10 @@ def _leaf(kind: Kind, section: Targeted, site: Site, base: Any, seed: int, shard
         if start.rebases:
             where["base"] = jax.tree.map(lambda x: x.sharding, base)
     parts = make(start.function, where, is_abstract({"base": base}), *arrays, **start.settings)
-    return kind.leaf(section, parts.pop("base", base), parts)
+    if bias is not None:
+        # An array of its own: the one that the map has may be given up, as when a pipeline is made.
+        parts["bias"] = make(jnp.copy, getattr(bias, "sharding", None), is_abstract({"bias": bias}), bias)
+    return kind.leaf(section, site, parts.pop("base", base), parts)
 
 
 def _wide(plan: Plan, weight: Weight, array: Any) -> Any:

@@ -1,5 +1,6 @@
 """Tiny transformers models as our trees, and random adapters on them. The peer is peft, on top of torch."""
 
+from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -9,13 +10,14 @@ import numpy as np
 
 from jaxtune import tune
 from jaxtune.config import TuneSection
+from jaxtune.leaves import Leaf
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import Model
 from jaxtune.models.families import parse_config
-from jaxtune.models.weights import Tree, map_tree
+from jaxtune.models.hooks import Hooks
+from jaxtune.models.weights import HOOKS, Tree, map_tree
 from jaxtune.tune.lora import SETTINGS
-from jaxtune.tune.low_rank import LowRank
-from jaxtune.tune.plan import make_plan
+from jaxtune.tune.method import get_path
 
 SIZES = {
     "vocab_size": 48,
@@ -75,7 +77,13 @@ def base_params(weights: Tree, family: str = "qwen2", tied: bool = True, dtype=j
         arrays = [state[key].numpy() for key in weight.keys]
         return jnp.array(arrays[0] if weight.layers is None else np.stack(arrays), dtype)
 
-    return map_tree(take, {name: part for name, part in weights.items() if name != "head" or not tied})
+    return map_tree(take, _of_the_model({name: part for name, part in weights.items() if name != "head" or not tied}))
+
+
+def _of_the_model(weights: Tree) -> Tree:
+    """The declarations without a method's own."""
+    own = {name: part for name, part in weights.items() if name != HOOKS}
+    return {name: _of_the_model(part) if isinstance(part, dict) else part for name, part in own.items()}
 
 
 def tuned(section: TuneSection, family: str = "qwen2", tied: bool = True, seed: int = 0, **settings) -> Tuned:
@@ -88,19 +96,35 @@ def tuned(section: TuneSection, family: str = "qwen2", tied: bool = True, seed: 
 
 
 def randomised(made: Tuned) -> Tuned:
-    """Everything that trains moved by random amounts, padding left at zero: an adapter after training."""
-    sites = make_plan(made.section, made.model.weights).sites
-    random = np.random.default_rng(1)
+    """Everything that trains moved by random amounts, padding and layers without an adapter left as they are: an
+    adapter after training."""
+    random, covered = np.random.default_rng(1), _covered(made)
+
+    def moved(array, size, mask):
+        noise = random.normal(size=array.shape) * size * mask
+        return jnp.asarray(array + noise, array.dtype)
 
     def move(path, leaf, train):
-        if isinstance(leaf, LowRank):
-            lives = np.arange(leaf.a.shape[-1]) < np.array(sites[path].ranks)[:, None]
-            lives = lives if leaf.a.ndim == 3 else lives[0]
-            a, b = (jnp.array(random.normal(size=part.shape) * 0.3, jnp.float32) for part in (leaf.a, leaf.b))
-            return LowRank(leaf.base, a * lives[..., None, :], b * lives[..., :, None], leaf.scale, leaf.dropout)
-        return leaf + jnp.array(random.normal(size=leaf.shape) * 0.1, leaf.dtype) if train else leaf
+        if not isinstance(leaf, Leaf):
+            return moved(leaf, 0.1, covered.get((path, None), 1)) if train else leaf
+        parts = {name: getattr(leaf, name) for name in leaf.TRAINS}
+        return replace(leaf, **{name: moved(x, 0.3, covered.get((path, name), 1)) for name, x in sorted(parts.items())})
 
     return made._replace(params=map_with_path(move, made.params, made.mask))
+
+
+def _covered(made: Tuned) -> dict:
+    """(path, part) -> 1 for the numbers that the adapter's file has, 0 for the others."""
+    files = tune.METHODS[made.section.method].files
+    masks = {}
+    for entry in files.entries(made.section, made.model.weights) if files else ():
+        leaf = get_path(made.params, entry.path)
+        array = getattr(leaf, entry.part) if entry.part else leaf
+        mask = masks.setdefault((entry.path, entry.part), np.zeros(array.shape))
+        target = mask if entry.row is None else mask[entry.row]
+        shape = entry.shape[::-1] if entry.turned else entry.shape
+        target[tuple(slice(size) for size in shape) if len(shape) == target.ndim else ...] = 1
+    return masks
 
 
 def map_with_path(function, tree: Tree, other: Tree, path: tuple = ()) -> Tree:
@@ -115,12 +139,12 @@ def map_with_path(function, tree: Tree, other: Tree, path: tuple = ()) -> Tree:
 
 def logits(model: Model, params: Tree, tokens: np.ndarray = TOKENS) -> np.ndarray:
     """[batch, time, vocab] of ours."""
-    return np.asarray(_compiled(model.config, model.stacks)(params, tokens))
+    return np.asarray(_compiled(model.config, model.stacks, model.hooks)(params, tokens))
 
 
 @cache
-def _compiled(config: ModelConfig, stacks: tuple[range, ...]):
-    model = Model.create(config, stacks)
+def _compiled(config: ModelConfig, stacks: tuple[range, ...], hooks: Hooks):
+    model = Model.create(config, stacks, hooks=hooks)
 
     @jax.jit
     def run(params, tokens):
