@@ -19,7 +19,7 @@ from jaxtune.hf_write import write_model
 from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, open_run, require_run
 from jaxtune.mesh import single_device_mesh
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.weights import Tree
+from jaxtune.models.weights import HOOKS, Tree
 from jaxtune.section import TuneSection
 from jaxtune.tokenizer import load_tokenizer
 from jaxtune.tune.merge import merged
@@ -129,7 +129,8 @@ def _write(directory: Path, opened: Opened, format: str, dtype: str) -> None:
 
 def _write_model(directory: Path, assembled: Assembled, params: Tree, dtype: str) -> None:
     model, source = assembled.model, assembled.source
-    write_model(directory, params, model.weights, model.config, source.path, dtype, tokenizer=_own_tokenizer(source))
+    weights = {name: part for name, part in model.weights.items() if name != HOOKS}
+    write_model(directory, params, weights, model.config, source.path, dtype, tokenizer=_own_tokenizer(source))
 
 
 def _own_tokenizer(source: Source) -> Any:

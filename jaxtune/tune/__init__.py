@@ -27,6 +27,7 @@ from jaxtune.tune.method import EMBEDDING, HEAD, Method, ShardingOf, declared, g
 from jaxtune.tune.oft import OFT
 from jaxtune.tune.peft_config import resolve
 from jaxtune.tune.peft_tensors import open_checked
+from jaxtune.tune.vera import VERA
 
 METHODS: dict[str, Method] = {
     "full": FULL,
@@ -34,6 +35,7 @@ METHODS: dict[str, Method] = {
     "lora": LORA,
     "ia3": IA3,
     "oft": OFT,
+    "vera": VERA,
 }
 
 __all__ = ["METHODS", "apply", "gates", "has_adapter", "hooks", "layout", "rates", "resolve"]

@@ -17,6 +17,7 @@ METHODS = {
         "use_cayley_neumann": False,
         "module_dropout": 0.25,
     },
+    "vera": {"method": "vera", "targets": "all-linear", "rank": 8, "dropout": 0.1},
 }
 MESHES = {
     "fsdp 2, tensor 2, pipe 2": {

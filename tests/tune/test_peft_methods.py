@@ -50,9 +50,22 @@ CASES = {
         BIASED,
         {"method": "oft", "targets": SPLIT, "oft_block_size": 4, "block_share": True, "bias": "oft_only"},
     ),
+    "vera": (QWEN2, {"method": "vera", "targets": SPLIT, "rank": 6, "d_initial": 0.3}),
+    "vera on the head, without its matrices in the file": (
+        LLAMA,
+        {
+            "method": "vera",
+            "targets": ["q_proj", "v_proj", "lm_head"],
+            "rank": 3,
+            "exclude": ["layers.1.self_attn.q_proj"],
+            "save_projection": False,
+            "projection_prng_key": 7,
+        },
+    ),
+    "vera in some layers, all biases": (QWEN2, {"method": "vera", "rank": 4, "layers": [0, 2], "bias": "all"}),
 }
 UNMERGEABLE: set[str] = set()  # methods that no weight can take up
-TRAINED = ["ia3", "ia3 on maps with biases", "oft", "oft, exact, all biases"]
+TRAINED = ["ia3", "ia3 on maps with biases", "oft", "oft, exact, all biases", "vera"]
 STEPS, LR = 10, 1e-2
 
 each = pytest.mark.parametrize(("base", "options"), CASES.values(), ids=list(CASES))
