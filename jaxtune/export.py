@@ -20,7 +20,7 @@ from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, op
 from jaxtune.mesh import single_device_mesh
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.hooks import NO_HOOKS
-from jaxtune.models.weights import Tree
+from jaxtune.models.weights import HOOKS, Tree
 from jaxtune.section import TuneSection
 from jaxtune.tokenizer import load_tokenizer
 from jaxtune.tune.merge import merged
@@ -139,7 +139,8 @@ def _write(directory: Path, opened: Opened, format: str, dtype: str) -> None:
 
 def _write_model(directory: Path, assembled: Assembled, params: Tree, dtype: str) -> None:
     model, source = assembled.model, assembled.source
-    write_model(directory, params, model.weights, model.config, source.path, dtype, tokenizer=_own_tokenizer(source))
+    weights = {name: part for name, part in model.weights.items() if name != HOOKS}
+    write_model(directory, params, weights, model.config, source.path, dtype, tokenizer=_own_tokenizer(source))
 
 
 def _own_tokenizer(source: Source) -> Any:

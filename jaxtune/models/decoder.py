@@ -18,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as _save
 
 from jaxtune import float8, ops
-from jaxtune.leaves import Axes, dim_of, map_parts
+from jaxtune.leaves import Axes, Leaf, dim_of, map_parts
 from jaxtune.models.attention import attention
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.execution import USUAL, WEIGHT, Execution
@@ -255,7 +255,7 @@ class Model:
     def head(self, params: Tree, dtype: Any) -> Any:
         """The leaf that turns hidden states into logits, as it is used: [vocab, E], over the tensor axis split."""
         name = "embed" if self.config.tied else "head"
-        return self._used(params[name]["weight"], self.weights[name]["weight"], dtype)
+        return self._used(params[name]["weight"], self.weights[name]["weight"], dtype, self._shared(params))
 
     def hidden(
         self,
@@ -348,7 +348,8 @@ class Model:
 
         def layer(x, inputs):
             params, number, window, cache = inputs
-            params = map_tree(partial(self._used, dtype=x.dtype), params, self.weights["stacks"]["0"])
+            used = partial(self._used, dtype=x.dtype, shared=context.shared)
+            params = map_tree(used, params, self.weights["stacks"]["0"])
             own, hooked = None if noise is None else noise.fold_in(number), params.pop(HOOKS, {})
             return nnx.merge(self.block, nnx.State(params))(x, context, window, cache, own, hooked)
 
@@ -401,9 +402,9 @@ class Model:
             return None
         return jnp.array([window or NO_WINDOW for window in self.config.windows], jnp.int32)[numbers]
 
-    def _used(self, leaf: Any, weight: Weight, dtype: Any) -> Any:
+    def _used(self, leaf: Any, weight: Weight, dtype: Any, shared: Tree | None = None) -> Any:
         """A weight as it is used, of one layer where it is of a stack: on the device, whole along fsdp, its matrices
-        in `dtype`. It is made anew for the backward pass, never kept."""
+        in `dtype`. It is made anew for the backward pass, never kept. shared: what `_shared` gives."""
         run = self.execution
 
         def use(x: jax.Array, axes: Axes, exact: bool) -> jax.Array:
@@ -419,5 +420,6 @@ class Model:
             return _save(x.astype(wanted), WEIGHT)
 
         used = map_parts(use, leaf, weight.axes, weight.is_table)
+        used = used.with_shared(shared) if shared and isinstance(used, Leaf) else used
         is_linear = weight.layers is not None and len(weight.shape) == 2
         return float8.wrapped(used) if run.float8 and is_linear else used

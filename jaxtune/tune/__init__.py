@@ -29,12 +29,14 @@ from jaxtune.tune.ia3 import IA3
 from jaxtune.tune.loftq import LOFTQ
 from jaxtune.tune.lora import LORA
 from jaxtune.tune.method import EMBEDDING, HEAD, Course, Method, ShardingOf, declared, get_path, is_abstract
+from jaxtune.tune.oft import OFT
 from jaxtune.tune.p_tuning import P_TUNING
 from jaxtune.tune.peft_config import resolve
 from jaxtune.tune.peft_tensors import open_checked
 from jaxtune.tune.pissa import PISSA
 from jaxtune.tune.prefix import PREFIX_TUNING
 from jaxtune.tune.prompt import PROMPT_TUNING
+from jaxtune.tune.vera import VERA
 
 METHODS: dict[str, Method] = {
     "full": FULL,
@@ -48,6 +50,8 @@ METHODS: dict[str, Method] = {
     "prompt": PROMPT_TUNING,
     "p_tuning": P_TUNING,
     "prefix": PREFIX_TUNING,
+    "oft": OFT,
+    "vera": VERA,
 }
 
 __all__ = [

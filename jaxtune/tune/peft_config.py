@@ -154,11 +154,12 @@ def to_peft(section: TuneSection, weights: Tree, base_model_name: str | None) ->
     }
     if isinstance(section, Targeted):
         tree["modules_to_save"] = _ordered(section.modules_to_save) or None
-        if section.layers is not None and "layers" not in files.settings.values():
+        unnamed = {"layers", "exclude"} - set(files.settings.values())  # which this method of PEFT's does not have
+        if any(getattr(section, option) is not None for option in unnamed):
             tree["target_modules"] = sorted(module_of(key) for key in make_plan(section, weights).adapted)
         elif is_all_linear(section.targets):
             # A list, since PEFT refuses layers_to_transform beside a string.
             tree["target_modules"] = _ordered(last_names(Modules.of(weights).linears))
         if section.exclude is None:
-            del tree["exclude_modules"]  # younger than the others
+            tree.pop("exclude_modules", None)  # younger than the others
     return dict(sorted(tree.items()))  # the patterns inside keep their order: the first that matches decides

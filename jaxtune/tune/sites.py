@@ -55,6 +55,8 @@ class Kind:
     leaf: (section, site, base, parts) -> the leaf.
     tensors: (section, site, row) -> what PEFT stores of the module in that row.
     takes_bias: where the map has a bias, the parts have a copy of it under "bias".
+    check: (section, site, sharding_of) raises AdapterError where the options do not fit the weight, and MeshError where
+    they do not fit the mesh.
     """
 
     parts: Callable[[Any, Site], dict[str, Part]]
@@ -62,6 +64,7 @@ class Kind:
     leaf: Callable[[Any, Site, Any, dict[str, Any]], Leaf]
     tensors: Callable[[Any, Site, int], list[Tensor]]
     takes_bias: bool = False
+    check: Callable[[Any, Site, ShardingOf | None], None] = lambda section, site, sharding_of: None
 
 
 def site_method(
@@ -110,6 +113,7 @@ def wrap_with(
 def _leaf(
     kind: Kind, section: Targeted, seed: int, sharding_of: ShardingOf | None, site: Site, base: Any, bias: Any
 ) -> Leaf:
+    kind.check(section, site, sharding_of)
     start = kind.start(section, site, seed)
     arrays = (base, *start.arrays) if start.of_base else start.arrays
     where: Any = None

@@ -29,6 +29,15 @@ METHODS = {
     },
     "prefix": {"method": "prefix", "num_virtual_tokens": 4},
     "prefix with a projection": {"method": "prefix", "num_virtual_tokens": 4, "prefix_projection": True},
+    "oft": {"method": "oft", "targets": "all-linear", "oft_block_size": 16},
+    "oft, exact, with dropout": {
+        "method": "oft",
+        "targets": ["q_proj", "down_proj"],
+        "oft_block_size": 16,
+        "use_cayley_neumann": False,
+        "module_dropout": 0.25,
+    },
+    "vera": {"method": "vera", "targets": "all-linear", "rank": 8, "dropout": 0.1},
 }
 MESHES = {
     "fsdp 2, tensor 2, pipe 2": {

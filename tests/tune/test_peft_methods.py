@@ -27,6 +27,7 @@ QWEN2 = {"family": "qwen2", "tied": True}
 LLAMA = {"family": "llama", "tied": False}
 BIASED = {"family": "llama", "tied": False, "attention_bias": True, "mlp_bias": True}
 QWEN3 = {"family": "qwen3", "tied": True, "head_dim": 8}
+SPLIT = ["q_proj", "o_proj", "down_proj"]  # by outputs, and by inputs, where a mesh has a tensor axis
 
 # name -> (base model, options of the section)
 CASES = {
@@ -75,12 +76,47 @@ CASES = {
     ),
     "adalora": (QWEN2, {"method": "adalora", "init_r": 4, "target_r": 2, "total_step": 10, "targets": "all-linear"}),
     "adalora in some layers": (LLAMA, {"method": "adalora", "total_step": 5, "layers": [0, 2], "alpha": 16}),
+    "oft": (QWEN2, {"method": "oft", "targets": SPLIT, "oft_block_size": 8}),
+    "oft, exact, all biases": (
+        QWEN2,
+        {"method": "oft", "oft_block_size": 8, "use_cayley_neumann": False, "bias": "all", "layers": [0, 2]},
+    ),
+    "oft by rank, with 3 terms, on the head": (
+        LLAMA,
+        {
+            "method": "oft",
+            "targets": ["q_proj", "lm_head"],
+            "oft_block_size": 0,
+            "rank": 4,
+            "num_cayley_neumann_terms": 3,
+        },
+    ),
+    "oft with a shared matrix": (
+        BIASED,
+        {"method": "oft", "targets": SPLIT, "oft_block_size": 4, "block_share": True, "bias": "oft_only"},
+    ),
+    "vera": (QWEN2, {"method": "vera", "targets": SPLIT, "rank": 6, "d_initial": 0.3}),
+    "vera on the head, without its matrices in the file": (
+        LLAMA,
+        {
+            "method": "vera",
+            "targets": ["q_proj", "v_proj", "lm_head"],
+            "rank": 3,
+            "exclude": ["layers.1.self_attn.q_proj"],
+            "save_projection": False,
+            "projection_prng_key": 7,
+        },
+    ),
+    "vera in some layers, all biases": (QWEN2, {"method": "vera", "rank": 4, "layers": [0, 2], "bias": "all"}),
 }
 UNMERGEABLE = {"prompt", "p_tuning", "prefix"}  # methods that no weight can take up
 TRAINED = [
     "ia3",
     "ia3 on maps with biases",
     "dora",
+    "oft",
+    "oft, exact, all biases",
+    "vera",
     "prompt",
     "P-tuning with an MLP",
     "P-tuning with an LSTM",
