@@ -49,7 +49,8 @@ def write_result(
     """
     directory = result_directory(run_dir, section)
     if tune.has_adapter(section):
-        save_adapter(directory, section, assembled.model.weights, params, base_model)
+        words = assembled.source.tokenizer if assembled.source.adds_words else None
+        save_adapter(directory, section, assembled.model.weights, params, base_model, words)
     else:
         _write_model(directory, assembled, params, dtype)
     return directory
@@ -131,8 +132,8 @@ def _check_request(out: Path, format: str, dtype: str) -> None:
 def _write(directory: Path, opened: Opened, format: str, dtype: str) -> None:
     assembled = opened.assembled
     if format == "peft":
-        base = opened.run.model.path
-        save_adapter(directory, opened.section, assembled.model.weights, assembled.params, base)
+        base, words = opened.run.model.path, assembled.source.tokenizer if assembled.source.adds_words else None
+        save_adapter(directory, opened.section, assembled.model.weights, assembled.params, base, words)
     else:
         _write_model(directory, assembled, merged(assembled.params), dtype)
 

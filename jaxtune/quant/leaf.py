@@ -95,8 +95,9 @@ def _home(weight: Weight, name: str, part: Any, axes: Axes, sharding_of: Shardin
 def placed(leaf: Leaf, weight: Weight, sharding_of: ShardingOf) -> Leaf:
     """A leaf of shapes with their shardings: a quantised one, or a tuning method's over one."""
     if not isinstance(leaf, Quantized):
-        over = map_parts(partial(_placed, sharding_of), replace(leaf, base=None), weight.full_axes, weight.is_table)
-        return replace(over, base=placed(leaf.base, weight, sharding_of))
+        bare: Any = replace(leaf, base=None)  # type: ignore[type-var]
+        over = map_parts(partial(_placed, sharding_of), bare, weight.full_axes, weight.is_table)
+        return replace(over, base=placed(leaf.base, weight, sharding_of))  # type: ignore[attr-defined]
     where, shapes = homes(leaf, weight, sharding_of), parts_of(leaf).items()
     parts = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where[name]) for name, s in shapes}
     return replace(leaf, **parts)  # type: ignore[type-var]

@@ -99,7 +99,7 @@ class Quantizer:
         if self.scheme is None or isinstance(self.scheme, AtLoad) or not weight.is_linear:
             return None
         held = self.scheme.stored(weight, tensors)
-        return held and replace(held, leaf=placed(held.leaf, weight, self.sharding_of))
+        return held and replace(held, leaf=placed(held.leaf, weight, self.sharding_of))  # type: ignore[arg-type]
 
     def loaded(self, weight: Weight, array: jax.Array) -> Any:
         """A weight that has just been read or drawn, quantised if it is to be: then the array is given up."""

@@ -148,9 +148,9 @@ def _at(tree: Tree, path: Path) -> Any:
 
 
 def _layer(model: Model, params: Tree, x_BTE: jax.Array, batch: dict[str, jax.Array], window: Any) -> jax.Array:
-    context, _ = model.context(batch["positions"], batch["segments"])
+    context, _ = model.context({}, batch["tokens"], batch["positions"], batch["segments"])
     block = nnx.merge(model.block, nnx.State(params))
-    return block(x_BTE, context, window, None, None)[0]
+    return block(x_BTE, context, window, None, None, {})[0]
 
 
 def _gram(model: Model, params: Tree, x: jax.Array, batch: dict[str, jax.Array], window: Any, path: Path) -> jax.Array:

@@ -36,6 +36,8 @@ from jaxtune.tune.peft_tensors import open_checked
 from jaxtune.tune.pissa import PISSA
 from jaxtune.tune.prefix import PREFIX_TUNING
 from jaxtune.tune.prompt import PROMPT_TUNING
+from jaxtune.tune.selective import BITFIT, LAYERNORM
+from jaxtune.tune.tokens import TRAINABLE_TOKENS
 from jaxtune.tune.vera import VERA
 
 METHODS: dict[str, Method] = {
@@ -52,6 +54,9 @@ METHODS: dict[str, Method] = {
     "prefix": PREFIX_TUNING,
     "oft": OFT,
     "vera": VERA,
+    "layernorm": LAYERNORM,
+    "bitfit": BITFIT,
+    "trainable_tokens": TRAINABLE_TOKENS,
 }
 
 __all__ = [
@@ -66,7 +71,25 @@ __all__ = [
     "rates",
     "resolve",
     "virtual_ids",
+    "vocab_size",
+    "words",
 ]
+
+
+def words(section: TuneSection, tokenizer: Any) -> tuple[Any, TuneSection]:
+    """(the tokenizer with the tokens that the method adds, the section, resolved, with what it needs of them)."""
+    section = resolve(section)
+    return METHODS[section.method].words(section, tokenizer)
+
+
+def vocab_size(section: TuneSection, config: ModelConfig) -> int:
+    """Rows of the embedding and of the head under this method.
+
+    Raises:
+        ConfigError: the section names tokens that cannot be.
+    """
+    section = resolve(section)
+    return METHODS[section.method].vocab_size(section, config)
 
 
 def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -> tuple[ModelConfig, tuple[range, ...]]:
@@ -80,6 +103,7 @@ def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -
         AdapterError: the section does not fit the model; the message names what is near.
     """
     section, method = resolve(section), METHODS[section.method]
+    config = replace(config, vocab_size=method.vocab_size(section, config))
     hooked = hooks(section, config)
     if config.tied and method.separates:
         apart = replace(config, tied=False)

@@ -72,7 +72,7 @@ def lora_parts(section: Ranked, site: Site) -> dict[str, Part]:
     }
 
 
-def fresh(section: LoraSection, site: Site, seed: int) -> Start:
+def fresh(section: Any, site: Site, seed: int) -> Start:
     """The adapters' first values as PEFT draws them, so that every product is zero.
 
     Linear: b = 0 and a uniform in +-1/sqrt(in), or normal with deviation 1/rank ("gaussian"). Embedding: a = 0

@@ -57,6 +57,8 @@ class Method:
     that the method quantises in its own way; None: none.
     course: (section, weights, steps of the run) -> what it does in training besides descending; None: nothing.
     rate: (section, weight, name of a leaf's part or None, learning rate) -> what that rate is multiplied by.
+    words: (section, tokenizer) -> the tokenizer with tokens that the method adds, and the section with what it needs of
+    them; it is given a tokenizer of its own. vocab_size: (section, model settings) -> rows of the tables then.
     """
 
     section: type[TuneSection]
@@ -70,6 +72,8 @@ class Method:
     quantized: Callable[[Any, Tree, Weight, "AtLoad"], Callable | None] = lambda section, weights, weight, scheme: None
     course: Callable[[Any, Tree, int], Course | None] = lambda section, weights, steps: None
     rate: Rate = lambda section, weight, part, lr: 1.0
+    words: Callable[[Any, Any], tuple[Any, Any]] = lambda section, tokenizer: (tokenizer, section)
+    vocab_size: "Callable[[Any, ModelConfig], int]" = lambda section, config: config.vocab_size
 
 
 def declared(weights: Tree) -> Iterator[tuple[Path, Weight]]:

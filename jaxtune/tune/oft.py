@@ -97,7 +97,7 @@ class Turned(Leaf):
         return weight + jnp.einsum("...okc,...kbc->...okb", blocks, moves, precision=HIGHEST).reshape(weight.shape)
 
 
-def _block_axis(in_axis: str | None, share: bool) -> str | None:
+def _block_axis(in_axis: Any, share: bool) -> Any:
     """Where the blocks lie: with their inputs, but whole along fsdp, which need not divide their number."""
     return None if share or in_axis == "embed" else in_axis
 

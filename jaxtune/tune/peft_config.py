@@ -113,7 +113,8 @@ def _method_of(tree: dict[str, Any], where: Path) -> "tuple[str, Method]":
 
 def _ordered(value: Any) -> Any:
     """Lists that PEFT made from sets, in an order that does not change from one file to the next."""
-    return sorted(value, key=str) if isinstance(value, list) else value
+    is_set = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    return sorted(value) if is_set else value
 
 
 def _read_json(directory: Path) -> dict[str, Any]:

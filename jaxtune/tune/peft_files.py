@@ -61,7 +61,8 @@ class Files:
     harmless: keys that change nothing, whatever their value.
     read: (contents of adapter_config.json, its path) -> options that take more than a new name; raises AdapterError
     for what we do not have. write: (section, weights) -> keys besides the settings.
-    entries: (section, weights) -> every tensor of the file, no more and no less. fill: numbers of a part that no
+    alias: name of a tensor -> of the one that it is a second copy of, if it is. entries: (section, weights) -> every
+    other tensor of the file, no more and no less. fill: numbers of a part that no
     tensor has, where they are not 0: in layers without an adapter.
     stored: (section, weights, parameters) -> those that the files are written of, where they are another method's.
     derived: section -> what PEFT stores in place of the entries; None: them. reads: other peft_types that it can read,
@@ -81,6 +82,7 @@ class Files:
     derived: Callable[[Any], Derived | None] = lambda section: None
     reads: frozenset[str] = frozenset()
     claims_file: str | None = None
+    alias: Callable[[str], str] = lambda key: key
 
     def with_entries(self, entries: Callable[[Any, Tree], list[Entry]]) -> "Files":
         return replace(self, entries=entries)

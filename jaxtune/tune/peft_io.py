@@ -3,7 +3,11 @@
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,9 +36,16 @@ def load_adapter(directory: str | Path) -> tuple[TuneSection, AdapterFile]:
 
 
 def save_adapter(
-    directory: str | Path, section: TuneSection, weights: Tree, params: Tree, base_model_name: str | None = None
+    directory: str | Path,
+    section: TuneSection,
+    weights: Tree,
+    params: Tree,
+    base_model_name: str | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """Write the adapter in `params` as a PEFT directory: float32, the same bytes for the same numbers.
+
+    tokenizer: written beside it, where the adapter's tokens are not all the base model's.
 
     Every process calls this; the first one writes, under a temporary name that is renamed at the end. An
     adapter that is there already is replaced.
@@ -50,7 +61,7 @@ def save_adapter(
         made = {name: _to_host(array) for name, array in derived.tensors(section, params).items()}
         tensors = {TENSORS_NAME: made, derived.file: tensors[TENSORS_NAME]}
     if processes.is_first():
-        write_adapter(Path(directory), section, weights, tensors, base_model_name)
+        write_adapter(Path(directory), section, weights, tensors, base_model_name, _tokenizer_files(tokenizer))
     processes.barrier("adapter saved")
 
 
@@ -60,8 +71,9 @@ def write_adapter(
     weights: Tree,
     tensors: dict[str, dict[str, np.ndarray]],
     base_model_name: str | None,
+    others: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
-    """Write the settings and, by their file's name, the tensors. What was there before is replaced at the end.
+    """Write the settings and, by their files' names, tensors and other contents; what was there is replaced at the end.
 
     Raises:
         AdapterError: the directory holds other things.
@@ -71,7 +83,15 @@ def write_adapter(
     for name, arrays in tensors.items():
         # The library writes an array's memory as it lies, another tensor's where rows are not one after another.
         files[name] = save({key: np.ascontiguousarray(array) for key, array in arrays.items()}, {"format": "pt"})
-    _replace_directory(directory, files)
+    _replace_directory(directory, {**files, **others})
+
+
+def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    if tokenizer is None:
+        return {}
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
 
 
 def adapter_tensors(section: TuneSection, weights: Tree, params: Tree) -> dict[str, np.ndarray]:

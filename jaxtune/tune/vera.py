@@ -154,7 +154,7 @@ def wrap_shared(section: VeraSection, params: Tree, weights: Tree, seed: int, sh
     """The parameters with fresh leaves, and the matrices beside them."""
     wrapped = wrap(VERA_KIND, section, params, weights, seed, sharding_of)
     declared: dict[str, Weight] = weights[HOOKS]
-    shapes = [declared[name].shape for name in (A, B)]
+    shapes: list[Any] = [declared[name].shape for name in (A, B)]
     drawn = [None, None] if is_abstract(params) else draw(section.projection_prng_key, *shapes)
     place = partial(_placed, sharding_of)
     return {**wrapped, HOOKS: {name: place(shape, array) for name, shape, array in zip((A, B), shapes, drawn)}}

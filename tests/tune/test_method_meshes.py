@@ -38,6 +38,9 @@ METHODS = {
         "module_dropout": 0.25,
     },
     "vera": {"method": "vera", "targets": "all-linear", "rank": 8, "dropout": 0.1},
+    "layernorm": {"method": "layernorm", "exclude": ["model.layers.2.input_layernorm"]},
+    "bitfit": {"method": "bitfit"},
+    "trainable tokens": {"method": "trainable_tokens", "token_indices": [3, 300, 511, 17]},
 }
 MESHES = {
     "fsdp 2, tensor 2, pipe 2": {

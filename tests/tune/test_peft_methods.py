@@ -108,6 +108,25 @@ CASES = {
         },
     ),
     "vera in some layers, all biases": (QWEN2, {"method": "vera", "rank": 4, "layers": [0, 2], "bias": "all"}),
+    "layernorm": (QWEN2, {"method": "layernorm"}),
+    "layernorm of heads in some layers, the head saved": (
+        {"family": "qwen3", "tied": False},
+        {
+            "method": "layernorm",
+            "targets": r".*layers\.[12]\..*(q_norm|input_layernorm)",
+            "modules_to_save": ["lm_head"],
+        },
+    ),
+    "trainable tokens": (QWEN2, {"method": "trainable_tokens", "token_indices": [40, 5, 13]}),
+    "trainable tokens of an embedding alone": (LLAMA, {"method": "trainable_tokens", "token_indices": [40, 5, 13]}),
+    "trainable tokens of embedding and head": (
+        LLAMA,
+        {
+            "method": "trainable_tokens",
+            "token_indices": [7, 44, 0, 30, 21, 2, 12, 13],
+            "targets": ["embed_tokens", "lm_head"],
+        },
+    ),
 }
 UNMERGEABLE = {"prompt", "p_tuning", "prefix"}  # methods that no weight can take up
 TRAINED = [
@@ -122,6 +141,9 @@ TRAINED = [
     "P-tuning with an LSTM",
     "prefix",
     "prefix with a projection",
+    "layernorm",
+    "trainable tokens",
+    "trainable tokens of embedding and head",
 ]
 STEPS, LR = 10, 1e-2
 

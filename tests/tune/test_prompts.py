@@ -184,7 +184,7 @@ class TestFiles:
         assert section.method == "prompt"
         plain = tuned(section)
         assert difference(logits(plain.model, plain.params), logits(made.model, made.params)) < 1e-5
-        with pytest.raises(ConfigError, match="tune.method: 'p_tuning', the adapter has 'prompt'"):
+        with pytest.raises(ConfigError, match=r"tune\.method: 'p_tuning', the adapter has 'prompt'"):
             resolve(tune_section(method="p_tuning", adapter=str(directory)))
 
     def test_a_projected_prefix_without_its_encoder_is_a_plain_one(self, tmp_path):
@@ -278,7 +278,7 @@ class TestRuns:
         return make
 
     def test_it_learns_and_its_tokens_are_the_real_ones(self, made, name, tiny_model):
-        home, rows = made(name)
+        _, rows = made(name)
         losses = [row["loss"] for row in rows if "loss" in row]
         assert losses[-1] < losses[0]
         assert rows[-1]["eval_loss"] > 0
