@@ -42,7 +42,9 @@ class Stored:
 
 
 class Format(Protocol):
-    """What a quantization_config says of a checkpoint."""
+    """What a quantization_config says of a checkpoint: a frozen dataclass."""
+
+    def __hash__(self) -> int: ...
 
     @property
     def name(self) -> str:

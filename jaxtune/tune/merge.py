@@ -32,7 +32,7 @@ def merged(params: Tree, dtype: Any = None) -> Tree:
 
 
 def _merge(leaf: Any, is_table: bool, dtype: Any) -> jax.Array:
-    base = leaf.base
+    base = getattr(leaf, "base", leaf)
     if isinstance(base, Leaf):
         return jax.jit(partial(_dense, is_table=is_table, dtype=dtype or jnp.float32))(leaf)
     return jax.jit(partial(_dense, is_table=is_table, dtype=base.dtype), out_shardings=base.sharding)(leaf)
