@@ -22,6 +22,8 @@ from jaxtune.models.weights import HOOKS, Path, Tree, Weight, map_tree
 from jaxtune.section import TuneSection, adapter_of
 from jaxtune.tune.full import FREEZE, FULL
 from jaxtune.tune.ia3 import IA3
+from jaxtune.tune.loha import LOHA
+from jaxtune.tune.lokr import LOKR
 from jaxtune.tune.lora import LORA
 from jaxtune.tune.method import EMBEDDING, HEAD, Method, ShardingOf, declared, get_path, is_abstract
 from jaxtune.tune.oft import OFT
@@ -36,6 +38,8 @@ METHODS: dict[str, Method] = {
     "ia3": IA3,
     "oft": OFT,
     "vera": VERA,
+    "loha": LOHA,
+    "lokr": LOKR,
 }
 
 __all__ = ["METHODS", "apply", "gates", "has_adapter", "hooks", "layout", "rates", "resolve"]

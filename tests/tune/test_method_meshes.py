@@ -18,6 +18,14 @@ METHODS = {
         "module_dropout": 0.25,
     },
     "vera": {"method": "vera", "targets": "all-linear", "rank": 8, "dropout": 0.1},
+    "loha": {"method": "loha", "targets": "all-linear", "rank": 2},
+    "lokr": {"method": "lokr", "targets": "all-linear", "rank": 2},
+    "lokr between groups that the mesh cuts": {
+        "method": "lokr",
+        "targets": ["k_proj", "down_proj", "gate_proj"],
+        "rank": 2,
+        "decompose_factor": 1,
+    },
 }
 MESHES = {
     "fsdp 2, tensor 2, pipe 2": {

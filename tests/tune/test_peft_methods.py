@@ -63,9 +63,37 @@ CASES = {
         },
     ),
     "vera in some layers, all biases": (QWEN2, {"method": "vera", "rank": 4, "layers": [0, 2], "bias": "all"}),
+    "loha": (QWEN2, {"method": "loha", "targets": SPLIT, "rank": 2, "alpha": 3}),
+    "loha with patterns, in some layers": (
+        LLAMA,
+        {
+            "method": "loha",
+            "targets": ["q_proj", "lm_head"],
+            "rank_pattern": {"layers.0.self_attn.q_proj": 3},
+            "alpha_pattern": {"layers.0.*": 2.5},
+            "layers": [0, 2],
+        },
+    ),
+    "lokr": (
+        QWEN2,
+        {"method": "lokr", "targets": SPLIT, "rank": 2, "alpha": 3, "rank_pattern": {"layers.0.self_attn.q_proj": 3}},
+    ),
+    "lokr, both low-rank, by a factor": (
+        LLAMA,
+        {
+            "method": "lokr",
+            "targets": ["q_proj", "down_proj"],
+            "rank": 1,
+            "decompose_both": True,
+            "decompose_factor": 4,
+            "layers": [0, 1],
+            "init": "lycoris",
+        },
+    ),
+    "lokr, both whole": (QWEN2, {"method": "lokr", "rank": 16, "exclude": ["layers.1.self_attn.q_proj"]}),
 }
 UNMERGEABLE: set[str] = set()  # methods that no weight can take up
-TRAINED = ["ia3", "ia3 on maps with biases", "oft", "oft, exact, all biases", "vera"]
+TRAINED = ["ia3", "ia3 on maps with biases", "oft", "oft, exact, all biases", "vera", "loha", "lokr"]
 STEPS, LR = 10, 1e-2
 
 each = pytest.mark.parametrize(("base", "options"), CASES.values(), ids=list(CASES))
