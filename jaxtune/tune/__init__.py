@@ -27,6 +27,8 @@ from jaxtune.tune.dora import DORA
 from jaxtune.tune.full import FREEZE, FULL
 from jaxtune.tune.ia3 import IA3
 from jaxtune.tune.loftq import LOFTQ
+from jaxtune.tune.loha import LOHA
+from jaxtune.tune.lokr import LOKR
 from jaxtune.tune.lora import LORA
 from jaxtune.tune.method import EMBEDDING, HEAD, Course, Method, ShardingOf, declared, get_path, is_abstract
 from jaxtune.tune.oft import OFT
@@ -57,6 +59,8 @@ METHODS: dict[str, Method] = {
     "layernorm": LAYERNORM,
     "bitfit": BITFIT,
     "trainable_tokens": TRAINABLE_TOKENS,
+    "loha": LOHA,
+    "lokr": LOKR,
 }
 
 __all__ = [

@@ -136,7 +136,7 @@ def _refuse_options(tree: dict, where: Path, files: Any) -> None:
 
 
 def _is_on(value: Any) -> bool:
-    return value is not None and value is not False and value not in ("", [], {})
+    return value not in (None, False, 0, "", [], {})
 
 
 def to_peft(section: TuneSection, weights: Tree, base_model_name: str | None) -> dict[str, Any]:

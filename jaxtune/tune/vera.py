@@ -114,7 +114,7 @@ def projections(section: VeraSection, config: ModelConfig) -> Projections:
     return Projections(section.rank, max(inputs), max(outputs))
 
 
-def draw(key: int, *shapes: tuple[int, int]) -> list[np.ndarray]:
+def draw(key: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
     """PEFT's float32 matrices for a key: uniform in +-sqrt(6 / columns), from one stream.
 
     Source: peft 0.21, `_kaiming_init`; torch's generator is MT19937, of which its uniform numbers take 24 bits.

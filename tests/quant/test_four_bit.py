@@ -138,5 +138,5 @@ def bits_of(scheme, shape) -> float:
 
 
 def test_rows_of_odd_length_are_refused():
-    with pytest.raises(ModelError, match="k_proj has rows of 63 numbers.*even"):
+    with pytest.raises(ModelError, match=r"k_proj has rows of 63 numbers.*even"):
         four_bit.check_shape((8, 63), "k_proj")

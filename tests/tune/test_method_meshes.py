@@ -41,6 +41,14 @@ METHODS = {
     "layernorm": {"method": "layernorm", "exclude": ["model.layers.2.input_layernorm"]},
     "bitfit": {"method": "bitfit"},
     "trainable tokens": {"method": "trainable_tokens", "token_indices": [3, 300, 511, 17]},
+    "loha": {"method": "loha", "targets": "all-linear", "rank": 2},
+    "lokr": {"method": "lokr", "targets": "all-linear", "rank": 2},
+    "lokr between groups that the mesh cuts": {
+        "method": "lokr",
+        "targets": ["k_proj", "down_proj", "gate_proj"],
+        "rank": 2,
+        "decompose_factor": 1,
+    },
 }
 MESHES = {
     "fsdp 2, tensor 2, pipe 2": {

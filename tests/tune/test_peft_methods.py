@@ -127,6 +127,34 @@ CASES = {
             "targets": ["embed_tokens", "lm_head"],
         },
     ),
+    "loha": (QWEN2, {"method": "loha", "targets": SPLIT, "rank": 2, "alpha": 3}),
+    "loha with patterns, in some layers": (
+        LLAMA,
+        {
+            "method": "loha",
+            "targets": ["q_proj", "lm_head"],
+            "rank_pattern": {"layers.0.self_attn.q_proj": 3},
+            "alpha_pattern": {"layers.0.*": 2.5},
+            "layers": [0, 2],
+        },
+    ),
+    "lokr": (
+        QWEN2,
+        {"method": "lokr", "targets": SPLIT, "rank": 2, "alpha": 3, "rank_pattern": {"layers.0.self_attn.q_proj": 3}},
+    ),
+    "lokr, both low-rank, by a factor": (
+        LLAMA,
+        {
+            "method": "lokr",
+            "targets": ["q_proj", "down_proj"],
+            "rank": 1,
+            "decompose_both": True,
+            "decompose_factor": 4,
+            "layers": [0, 1],
+            "init": "lycoris",
+        },
+    ),
+    "lokr, both whole": (QWEN2, {"method": "lokr", "rank": 16, "exclude": ["layers.1.self_attn.q_proj"]}),
 }
 UNMERGEABLE = {"prompt", "p_tuning", "prefix"}  # methods that no weight can take up
 TRAINED = [
@@ -136,6 +164,8 @@ TRAINED = [
     "oft",
     "oft, exact, all biases",
     "vera",
+    "loha",
+    "lokr",
     "prompt",
     "P-tuning with an MLP",
     "P-tuning with an LSTM",
