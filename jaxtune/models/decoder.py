@@ -59,6 +59,13 @@ def leave(x_BTE: jax.Array, execution: Execution) -> jax.Array:
     return local.scattered(x_BTE, "tensor", 1) if execution.sequence_parallel else local.total(x_BTE, "tensor")
 
 
+def noise_here(noise: Noise | None, execution: Execution) -> Noise | None:
+    """The noise of the tokens that this device has in the residual stream."""
+    if noise is None or not execution.sequence_parallel:
+        return noise
+    return replace(noise, tokens=local.part(noise.tokens, "tensor", 1))
+
+
 class RMSNorm(nnx.Module):
     def __init__(self, key: str, size: int, eps: float):
         self.weight = nnx.Param(Weight((size,), ("norm",), f"{key}.weight", "ones"))
@@ -190,13 +197,14 @@ class Block(nnx.Module):
     def __call__(self, x_BTE: jax.Array, context: Context, window, cache, noise, own: Tree):
         """own: this layer's weights of the hooks."""
         run, hooks = context.execution, context.hooks
-        attention_noise, mlp_noise = ops.split_noise(noise, 2)
+        attention_noise, mlp_noise, *others = ops.split_noise(noise, 4)
+        after_attention, after_mlp = (noise_here(own_noise, run) for own_noise in others)
         normed = self.attention_norm(x_BTE)
         attended, cache = self.attention(enter(normed, run), context, window, cache, attention_noise, own)
-        x_BTE = _save(x_BTE + hooks.attention_output(own, x_BTE, normed, attended), "after_attention")
+        x_BTE = _save(x_BTE + hooks.attention_output(own, x_BTE, normed, attended, after_attention), "after_attention")
         normed = self.mlp_norm(x_BTE)
         down = _save(self.mlp(enter(normed, run), mlp_noise, run), "down")
-        return x_BTE + hooks.mlp_output(own, x_BTE, normed, down), cache
+        return x_BTE + hooks.mlp_output(own, x_BTE, normed, down, after_mlp), cache
 
 
 def _under_hooks(declared: Tree) -> Tree:

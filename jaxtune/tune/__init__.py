@@ -23,6 +23,7 @@ from jaxtune.models.hooks import NO_HOOKS, Hooks
 from jaxtune.models.weights import HOOKS, Path, Tree, Weight, map_tree
 from jaxtune.section import TuneSection, adapter_of
 from jaxtune.tune.adalora import ADALORA
+from jaxtune.tune.bottleneck import HOULSBY, PARALLEL, PFEIFFER
 from jaxtune.tune.dora import DORA
 from jaxtune.tune.full import FREEZE, FULL
 from jaxtune.tune.ia3 import IA3
@@ -61,6 +62,9 @@ METHODS: dict[str, Method] = {
     "trainable_tokens": TRAINABLE_TOKENS,
     "loha": LOHA,
     "lokr": LOKR,
+    "houlsby": HOULSBY,
+    "pfeiffer": PFEIFFER,
+    "parallel": PARALLEL,
 }
 
 __all__ = [

@@ -85,6 +85,7 @@ def read_config(directory: Path) -> TuneSection:
     name, method = _method_of(tree, where)
     files: Any = method.files
     options = files.read(tree, where)
+    tree = files.settings_in(tree)
     _refuse_options(tree, where, files)
     if "target_modules" in files.settings and tree.get("target_modules") in (None, [], ""):
         raise AdapterError(f"{where}: target_modules is empty; it must list the modules that the adapter sits on")
@@ -106,8 +107,11 @@ def _method_of(tree: dict[str, Any], where: Path) -> "tuple[str, Method]":
     claims = {name: method.files.claims(tree, where.parent) for name, method in stored.items() if method.files}
     name = max(claims, key=lambda name: claims[name])
     if not claims[name]:
-        types = dict.fromkeys(method.files.peft_type for method in stored.values() if method.files)
-        raise AdapterError(f"{where}: peft_type {tree.get('peft_type')!r}; allowed are {', '.join(types)}")
+        types = dict.fromkeys(method.files.peft_type or "" for method in stored.values() if method.files)
+        raise AdapterError(
+            f"{where}: peft_type {tree.get('peft_type')!r}; allowed are {', '.join(filter(None, types))}, and without "
+            "a peft_type what the library adapters writes for DoubleSeqBnConfig, SeqBnConfig and ParBnConfig"
+        )
     return name, stored[name]
 
 
@@ -143,12 +147,7 @@ def to_peft(section: TuneSection, weights: Tree, base_model_name: str | None) ->
     """The contents of `adapter_config.json` for a resolved section."""
     files = _files(section)
     tree = {
-        "auto_mapping": None,
-        "base_model_name_or_path": base_model_name,
-        "inference_mode": True,
-        "peft_type": files.peft_type,
-        "revision": None,
-        "task_type": "CAUSAL_LM",
+        **(_header(files.peft_type, base_model_name) if files.peft_type else {}),
         **{theirs: _ordered(getattr(section, ours)) for theirs, ours in files.settings.items()},
         **files.write(section, weights),
         **files.fixed,
@@ -163,4 +162,17 @@ def to_peft(section: TuneSection, weights: Tree, base_model_name: str | None) ->
             tree["target_modules"] = _ordered(last_names(Modules.of(weights).linears))
         if section.exclude is None:
             tree.pop("exclude_modules", None)  # younger than the others
-    return dict(sorted(tree.items()))  # the patterns inside keep their order: the first that matches decides
+    # The patterns inside keep their order: the first that matches decides.
+    return files.around(dict(sorted(tree.items())), section, weights, base_model_name)
+
+
+def _header(peft_type: str, base_model_name: str | None) -> dict[str, Any]:
+    """What every adapter_config.json of PEFT has."""
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model_name,
+        "inference_mode": True,
+        "peft_type": peft_type,
+        "revision": None,
+        "task_type": "CAUSAL_LM",
+    }

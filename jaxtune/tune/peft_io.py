@@ -21,7 +21,7 @@ from jaxtune.section import TuneSection
 from jaxtune.tune.method import get_path
 from jaxtune.tune.peft_config import CONFIG_NAME, is_resolved, read_config, resolve, to_peft
 from jaxtune.tune.peft_files import Entry, Files
-from jaxtune.tune.peft_tensors import TENSORS_NAME, AdapterFile, open_adapter
+from jaxtune.tune.peft_tensors import AdapterFile, open_adapter
 
 
 def load_adapter(directory: str | Path) -> tuple[TuneSection, AdapterFile]:
@@ -32,7 +32,8 @@ def load_adapter(directory: str | Path) -> tuple[TuneSection, AdapterFile]:
     Raises:
         AdapterError: not an adapter, a pickled one, or one with options that we do not have.
     """
-    return read_config(Path(directory)), open_adapter(directory)
+    section = read_config(Path(directory))
+    return section, open_adapter(directory, files_of(section).tensors_name)
 
 
 def save_adapter(
@@ -55,11 +56,12 @@ def save_adapter(
     """
     section = section if is_resolved(section) else resolve(section)
     section, params = files_of(section).stored(section, weights, params)
-    tensors = {TENSORS_NAME: adapter_tensors(section, weights, params)}
-    derived = files_of(section).derived(section)
+    files = files_of(section)
+    tensors = {files.tensors_name: adapter_tensors(section, weights, params)}
+    derived = files.derived(section)
     if derived is not None:
         made = {name: _to_host(array) for name, array in derived.tensors(section, params).items()}
-        tensors = {TENSORS_NAME: made, derived.file: tensors[TENSORS_NAME]}
+        tensors = {files.tensors_name: made, derived.file: tensors[files.tensors_name]}
     if processes.is_first():
         write_adapter(Path(directory), section, weights, tensors, base_model_name, _tokenizer_files(tokenizer))
     processes.barrier("adapter saved")

@@ -22,9 +22,9 @@ from jaxtune.leaves import Leaf
 from jaxtune.models.weights import Path, Tree, map_tree, set_path
 from jaxtune.tune.method import EMBEDDING, HEAD, declared, get_path, is_concrete
 from jaxtune.tune.peft_config import CONFIG_NAME
-from jaxtune.tune.peft_files import PREFIX, Entry, Files
+from jaxtune.tune.peft_files import PREFIX, TENSORS_NAME, Entry, Files
 
-TENSORS_NAME = "adapter_model.safetensors"
+PICKLED = ("adapter_model.bin", "pytorch_adapter.bin")  # PEFT's and AdapterHub's
 TIED_HEAD = "lm_head.weight"  # a file may hold a tied model's embedding under this name too
 ROUNDING = 1e-2  # a matmul's, in the narrowest type that a device may take for float32
 COPIES = (".base_layer.", ".original_module.", ".")  # how PEFT names a base weight that it stores beside an adapter
@@ -53,13 +53,13 @@ def open_adapter(directory: str | FilePath, name: str = TENSORS_NAME) -> Adapter
     """
     path = FilePath(directory) / name
     if not path.is_file():
-        pickled = path.with_suffix(".bin")
-        if pickled.exists():
+        pickled = [path.with_name(file) for file in PICKLED if path.with_name(file).exists()]
+        if pickled:
             raise AdapterError(
-                f"{pickled}: a pickled file can run any code and is never opened; load it with peft and save it "
-                f"again, which writes {TENSORS_NAME}"
+                f"{pickled[0]}: a pickled file can run any code and is never opened; load it with the library that "
+                f"wrote it and save it again as safetensors, in {name}"
             )
-        raise AdapterError(f"{path}: missing; an adapter directory has {CONFIG_NAME} and {TENSORS_NAME}")
+        raise AdapterError(f"{path}: missing; an adapter directory has {CONFIG_NAME} and {name}")
     try:
         handle = safe_open(inside(path.parent, path.name, AdapterError, str(directory)), framework="np")
         return AdapterFile(path, {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}, handle)  # noqa: SIM118
@@ -113,7 +113,7 @@ def open_checked(directory: str, files: Files, section: Any, weights: Tree) -> C
     """
     derived, wanted = files.derived(section), files.entries(section, weights)
     if derived is None:
-        file = open_adapter(directory)
+        file = open_adapter(directory, files.tensors_name)
         return Checked(file, wanted, _check_names(file, wanted, weights, files.alias), files.fill)
     file, made = open_adapter(directory, derived.file), open_adapter(directory)
     check = partial(_check_derived, file.path, made, partial(derived.tensors, section))
