@@ -3,7 +3,7 @@ export and the Python calls all start from.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from jaxtune.models.decoder import Model
 from jaxtune.models.execution import USUAL, Execution
 from jaxtune.models.families import read_config
 from jaxtune.models.weights import Tree, init_params, map_tree
+from jaxtune.quant.scheme import Quantizer, Scheme, scheme_of
 from jaxtune.section import TuneSection
 from jaxtune.tokenizer import check_tokenizer, load_tokenizer, vocabulary_size
 from jaxtune.tune.full import FullSection
@@ -36,6 +37,7 @@ class Source:
     path: Path  # a directory or a .gguf file
     config: ModelConfig
     tokenizer: Any  # with the tokens that the tuning method adds
+    scheme: Scheme | None = None  # how its linear maps are quantised
     tuning: TuneSection = FULL  # resolved, with what it needs of the tokenizer
     adds_words: bool = False  # whether the method adds any tokens
 
@@ -53,7 +55,8 @@ class Source:
         before = vocabulary_size(tokenizer)
         tokenizer, tuning = tune.words(tuning, tokenizer)
         check_tokenizer(tokenizer, tune.vocab_size(tuning, config))
-        return cls(path, config, tokenizer, tuning, vocabulary_size(tokenizer) > before)
+        scheme = scheme_of(section, config, str(path))
+        return cls(path, config, tokenizer, scheme, tuning, vocabulary_size(tokenizer) > before)
 
 
 @dataclass(frozen=True)
@@ -98,16 +101,19 @@ def assemble(
     model = Model.create(config, stacks, execution, tune.hooks(section, config))
     stored = Model.create(source.config, stacks).weights
     places = execution.places
-    where = shardings(mesh, config, stored, *places)
+    homes = shardings(mesh, config, stored, *places)
+    sharding_of = axes_sharding(mesh, config, *places)
+    quantizer = Quantizer(source.scheme, sharding_of, tune.quantized(section, model.weights))
     params: Tree
     if init == "shapes":
         shape = partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
-        params = map_tree(lambda weight, home: shape(weight.full_shape, sharding=home), stored, where)
+        make = lambda weight, home: quantizer.shape(weight, shape(weight.full_shape, sharding=home))  # noqa: E731
+        params = map_tree(make, stored, homes)
     elif init == "random":
-        params = init_params(stored, where, seed, config.init_std, jnp.dtype(dtype))
+        params = init_params(stored, homes, seed, config.init_std, jnp.dtype(dtype), quantizer.loaded)
     else:
-        params = load_params(open_source(source.path), stored, where, jnp.dtype(dtype), progress)
-    params, mask = tune.apply(section, params, model.weights, seed, axes_sharding(mesh, config, *places))
+        params = load_params(open_source(source.path), stored, homes, jnp.dtype(dtype), progress, quantizer)
+    params, mask = tune.apply(section, params, model.weights, seed, sharding_of, source.tokenizer)
     return Assembled(model, params, mask, mesh, source)
 
 
@@ -119,6 +125,21 @@ def _check_grown(mesh: Mesh, before: ModelConfig, now: ModelConfig) -> None:
             f"mesh.tensor = {mesh.shape['tensor']} divides the model's vocabulary of {before.vocab_size}, but not the "
             f"{now.vocab_size} that it has with tune.new_tokens; name {mesh.shape['tensor'] - rest} more, spare ones"
         )
+
+
+def adapted(base: Assembled, section: TuneSection) -> Assembled:
+    """A loaded model with an adapter on it. The two share every array that the adapter leaves as it is.
+
+    base: assembled without an adapter. section: that of an adapter (peft_config.read_config).
+
+    Raises:
+        AdapterError: the adapter does not fit the model.
+    """
+    config, _ = tune.layout(section, base.source.config, one_stack=True)
+    model = Model.create(config, base.model.stacks, base.model.execution, tune.hooks(section, base.source.config))
+    where = axes_sharding(base.mesh, config, *base.model.execution.places)
+    params, mask = tune.apply(section, base.params, model.weights, 0, where)
+    return replace(base, model=model, params=params, mask=mask)
 
 
 def compute_dtype(asked: str) -> Any:

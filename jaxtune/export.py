@@ -20,7 +20,7 @@ from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, op
 from jaxtune.mesh import single_device_mesh
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.hooks import NO_HOOKS
-from jaxtune.models.weights import Tree
+from jaxtune.models.weights import HOOKS, Tree
 from jaxtune.section import TuneSection
 from jaxtune.tokenizer import load_tokenizer
 from jaxtune.tune.merge import merged
@@ -92,7 +92,7 @@ def export_run(run_dir: str | Path, out: str | Path, format: str, dtype: str = "
             f"{run_dir}: what tune.method {method} trains is no part of the model's weights and cannot be merged into "
             "them; take the format peft"
         )
-    probe = probe_tokens(model.config)
+    probe = probe_tokens(model.config, model.hooks.virtual_tokens)
     expected = LoadedModel(opened).logits(probe)
     unchecked = out.parent / f".{out.name}.unchecked"
     shutil.rmtree(unchecked, ignore_errors=True)
@@ -110,9 +110,12 @@ def export_run(run_dir: str | Path, out: str | Path, format: str, dtype: str = "
     return report
 
 
-def probe_tokens(config: ModelConfig) -> np.ndarray:
-    """Token ids to compare two models on: random ones, which reach more of the embedding than a text does."""
-    length = min(PROBE_LENGTH, config.max_positions)
+def probe_tokens(config: ModelConfig, virtual: int = 0) -> np.ndarray:
+    """Token ids to compare two models on: random ones, which reach more of the embedding than a text does.
+
+    virtual: how many virtual tokens will stand before them.
+    """
+    length = min(PROBE_LENGTH, config.max_positions - virtual)
     return np.random.default_rng(0).integers(0, config.vocab_size, (PROBE_ROWS, length))
 
 
@@ -137,7 +140,8 @@ def _write(directory: Path, opened: Opened, format: str, dtype: str) -> None:
 
 def _write_model(directory: Path, assembled: Assembled, params: Tree, dtype: str) -> None:
     model, source = assembled.model, assembled.source
-    write_model(directory, params, model.weights, model.config, source.path, dtype, tokenizer=_own_tokenizer(source))
+    weights = {name: part for name, part in model.weights.items() if name != HOOKS}
+    write_model(directory, params, weights, model.config, source.path, dtype, tokenizer=_own_tokenizer(source))
 
 
 def _own_tokenizer(source: Source) -> Any:

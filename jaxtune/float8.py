@@ -8,14 +8,14 @@ a history, so that a tensor is rounded as it is made. Not the weights' storage: 
 Legend: T tokens, I inputs, O outputs of a linear map, L layers of a stack, H steps of a history.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxtune.leaves import Axes, Leaf, rebased
-from jaxtune.models.weights import Path, Tree, leaves_with_path, map_tree, set_path
+from jaxtune.models.weights import HOOKS, Path, Tree, leaves_with_path, map_tree, set_path
 from jaxtune.parallel import local
 
 STACKS = "stacks"
@@ -112,6 +112,14 @@ def wrapped(leaf: Any, scales: jax.Array | None = None) -> Any:
     return leaf if _is_wrapped(leaf) else rebased(leaf, lambda base: Float8(base, scales))
 
 
+def unwrapped(leaf: Any) -> Any:
+    """A leaf whose base multiplies in its own type again: for what is no token, and has other sizes than they."""
+    if isinstance(leaf, Float8):
+        return leaf.base
+    nested = isinstance(leaf, Leaf) and hasattr(leaf, "base")
+    return replace(leaf, base=unwrapped(leaf.base)) if nested else leaf
+
+
 def _is_wrapped(leaf: Any) -> bool:
     return isinstance(leaf, Float8) or (isinstance(leaf, Leaf) and _is_wrapped(getattr(leaf, "base", None)))
 
@@ -135,7 +143,7 @@ class Watch:
         more of them than layers.
         """
         trains = [name for name, stack in mask[STACKS].items() if any(jax.tree.leaves(stack))]
-        below = not any(jax.tree.leaves(mask["embed"]))
+        below = not any(jax.tree.leaves((mask["embed"], mask.get(HOOKS))))
         first = int(trains[0]) if trains and below else 0 if not below else len(mask[STACKS])
         sites = [(path, weight) for path, weight in leaves_with_path(weights) if path[0] == STACKS]
         linear = {path: places or len(weight.layers) for path, weight in sites if len(weight.shape) == 2}

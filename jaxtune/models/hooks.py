@@ -36,8 +36,11 @@ class Hooks:
         """Declarations of weights that each layer has ("{layer}" in their keys), under "hooks" of each stack."""
         return {}
 
-    def embedded(self, shared: Tree, slots_BT: jax.Array, dtype: Any) -> jax.Array | None:
-        """The embeddings [B, T, E] of virtual tokens, zero elsewhere. slots: a virtual token's number, or below 0."""
+    def embedded(self, shared: Tree, slots_BT: jax.Array, dtype: Any, noise: Noise | None) -> jax.Array | None:
+        """The embeddings [B, T, E] of virtual tokens, zero elsewhere. slots: a virtual token's number, or below 0.
+
+        noise: of dropout; None turns it off. Its tokens are the batch's, in which a virtual token stands many times.
+        """
         return None
 
     def keys_values(

@@ -104,14 +104,14 @@ def read_config(directory: Path) -> TuneSection:
 def _method_of(tree: dict[str, Any], where: Path) -> "tuple[str, Method]":
     """The method that an adapter_config.json is of: of several that it could be, the one that asks for most."""
     stored = {name: method for name, method in _methods().items() if method.files is not None}
-    found = [name for name, method in stored.items() if method.files and method.files.claims(tree)]
-    if not found:
+    claims = {name: method.files.claims(tree, where.parent) for name, method in stored.items() if method.files}
+    name = max(claims, key=lambda name: claims[name])
+    if not claims[name]:
         types = dict.fromkeys(method.files.peft_type or "" for method in stored.values() if method.files)
         raise AdapterError(
             f"{where}: peft_type {tree.get('peft_type')!r}; allowed are {', '.join(filter(None, types))}, and without "
             "a peft_type what the library adapters writes for DoubleSeqBnConfig, SeqBnConfig and ParBnConfig"
         )
-    name = max(found, key=lambda name: len(_methods()[name].files.fixed))  # type: ignore[union-attr]
     return name, stored[name]
 
 
@@ -140,7 +140,7 @@ def _refuse_options(tree: dict, where: Path, files: Any) -> None:
 
 
 def _is_on(value: Any) -> bool:
-    return value is not None and value is not False and value not in ("", [], {})
+    return value not in (None, False, 0, "", [], {})
 
 
 def to_peft(section: TuneSection, weights: Tree, base_model_name: str | None) -> dict[str, Any]:
@@ -154,13 +154,14 @@ def to_peft(section: TuneSection, weights: Tree, base_model_name: str | None) ->
     }
     if isinstance(section, Targeted):
         tree["modules_to_save"] = _ordered(section.modules_to_save) or None
-        if section.layers is not None and "layers" not in files.settings.values():
+        unnamed = {"layers", "exclude"} - set(files.settings.values())  # which this method of PEFT's does not have
+        if any(getattr(section, option) is not None for option in unnamed):
             tree["target_modules"] = sorted(module_of(key) for key in make_plan(section, weights).adapted)
         elif is_all_linear(section.targets):
             # A list, since PEFT refuses layers_to_transform beside a string.
             tree["target_modules"] = _ordered(last_names(Modules.of(weights).linears))
         if section.exclude is None:
-            del tree["exclude_modules"]  # younger than the others
+            tree.pop("exclude_modules", None)  # younger than the others
     # The patterns inside keep their order: the first that matches decides.
     return files.around(dict(sorted(tree.items())), section, weights, base_model_name)
 

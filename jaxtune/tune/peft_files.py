@@ -21,8 +21,9 @@ class Entry:
 
     row: along axis 0 of the array; None where it has no layers. part: of a typed leaf; None for a weight of its own.
     turned: the file has it transposed; otherwise the two may differ by dimensions of size 1.
-    columns: what of the tensor's last dimension it is; None: all. The file may have less than the array: its numbers
-    are then the array's first ones along each dimension.
+    columns: what of the tensor's last dimension (turned: of its first) it is; None: all. The array may have several
+    dimensions in place of that one. The file may have less than the array: its numbers are then the array's first
+    ones along each dimension.
     """
 
     key: str
@@ -42,6 +43,18 @@ TENSORS_NAME = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
+class Derived:
+    """Of a method of which PEFT stores what is made of the weights that train, not those: these lie in a file of
+    ours beside PEFT's, so that training can go on.
+
+    file: the name of ours, which has the entries. tensors: (section, params) -> PEFT's, by name.
+    """
+
+    file: str
+    tensors: Callable[[Any, Tree], dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Files:
     """A method in PEFT's files, or in those of another library.
 
@@ -53,9 +66,12 @@ class Files:
     harmless: keys that change nothing, whatever their value.
     read: (contents of adapter_config.json, its path) -> options that take more than a new name; raises AdapterError
     for what we do not have. write: (section, weights) -> keys besides the settings.
-    entries: (section, weights) -> every tensor of the file, no more and no less. alias: name of another -> of the one
-    that it is a copy of, if it is. fill: numbers of a part that no tensor has, where they are not 0: in layers without
-    an adapter.
+    alias: name of a tensor -> of the one that it is a second copy of, if it is. entries: (section, weights) -> every
+    other tensor of the file, no more and no less. fill: numbers of a part that no
+    tensor has, where they are not 0: in layers without an adapter.
+    stored: (section, weights, parameters) -> those that the files are written of, where they are another method's.
+    derived: section -> what PEFT stores in place of the entries; None: them. reads: other peft_types that it can read,
+    where no method of their own claims the directory. claims_file: a file that has to be there.
     """
 
     peft_type: str | None
@@ -67,6 +83,10 @@ class Files:
     write: Callable[[Any, Tree], dict[str, Any]] = lambda section, weights: {}
     entries: Callable[[Any, Tree], list[Entry]] = no_entries
     fill: dict[str, float] = field(default_factory=dict)
+    stored: Callable[[Any, Tree, Tree], tuple[Any, Tree]] = lambda section, weights, params: (section, params)
+    derived: Callable[[Any], Derived | None] = lambda section: None
+    reads: frozenset[str] = frozenset()
+    claims_file: str | None = None
     alias: Callable[[str], str] = lambda key: key
     tensors_name: str = TENSORS_NAME
     nested: str | None = None
@@ -75,10 +95,15 @@ class Files:
     def with_entries(self, entries: Callable[[Any, Tree], list[Entry]]) -> "Files":
         return replace(self, entries=entries)
 
-    def claims(self, tree: dict[str, Any]) -> bool:
-        """Whether an adapter_config.json is of this method."""
+    def claims(self, tree: dict[str, Any], directory: FilePath) -> int:
+        """How well an adapter_config.json, and its directory, fit this method; 0: it is another's."""
+        if tree.get("peft_type") in self.reads:
+            return 1
+        if self.claims_file is not None and not (directory / self.claims_file).is_file():
+            return 0
         inner = self.settings_in(tree)
-        return tree.get("peft_type") == self.peft_type and all(inner.get(k) == v for k, v in self.fixed.items())
+        fits = tree.get("peft_type") == self.peft_type and all(inner.get(k) == v for k, v in self.fixed.items())
+        return 2 + len(self.fixed) if fits else 0
 
     def settings_in(self, tree: dict[str, Any]) -> dict[str, Any]:
         """The part of an adapter_config.json that has the settings."""

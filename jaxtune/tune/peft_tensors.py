@@ -4,8 +4,10 @@ Source of the names and shapes: files that peft 0.21 writes. Strict both ways: e
 every place in the tree is filled. Pickled files are refused by name and never opened.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -24,6 +26,7 @@ from jaxtune.tune.peft_files import PREFIX, TENSORS_NAME, Entry, Files
 
 PICKLED = ("adapter_model.bin", "pytorch_adapter.bin")  # PEFT's and AdapterHub's
 TIED_HEAD = "lm_head.weight"  # a file may hold a tied model's embedding under this name too
+ROUNDING = 1e-2  # a matmul's, in the narrowest type that a device may take for float32
 COPIES = (".base_layer.", ".original_module.", ".")  # how PEFT names a base weight that it stores beside an adapter
 
 Index = tuple[slice, ...]
@@ -37,7 +40,7 @@ class AdapterFile:
     shapes: dict[str, tuple[int, ...]]
     handle: Any
 
-    def read(self, key: str, index: Index = (slice(None),)) -> np.ndarray:
+    def read(self, key: str, index: Any = (slice(None),)) -> np.ndarray:
         """A slice of a tensor, in the file's dtype."""
         return self.handle.get_slice(key)[index]
 
@@ -66,12 +69,16 @@ def open_adapter(directory: str | FilePath, name: str = TENSORS_NAME) -> Adapter
 
 @dataclass(frozen=True)
 class Checked:
-    """An adapter's tensors, each with its place in a tree. copies: of base weights, (key in the file, path, row)."""
+    """An adapter's tensors, each with its place in a tree. copies: of base weights, (key in the file, path, row).
+
+    check: of the tree that has them, raising AdapterError.
+    """
 
     file: AdapterFile
     wanted: list[Entry]
     copies: list[tuple[str, Path, int | None]]
     fill: dict[str, float]
+    check: Callable[[Tree], None] = lambda params: None
 
     def put_into(self, params: Tree) -> Tree:
         """`params`, whose leaves the method has put in place, with every number that the adapter has.
@@ -94,6 +101,7 @@ class Checked:
                 array.shape, array.sharding, _reader(self.file, mine, array.shape, self.fill.get(part or "", 0.0))
             )
             set_path(result, path, _with_others(value, array, mine) if part is None else replace(leaf, **{part: value}))
+        self.check(result)
         return result
 
 
@@ -103,9 +111,24 @@ def open_checked(directory: str, files: Files, section: Any, weights: Tree) -> C
     Raises:
         AdapterError: a tensor too many, too few or of another shape.
     """
-    file = open_adapter(directory, files.tensors_name)
-    wanted = files.entries(section, weights)
-    return Checked(file, wanted, _check_names(file, wanted, weights, files.alias), files.fill)
+    derived, wanted = files.derived(section), files.entries(section, weights)
+    if derived is None:
+        file = open_adapter(directory, files.tensors_name)
+        return Checked(file, wanted, _check_names(file, wanted, weights, files.alias), files.fill)
+    file, made = open_adapter(directory, derived.file), open_adapter(directory)
+    check = partial(_check_derived, file.path, made, partial(derived.tensors, section))
+    return Checked(file, wanted, _check_names(file, wanted, weights, files.alias), files.fill, check)
+
+
+def _check_derived(source: FilePath, file: AdapterFile, tensors: Callable[[Tree], dict[str, Any]], tree: Tree) -> None:
+    """What PEFT's file has is what the weights in ours give, but for another machine's rounding."""
+    for key, array in tensors(tree).items():
+        fits = file.shapes.get(key) == array.shape
+        if not fits or not bool(jnp.allclose(array, file.read(key, ...), 0, ROUNDING * float(jnp.max(jnp.abs(array))))):
+            raise AdapterError(
+                f"{file.path}: {key} is not what {source.name} gives; the two belong to different adapters. Without "
+                f"{source.name} the adapter loads as PEFT has it"
+            )
 
 
 def _bottom(leaf: Any) -> Any:
@@ -148,31 +171,31 @@ def _reader(file: AdapterFile, mine: list[Entry], shape: tuple[int, ...], fill: 
 
 def _read_slice(file: AdapterFile, entry: Entry, ranges: list[range]) -> np.ndarray:
     """The part of a tensor that lies in the ranges of the tree's array; a smaller rank ends before they do."""
-    bounds = _bounds(entry, ranges[::-1] if entry.turned else ranges)
+    bounds = _bounds(entry, ranges)
     if any(start >= stop for start, stop in bounds):
         return np.zeros([0] * len(ranges), np.float32)
-    value: np.ndarray = file.read(entry.key, tuple(slice(*bound) for bound in bounds)).astype(np.float32)
+    index = tuple(slice(*bound) for bound in bounds)
+    value: np.ndarray = file.read(entry.key, index[::-1] if entry.turned else index).astype(np.float32)
     if not np.isfinite(value).all():
         raise AdapterError(f"{file.path}: {entry.key} has numbers that are not finite (NaN or infinity)")
-    if _is_flat(entry, ranges):
-        return value.reshape([len(part) for part in ranges])
-    return value.T if entry.turned else value
-
-
-def _is_flat(entry: Entry, ranges: list[range]) -> bool:
-    """Whether the tensor has dimensions of size 1 that the array lacks."""
-    return len(entry.shape) != len(ranges)
+    value = value.T if entry.turned else value
+    return value if value.ndim == len(ranges) else value.reshape([len(part) for part in ranges])
 
 
 def _bounds(entry: Entry, ranges: list[range]) -> list[tuple[int, int]]:
-    """What to read of each dimension of a tensor."""
-    if _is_flat(entry, ranges):
+    """What to read of each dimension of a tensor, in the array's order of dimensions."""
+    shape = entry.shape[::-1] if entry.turned else entry.shape
+    if len(shape) > len(ranges):  # by dimensions of size 1
         left = iter(ranges)
-        ranges = [range(1) if size == 1 else next(left) for size in entry.shape]
-    bounds = [(part.start, min(part.stop, size)) for part, size in zip(ranges, entry.shape)]
+        ranges = [range(1) if size == 1 else next(left) for size in shape]
+    if len(shape) < len(ranges):  # the last of the tensor is several of the array, whole but for the first of them
+        first, *inner = ranges[len(shape) - 1 :]
+        size = math.prod(len(part) for part in inner)
+        ranges = [*ranges[: len(shape) - 1], range(first.start * size, first.stop * size)]
+    bounds = [(part.start, min(part.stop, size)) for part, size in zip(ranges, shape)]
     if entry.columns is not None:
-        first = entry.columns[0]
-        bounds[-1] = (first + ranges[-1].start, min(first + ranges[-1].stop, entry.columns[1]))
+        first_column, end = entry.columns
+        bounds[-1] = (first_column + ranges[-1].start, min(first_column + ranges[-1].stop, end))
     return bounds
 
 
