@@ -1,6 +1,7 @@
 """Trainable tokens, and new ones that grow the vocabulary. The peers are peft 0.21 and transformers' resized models."""
 
 import json
+from copy import deepcopy
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from jaxtune.tune.peft_io import save_adapter
 from jaxtune.tune.tokens import TokenRows
 from tests.peer import tokenizer
 from tests.runs import sections, unfinish
-from tests.tune.support import SIZES, difference, logits, model_config, peer_logits, peer_model, randomised, tuned
+from tests.tune.support import SIZES, difference, logits, model_config, peer_logits, peer_state, randomised, tuned
 
 VOCAB = SIZES["vocab_size"]
 TOKENS = np.random.default_rng(3).integers(0, VOCAB + 3, (2, 11))
@@ -34,13 +35,16 @@ def tokens_section(**options) -> TuneSection:
 def resized(tied: bool):
     """The peer with three rows more, each the mean of the others."""
     import torch
+    from transformers import AutoModelForCausalLM
 
-    model = peer_model(tied=tied)
+    config, state = peer_state("qwen2", tied)
+    model = AutoModelForCausalLM.from_config(deepcopy(config))  # resizing changes the one that it has
+    model.load_state_dict(state)
     model.resize_token_embeddings(VOCAB + 3, mean_resizing=False)
     with torch.no_grad():
         for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
             table[VOCAB:] = table[:VOCAB].mean(0)
-    return model
+    return model.eval()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -81,8 +85,6 @@ def test_a_token_is_added_once_and_never_split():
 
 
 def tokenizer_copy():
-    from copy import deepcopy
-
     return deepcopy(tokenizer())
 
 
@@ -134,7 +136,9 @@ def test_a_file_that_targets_neither_table_is_refused(tmp_path):
 
 def test_ids_keep_their_order_in_the_file(tmp_path):
     (tmp_path / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "TRAINABLE_TOKENS", "token_indices": [10, 9, 100], "target_modules": None})
+        json.dumps(
+            {"peft_type": "TRAINABLE_TOKENS", "token_indices": [10, 9, 100], "target_modules": "model.embed_tokens"}
+        )
     )
     assert read_config(tmp_path).token_indices == [10, 9, 100]
 
