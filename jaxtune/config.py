@@ -24,6 +24,14 @@ class ModelSection(Section):
     tokenizer: str | None = None  # a directory or hub id, when the model's own is not the one to use
     init: Literal["pretrained", "random"] = "pretrained"  # random: train from scratch
     overrides: dict[str, Any] = {}  # Hugging Face config fields to change; only with init: random
+    quantize: Literal["nf4", "fp4", "int8", "int4"] | None = None  # of the layers' linear maps, which then stay frozen
+    double_quant: bool = False  # nf4 and fp4: their scales are quantised too
+
+    @model_validator(mode="after")
+    def _nothing_unused(self):
+        if self.double_quant and self.quantize not in ("nf4", "fp4"):
+            raise ValueError(f"double_quant belongs to quantize nf4 and fp4 and would do nothing with {self.quantize}")
+        return self
 
 
 class Columns(Section):

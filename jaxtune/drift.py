@@ -24,6 +24,8 @@ RULES = {
     "model.tokenizer": REFUSE,
     "model.init": REFUSE,
     "model.overrides": REFUSE,
+    "model.quantize": REFUSE,
+    "model.double_quant": REFUSE,
     "data.path": REFUSE,
     "data.format": REFUSE,
     "data.columns": REFUSE,

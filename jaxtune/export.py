@@ -20,7 +20,7 @@ from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, op
 from jaxtune.mesh import single_device_mesh
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.hooks import NO_HOOKS
-from jaxtune.models.weights import Tree
+from jaxtune.models.weights import HOOKS, Tree
 from jaxtune.section import TuneSection
 from jaxtune.tokenizer import load_tokenizer
 from jaxtune.tune.merge import merged
@@ -49,7 +49,8 @@ def write_result(
     """
     directory = result_directory(run_dir, section)
     if tune.has_adapter(section):
-        save_adapter(directory, section, assembled.model.weights, params, base_model)
+        words = assembled.source.tokenizer if assembled.source.adds_words else None
+        save_adapter(directory, section, assembled.model.weights, params, base_model, words)
     else:
         _write_model(directory, assembled, params, dtype)
     return directory
@@ -131,15 +132,16 @@ def _check_request(out: Path, format: str, dtype: str) -> None:
 def _write(directory: Path, opened: Opened, format: str, dtype: str) -> None:
     assembled = opened.assembled
     if format == "peft":
-        base = opened.run.model.path
-        save_adapter(directory, opened.section, assembled.model.weights, assembled.params, base)
+        base, words = opened.run.model.path, assembled.source.tokenizer if assembled.source.adds_words else None
+        save_adapter(directory, opened.section, assembled.model.weights, assembled.params, base, words)
     else:
         _write_model(directory, assembled, merged(assembled.params), dtype)
 
 
 def _write_model(directory: Path, assembled: Assembled, params: Tree, dtype: str) -> None:
     model, source = assembled.model, assembled.source
-    write_model(directory, params, model.weights, model.config, source.path, dtype, tokenizer=_own_tokenizer(source))
+    weights = {name: part for name, part in model.weights.items() if name != HOOKS}
+    write_model(directory, params, weights, model.config, source.path, dtype, tokenizer=_own_tokenizer(source))
 
 
 def _own_tokenizer(source: Source) -> Any:

@@ -8,7 +8,7 @@ a history, so that a tensor is rounded as it is made. Not the weights' storage: 
 Legend: T tokens, I inputs, O outputs of a linear map, L layers of a stack, H steps of a history.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -110,6 +110,14 @@ def _product(a, b, dims: tuple[int, int], dtype: Any) -> jax.Array:
 def wrapped(leaf: Any, scales: jax.Array | None = None) -> Any:
     """A leaf whose base multiplies in float8; adapters beside it do not. A leaf that is one already stays."""
     return leaf if _is_wrapped(leaf) else rebased(leaf, lambda base: Float8(base, scales))
+
+
+def unwrapped(leaf: Any) -> Any:
+    """A leaf whose base multiplies in its own type again: for what is no token, and has other sizes than they."""
+    if isinstance(leaf, Float8):
+        return leaf.base
+    nested = isinstance(leaf, Leaf) and hasattr(leaf, "base")
+    return replace(leaf, base=unwrapped(leaf.base)) if nested else leaf
 
 
 def _is_wrapped(leaf: Any) -> bool:

@@ -4,6 +4,8 @@ Finding models is hub.py's work, writing them hf_write.py's; both are offered he
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +18,9 @@ from jaxtune.errors import ModelError, listing
 from jaxtune.hf_write import check_target, write_model
 from jaxtune.hub import resolve_model
 from jaxtune.models.weights import Tree, Weight, leaves_with_path, map_tree
+from jaxtune.quant.checkpoints import Stored
+from jaxtune.quant.leaf import Quantized, parts_of
+from jaxtune.quant.scheme import PLAIN, Quantizer
 from jaxtune.safetensors_io import Index, SafetensorsSource
 
 __all__ = [
@@ -32,6 +37,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ALIGNMENT = 64  # bytes; XLA's on a CPU
 CHUNK_BYTES = 4 << 20  # of one read: what is held beside the arrays themselves
 
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) for each dimension
 Progress = Callable[[str, int, int], None]  # (weight, bytes done, bytes in all)
 
 
@@ -56,19 +62,25 @@ def open_source(path: Path) -> WeightSource:
 
 
 def load_params(
-    source: WeightSource, weights: Tree, shardings: Tree, dtype: Any, progress: Progress | None = None
+    source: WeightSource,
+    weights: Tree,
+    shardings: Tree,
+    dtype: Any,
+    progress: Progress | None = None,
+    quantizer: Quantizer = PLAIN,
 ) -> Tree:
-    """The arrays of every declared weight, in its sharding and in `dtype`.
+    """The arrays of every declared weight, in its sharding and in `dtype`, or the quantised leaf in its place.
 
     Raises:
         ModelError: before anything is read, weights that are missing, unknown or of another shape, all
             by name; while reading, a damaged file, or a weight with a number that is not finite.
     """
-    check_weights(source, weights)
+    held = map_tree(lambda weight: quantizer.stored(weight, source), weights)
+    check_weights(source, weights, held)
     _check_tied_head(source, weights)
     dtype = jnp.dtype(dtype)
-    plan = [_local_bytes(w, s, dtype) for w, s in _pairs(weights, shardings)]
-    done, total = 0, sum(plan)
+    total = sum(jax.tree.leaves(map_tree(lambda w, h, s: _bytes_of(w, h, s, dtype), weights, held, shardings)))
+    done = 0
 
     def tick(key: str, count: int) -> None:
         nonlocal done
@@ -76,12 +88,23 @@ def load_params(
         if progress is not None:
             progress(key, done, total)
 
-    return map_tree(lambda w, s: _load(source, w, s, dtype, tick), weights, shardings)
+    def load(weight: Weight, stored: Stored | None, sharding: Sharding) -> Any:
+        if stored is not None:
+            return _load_stored(source, weight, stored, tick)
+        return quantizer.loaded(weight, _load(source, weight, sharding, dtype, tick))
+
+    return map_tree(load, weights, held, shardings)
 
 
-def check_weights(source: WeightSource, weights: Tree) -> None:
-    """Every declared weight is there with its shape, and nothing else is."""
-    wanted = {key: weight.shape for _, weight in leaves_with_path(weights) for key in weight.keys}
+def check_weights(source: WeightSource, weights: Tree, held: Tree | None = None) -> None:
+    """Every declared weight is there with its shape, and nothing else is.
+
+    held: of weights that are quantised in the source, how they lie there.
+    """
+    wanted: dict[str, tuple[int, ...]] = {}
+    pairs = [] if held is None else [stored for _, stored in leaves_with_path(held)]
+    for (_, weight), stored in zip_longest(leaves_with_path(weights), pairs):
+        wanted |= dict.fromkeys(weight.keys, weight.shape) if stored is None else stored.tensors
     missing = [key for key in wanted if key not in source.shapes]
     wrong = [
         f"{key} is {list(source.shapes[key])}, expected {list(shape)}"
@@ -116,35 +139,57 @@ def _check_tied_head(source: WeightSource, weights: Tree) -> None:
         )
 
 
-def _pairs(weights: Tree, shardings: Tree) -> list[tuple[Weight, Sharding]]:
-    return [(w, s) for (_, w), (_, s) in zip(leaves_with_path(weights), leaves_with_path(shardings), strict=True)]
-
-
 def _load(source: WeightSource, weight: Weight, sharding: Sharding, dtype: np.dtype, tick: Callable) -> jax.Array:
-    """One leaf. Devices that hold the same part share one read of it."""
-    parts: dict[tuple, np.ndarray] = {}
+    """One leaf."""
+    return _array(weight.full_shape, sharding, lambda bounds: _read_part(source, weight, bounds, dtype, tick))
+
+
+def _load_stored(source: WeightSource, weight: Weight, stored: Stored, tick: Callable) -> Quantized:
+    """One leaf that is quantised in the source."""
+
+    def load(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        def read(bounds: Bounds) -> np.ndarray:
+            part = _aligned([stop - start for start, stop in bounds], shape.dtype)
+            index = tuple(slice(*cut) for cut in bounds[1:])
+            for row, key in enumerate(weight.keys[slice(*bounds[0])]):
+                part[row] = _finite(source, key, stored.read(source, name, key, index))
+                tick(key, part[row].nbytes)
+            return part
+
+        return _array(shape.shape, shape.sharding, read)
+
+    parts = {name: load(name, shape) for name, shape in parts_of(stored.leaf).items()}
+    return replace(stored.leaf, **parts)  # type: ignore[type-var]
+
+
+def _array(shape: tuple[int, ...], sharding: Sharding, read: Callable[[Bounds], np.ndarray]) -> jax.Array:
+    """An array from its parts. Devices that hold the same part share one read of it."""
+    parts: dict[Bounds, np.ndarray] = {}
 
     def part(index: Index) -> np.ndarray:
-        bounds = _bounds(index, weight.full_shape)
+        bounds = _bounds(index, shape)
         if bounds not in parts:
-            parts[bounds] = _read_part(source, weight, bounds, dtype, tick)
+            parts[bounds] = read(bounds)
         return parts[bounds]
 
-    # Waiting here frees the numpy buffers before those of the next leaf are made.
-    return jax.block_until_ready(jax.make_array_from_callback(weight.full_shape, sharding, part))
-
-
-Bounds = tuple[tuple[int, int], ...]  # (start, stop) for each dimension
+    # Waiting here frees the numpy buffers before those of the next array are made.
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
 
 
 def _bounds(index: Index, shape: tuple[int, ...]) -> Bounds:
     return tuple(cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True))
 
 
-def _local_bytes(weight: Weight, sharding: Sharding, dtype: np.dtype) -> int:
-    """The bytes that this process reads of a weight, each part once."""
-    indices = sharding.addressable_devices_indices_map(weight.full_shape).values()
-    parts = {_bounds(index, weight.full_shape) for index in indices}
+def _bytes_of(weight: Weight, stored: Stored | None, sharding: Sharding, dtype: np.dtype) -> int:
+    """The bytes that this process makes of a weight's parts, each once."""
+    if stored is None:
+        return _local_bytes(weight.full_shape, sharding, dtype)
+    return sum(_local_bytes(part.shape, part.sharding, part.dtype) for part in parts_of(stored.leaf).values())
+
+
+def _local_bytes(shape: tuple[int, ...], sharding: Sharding, dtype: np.dtype) -> int:
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    parts = {_bounds(index, shape) for index in indices}
     return dtype.itemsize * sum(int(np.prod([stop - start for start, stop in part])) for part in parts)
 
 
@@ -173,12 +218,16 @@ def _fill(target: np.ndarray, source: WeightSource, key: str, bounds: Bounds, ti
     rest = tuple(slice(*cut) for cut in bounds[1:])
     for (rows,) in _row_chunks(target.shape, 4):
         piece = source.read(key, (slice(start + rows.start, start + rows.stop), *rest))
-        if not np.isfinite(piece).all():
-            raise ModelError(
-                f"{source.where}: {key} has numbers that are not finite (NaN or infinity); get a sound copy"
-            )
-        target[rows] = piece
+        if not jnp.issubdtype(piece.dtype, jnp.floating):
+            raise ModelError(f"{source.where}: {key} holds {piece.dtype} numbers, and its config says nothing of that")
+        target[rows] = _finite(source, key, piece)
         tick(key, target[rows].nbytes)
+
+
+def _finite(source: WeightSource, key: str, piece: np.ndarray) -> np.ndarray:
+    if not np.isfinite(piece).all():
+        raise ModelError(f"{source.where}: {key} has numbers that are not finite (NaN or infinity); get a sound copy")
+    return piece
 
 
 def _row_chunks(shape: tuple[int, ...], itemsize: int) -> list[tuple[slice]]:

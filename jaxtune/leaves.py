@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from jaxtune.models.weights import Tree
 
-Axes = tuple[str | None, ...]
+# The logical axis of a dimension; several where it is split along each of them, the first one outermost.
+Axis = str | None | tuple[str, ...]
+Axes = tuple[Axis, ...]
 
 
 class Leaf:
@@ -35,6 +37,10 @@ class Leaf:
         """
         raise NotImplementedError
 
+    def with_shared(self, shared: Tree) -> "Leaf":
+        """The leaf with what it needs of the weights that its method has once for all layers (models/hooks.py)."""
+        return self
+
     def inputs(self, x: Any, noise: Any, split: str | None) -> tuple[Any, ...]:
         """What `product` needs of x [..., in]: everything that depends on where a token stands, dropout say."""
         return (x,)
@@ -54,6 +60,12 @@ class Leaf:
     def dense_bias(self) -> Any:
         """What becomes of the bias beside the weight then; None: it stays."""
         return None
+
+
+def dim_of(axes: Axes, name: str) -> int | None:
+    """The dimension that lies along a logical axis; None where none does."""
+    found = (dim for dim, axis in enumerate(axes) if axis == name or (isinstance(axis, tuple) and name in axis))
+    return next(found, None)
 
 
 def fields_of(leaf: Leaf) -> list[str]:

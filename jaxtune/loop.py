@@ -59,7 +59,8 @@ def train(config: Config) -> list[dict]:
         if run.finished:
             return read_rows(run.directory)
         stage(f"Reading {config.model.path}")
-        source = Source.open(config.model, config.data.template)
+        source = Source.open(config.model, config.data.template, config.tune)
+        config = config.model_copy(update={"tune": source.tuning})
         check_fit(config, mesh, source.config)
         stage("Reading the data")
         virtual = tune.virtual_ids(config.tune, source.config)

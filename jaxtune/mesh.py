@@ -5,7 +5,7 @@ file alone says where those lie. What moves between devices inside a model is pa
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -13,11 +13,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.config import AXES, MeshSection
 from jaxtune.errors import MeshError
+from jaxtune.leaves import Axes, Axis
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.weights import Tree, map_tree
 from jaxtune.parallel.local import ROWS
 
-Axes = tuple[str | None, ...]
 Rules = dict[str, tuple[str, ...]]
 
 RULES: Rules = {
@@ -142,7 +142,19 @@ def rules_of(mesh: Mesh, config: ModelConfig, zero: int = 3, kind: str = "params
 
 def spec(axes: Axes, rules: Rules) -> PartitionSpec:
     """The partition of an array whose dimensions have these logical axes."""
-    return PartitionSpec(*((rules[axis] or None) if axis else None for axis in axes))
+    return PartitionSpec(*(_mesh_axes(axis, rules) or None for axis in axes))
+
+
+def _mesh_axes(axis: Axis, rules: Rules) -> tuple[str, ...]:
+    if isinstance(axis, tuple):
+        return tuple(name for one in axis for name in _mesh_axes(one, rules))
+    return rules[axis] if axis else ()
+
+
+def shards_of(partition: PartitionSpec, sizes: Mapping[str, int], ndim: int) -> list[int]:
+    """Into how many parts each dimension of an array is split. sizes: of the mesh's axes."""
+    entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in partition]
+    return [math.prod(sizes[axis] for axis in axes) for axes in entries] + [1] * (ndim - len(entries))
 
 
 def shardings(mesh: Mesh, config: ModelConfig, weights: Tree, zero: int = 3, memory_kind: str | None = None) -> Tree:
@@ -159,9 +171,19 @@ def axes_sharding(
     With a pipeline, arrays are made in the order of layers and then brought into that of stages (parallel/stages.py):
     until then their layers are whole, and another dimension is split over pipe.
     """
-    rules = rules_of(mesh, config, zero)
-    if mesh.shape["pipe"] > 1:
-        spread = ("pipe", *rules["embed"])
-        fits = config.hidden_size % math.prod(mesh.shape[axis] for axis in spread) == 0
-        rules = {**rules, "layers": (), "embed": spread if fits else rules["embed"]}
-    return lambda shape, axes: NamedSharding(mesh, spec(axes, rules), memory_kind=memory_kind)
+    usual = rules_of(mesh, config, zero)
+    spread = {**usual, "layers": (), "embed": ("pipe", *usual["embed"])}
+
+    def home(axes: Axes, rules: Rules) -> NamedSharding:
+        return NamedSharding(mesh, spec(axes, rules), memory_kind=memory_kind)
+
+    def place(shape: tuple[int, ...], axes: Axes) -> NamedSharding:
+        if mesh.shape["pipe"] == 1:
+            return home(axes, usual)
+        wide = home(axes, spread)
+        fits = not any(
+            size % shards for size, shards in zip(shape, shards_of(wide.spec, mesh.shape, len(shape)), strict=True)
+        )
+        return wide if fits else home(axes, {**usual, "layers": ()})
+
+    return place

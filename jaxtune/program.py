@@ -101,7 +101,9 @@ def build(config: Config, model: Model, mesh: Mesh, params: Tree, mask: Tree, to
     places = None if stages is None else stages.numbers.size
     watch = Watch.of(model.weights, mask, precision.float8_history, places) if is_delayed else NOTHING
     offload = tuple(config.memory.offload)
-    state, homes = make_state(trainable, optimizer, layout, offload, precision.loss_scale.initial, watch)
+    course = tune.course(config.tune, model.weights, total_steps)
+    kept = None if course is None else course.kept
+    state, homes = make_state(trainable, optimizer, layout, offload, precision.loss_scale.initial, watch, kept)
     dtype = compute_dtype(config.precision.compute)
     pipeline = None if stages is None else _pipeline(config, model, layout, stages, dtype)
     step = make_train_step(
@@ -115,7 +117,8 @@ def build(config: Config, model: Model, mesh: Mesh, params: Tree, mask: Tree, to
         seed=config.train.seed,
         pipeline=pipeline,
         gates=_gate_arrays(gates, stages),
-        rates=tune.rates(config.tune),
+        course=course,
+        rates=tune.rates(config.tune, model.weights, trainable, config.optim.lr),
         scale_window=precision.loss_scale.window if precision.compute == "float16" else None,
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(homes, None))

@@ -15,7 +15,7 @@ from jaxtune.errors import ModelError, listing
 from jaxtune.files import inside, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = ("F32", "F16", "BF16", "U8", "I8", "I32")  # integers: of quantised checkpoints
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # Pages of a mapped file count as this process's memory until it is unmapped.
 MAPPED_BYTES = 8 << 20

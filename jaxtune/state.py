@@ -1,5 +1,8 @@
 """The training state, made in its shards: what a step changes, and so what a checkpoint holds."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -19,11 +22,13 @@ def state_homes(shapes: Tree, layout: Layout, offload: tuple[str, ...] = ()) -> 
     """
     counters = {name: shapes[name] for name in ("guard", "float8")}
     everywhere = jax.tree.map(lambda _: NamedSharding(layout.mesh, PartitionSpec()), counters)
-    moments = state_shardings(shapes["optimizer"], shapes["trainable"], layout.homes(layout.moments))
+    like_moments = partial(state_shardings, params=shapes["trainable"], shardings=layout.homes(layout.moments))
+    moments = like_moments(shapes["optimizer"])
     if "optimizer" in offload:
         moments = jax.tree.map(lambda home: home.with_memory_kind(HOST), moments)
     trainable = layout.homes(layout.trainable, HOST if "params" in offload else None)
-    return {"trainable": trainable, "optimizer": moments, **everywhere}
+    own = {"method": like_moments(shapes["method"])} if "method" in shapes else {}
+    return {"trainable": trainable, "optimizer": moments, **own, **everywhere}
 
 
 def make_state(
@@ -33,14 +38,15 @@ def make_state(
     offload: tuple[str, ...] = (),
     scale: float = 1.0,
     watch: Watch = NOTHING,
+    kept: Callable[[Tree], Tree] | None = None,
 ) -> tuple[Tree, Tree]:
     """(state, its shardings). trainable: arrays in their shards, or their shapes: then the state is shapes too.
 
-    scale, watch: as in `init_state`.
+    scale, watch, kept: as in `init_state`.
     """
 
     def initial(trainable: Tree) -> Tree:
-        return init_state(trainable, optimizer, scale, watch)
+        return init_state(trainable, optimizer, scale, watch, kept)
 
     shapes = jax.eval_shape(initial, trainable)
     where = state_homes(shapes, layout, offload)

@@ -20,20 +20,26 @@ from jaxtune.parallel.layout import Layout
 from jaxtune.parallel.offload import fetched, stored
 from jaxtune.parallel.pipeline import Pipeline
 from jaxtune.parallel.zigzag import positions_of
+from jaxtune.tune.method import Course
 
 Batch = dict[str, jax.Array]  # tokens, targets, mask, positions, segments: each [micro-batches, rows, time]
 EVERYWHERE = PartitionSpec()
 
 
 def init_state(
-    trainable: Tree, optimizer: optax.GradientTransformation, scale: float = 1.0, watch: Watch = NOTHING
+    trainable: Tree,
+    optimizer: optax.GradientTransformation,
+    scale: float = 1.0,
+    watch: Watch = NOTHING,
+    kept: Callable[[Tree], Tree] | None = None,
 ) -> Tree:
     """Everything that a step changes. The step's number and the seed give all random keys.
 
-    scale: the first one of a float16 loss. watch: what float8 keeps histories of.
+    scale: the first one of a float16 loss. watch: what float8 keeps histories of. kept: what the tuning method keeps.
     """
-    guard = loss_scale.init(scale)
-    return {"trainable": trainable, "optimizer": optimizer.init(trainable), "guard": guard, "float8": watch.init()}
+    state = {"trainable": trainable, "optimizer": optimizer.init(trainable)}
+    own = {} if kept is None else {"method": kept(trainable)}
+    return {**state, **own, "guard": loss_scale.init(scale), "float8": watch.init()}
 
 
 def batch_loss(
@@ -126,14 +132,16 @@ def make_train_step(
     seed: int,
     pipeline: Pipeline | None = None,
     gates: dict[Path, jax.Array] | None = None,
-    rates: dict[str, float] | None = None,
+    rates: Tree | None = None,
+    course: Course | None = None,
     scale_window: int | None = None,
 ) -> Callable[[Tree, Tree, Batch, jax.Array], tuple[Tree, dict[str, jax.Array]]]:
     """(state, frozen params, batch, step) -> (state, metrics).
 
     homes: where the state's arrays lie between steps. Donate the state, and pass the homes as its out_shardings.
     pipeline: what computes the gradients, if it is one. gates: of a stack, 1 for each layer that trains.
-    rates: factors of the learning rate, by the name of a leaf's part.
+    rates: factors of the learning rate, in the structure of what trains.
+    course: what the tuning method does besides; its penalty is part of the loss.
     scale_window: that of a float16 loss (loss_scale.py); None: the loss is not scaled.
     A loss or gradient that is not finite leaves params and optimiser as they were, bit for bit.
     """
@@ -147,6 +155,9 @@ def make_train_step(
             loss, grads = loss_scale.unscaled(loss, grads, factor)
         before = {name: fetched(state[name], homes[name]) for name in ("trainable", "optimizer")}
         before["trainable"] = layout.pinned(before["trainable"])
+        if course is not None:
+            penalty, more = jax.value_and_grad(course.penalty)(before["trainable"])
+            loss, grads = loss + penalty, jax.tree.map(lambda x, own: x + own.astype(x.dtype), grads, more)
         grads = gated(grads, gates)
         norm = global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -154,12 +165,17 @@ def make_train_step(
         direction, moved = optimizer.update(grads, before["optimizer"], before["trainable"])
         direction, lr = rated(gated(direction, gates), rates), schedule(step)
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        after, own = descend(before["trainable"], direction, lr), {}
+        if course is not None:
+            kept, after = course.after(state["method"], after, grads, step)
+            own = {"method": jax.tree.map(keep, kept, state["method"])}
         guard = loss_scale.advance(state["guard"], finite, scale_window)
         new = {
-            "trainable": jax.tree.map(keep, descend(before["trainable"], direction, lr), before["trainable"]),
+            "trainable": jax.tree.map(keep, after, before["trainable"]),
             "optimizer": jax.tree.map(keep, moved, before["optimizer"]),
             "guard": guard,
             "float8": jax.tree.map(keep, float8.remember(state["float8"], sizes), state["float8"]),
+            **own,
         }
         new = stored(new, homes)
         return new, {"loss": loss, "grad_norm": norm, "lr": lr, **guard}
@@ -177,11 +193,9 @@ def gated(tree: Tree, gates: dict[Path, jax.Array] | None) -> Tree:
     return jax.tree_util.tree_map_with_path(gate, tree)
 
 
-def rated(tree: Tree, rates: dict[str, float] | None) -> Tree:
-    """The tree with the parts of leaves that these factors name multiplied by them."""
-    if not rates:
-        return tree
-    return jax.tree_util.tree_map_with_path(lambda path, x: x * rates.get(getattr(path[-1], "name", ""), 1.0), tree)
+def rated(tree: Tree, rates: Tree | None) -> Tree:
+    """The tree with every array multiplied by its factor."""
+    return tree if rates is None else jax.tree.map(lambda x, rate: x if rate == 1 else x * rate, tree, rates)
 
 
 def make_eval_step(

@@ -54,6 +54,8 @@ FAMILIES = {
     ),
 }
 
+QUANTIZE_CONFIG = "quantize_config.json"
+
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -79,8 +81,16 @@ def read_config(path: Path, overrides: dict[str, Any] | None = None) -> ModelCon
         hf, where = read_gguf_config(path), str(path)
     else:
         file = inside(path, "config.json", ModelError, str(path))
-        hf, where = read_json(file, ModelError), str(file)
+        hf, where = _with_quantize_config(path, read_json(file, ModelError)), str(file)
     return parse_config({**hf, **(overrides or {})}, where)
+
+
+def _with_quantize_config(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
+    """Older GPTQ models have their quantization_config in a file of its own."""
+    if hf.get("quantization_config") is not None or not (path / QUANTIZE_CONFIG).exists():
+        return hf
+    settings = read_json(inside(path, QUANTIZE_CONFIG, ModelError, str(path)), ModelError)
+    return {**hf, "quantization_config": {"quant_method": "gptq", **settings}}
 
 
 def parse_config(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
@@ -93,6 +103,7 @@ def parse_config(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
     family = FAMILIES[model_type]
     fields.defaults = family.defaults
     _refuse_own_code(fields)
+    fields.table("quantization_config")  # quant/checkpoints.py reads it
     config = ModelConfig(
         model_type=model_type,
         vocab_size=fields.whole("vocab_size"),
@@ -144,7 +155,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         hf["attention_bias"] = config.qkv_bias
     if family.mlp_bias:
         hf["mlp_bias"] = config.mlp_bias
-    hf.pop("auto_map", None)
+    for name in ("auto_map", "quantization_config"):
+        hf.pop(name, None)
     hf = _with_windows(hf, family, config.windows)
     return write_rope(hf, config.rope)
 

@@ -111,7 +111,5 @@ class Fields:
                 continue
             if name in NEUTRAL:
                 self.only(name, NEUTRAL[name])
-            elif name == "quantization_config":
-                self.refuse(name, "quantised checkpoints are not read; use the model's full-precision weights")
             else:
                 self.refuse(name, "it may change what the model computes, and it is not supported")

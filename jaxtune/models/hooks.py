@@ -49,14 +49,18 @@ class Hooks:
         """Keys, after their rotation, and values, as attention and the cache take them. own: this layer's weights."""
         return k_BTKD, v_BTKD
 
-    def attention_output(self, own: Tree, residual_BTE: jax.Array, normed_BTE: jax.Array, y_BTE: jax.Array) -> Any:
-        """What is added to the residual stream after attention. normed: what attention took.
+    def attention_output(
+        self, own: Tree, residual_BTE: jax.Array, normed_BTE: jax.Array, y_BTE: jax.Array, noise: Noise | None
+    ) -> Any:
+        """What is added to the residual stream after attention. normed: what attention took. noise: of dropout.
 
-        With sequence parallelism all three are this device's part of the sequence.
+        With sequence parallelism all of them are this device's part of the sequence.
         """
         return y_BTE
 
-    def mlp_output(self, own: Tree, residual_BTE: jax.Array, normed_BTE: jax.Array, y_BTE: jax.Array) -> Any:
+    def mlp_output(
+        self, own: Tree, residual_BTE: jax.Array, normed_BTE: jax.Array, y_BTE: jax.Array, noise: Noise | None
+    ) -> Any:
         """Likewise, after the MLP."""
         return y_BTE
 

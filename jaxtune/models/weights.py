@@ -44,6 +44,11 @@ class Weight:
         return self.key == TABLE
 
     @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear map of the layers."""
+        return self.layers is not None and len(self.shape) == 2
+
+    @property
     def keys(self) -> list[str]:
         """The Hugging Face keys, in the order of axis 0."""
         return [self.key] if self.layers is None else [self.key.format(layer=i) for i in self.layers]
@@ -93,11 +98,18 @@ def initial_value(weight: Weight, seed: int, std: float, dtype: Any) -> jax.Arra
     return (draws[0] if weight.layers is None else jnp.stack(draws)).astype(dtype)
 
 
-def init_params(weights: Tree, shardings: Tree, seed: int, std: float, dtype: Any) -> Tree:
-    """Random parameters for training from scratch, each made in its own shards."""
+def init_params(
+    weights: Tree,
+    shardings: Tree,
+    seed: int,
+    std: float,
+    dtype: Any,
+    finish: Callable[[Weight, jax.Array], Any] = lambda weight, array: array,
+) -> Tree:
+    """Random parameters for training from scratch, each made in its own shards. finish: makes a leaf of each."""
 
-    def make(weight: Weight, sharding) -> jax.Array:
+    def make(weight: Weight, sharding) -> Any:
         draw = jax.jit(initial_value, static_argnums=(0, 1, 2, 3), out_shardings=sharding)
-        return draw(weight, seed, std, jnp.dtype(dtype))
+        return finish(weight, draw(weight, seed, std, jnp.dtype(dtype)))
 
     return map_tree(make, weights, shardings)

@@ -20,8 +20,9 @@ from jaxtune.parallel.checks import check_fit
 from jaxtune.parallel.schedule import Schedule, bubble, make_schedule
 from jaxtune.plan.flops import model_flops
 from jaxtune.plan.memory import tree_bytes
+from jaxtune.quant.scheme import scheme_of
 
-TOTAL_STEPS = 1000  # of the schedule of learning rates, which changes nothing that is counted here
+TOTAL_STEPS = 1_000_000  # of the schedule of learning rates, which changes nothing that is counted here
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def make_step(config: Config, model: ModelConfig, mesh: Mesh) -> Step:
     section = tune.resolve(config.tune).model_copy(update={"adapter": None})
     config = config.model_copy(update={"tune": section})
     assembled = assemble(
-        Source(Path(config.model.path), model, None),
+        Source(Path(config.model.path), model, None, scheme_of(config.model, model, config.model.path)),
         section,
         mesh,
         init="shapes",

@@ -8,7 +8,9 @@
 Files in PEFT's format are peft_io.py's, merging is merge.py's.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,27 +22,82 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.models.hooks import NO_HOOKS, Hooks
 from jaxtune.models.weights import HOOKS, Path, Tree, Weight, map_tree
 from jaxtune.section import TuneSection, adapter_of
+from jaxtune.tune.adalora import ADALORA
+from jaxtune.tune.bottleneck import HOULSBY, PARALLEL, PFEIFFER
+from jaxtune.tune.dora import DORA
 from jaxtune.tune.full import FREEZE, FULL
 from jaxtune.tune.ia3 import IA3
+from jaxtune.tune.loftq import LOFTQ
+from jaxtune.tune.loha import LOHA
+from jaxtune.tune.lokr import LOKR
 from jaxtune.tune.lora import LORA
-from jaxtune.tune.method import EMBEDDING, HEAD, Method, ShardingOf, declared, get_path, is_abstract
+from jaxtune.tune.method import EMBEDDING, HEAD, Course, Method, ShardingOf, declared, get_path, is_abstract
+from jaxtune.tune.oft import OFT
 from jaxtune.tune.p_tuning import P_TUNING
 from jaxtune.tune.peft_config import resolve
 from jaxtune.tune.peft_tensors import open_checked
+from jaxtune.tune.pissa import PISSA
 from jaxtune.tune.prefix import PREFIX_TUNING
 from jaxtune.tune.prompt import PROMPT_TUNING
+from jaxtune.tune.selective import BITFIT, LAYERNORM
+from jaxtune.tune.tokens import TRAINABLE_TOKENS
+from jaxtune.tune.vera import VERA
 
 METHODS: dict[str, Method] = {
     "full": FULL,
     "freeze": FREEZE,
     "lora": LORA,
+    "dora": DORA,
+    "pissa": PISSA,
+    "loftq": LOFTQ,
+    "adalora": ADALORA,
+    "ia3": IA3,
     "prompt": PROMPT_TUNING,
     "p_tuning": P_TUNING,
     "prefix": PREFIX_TUNING,
-    "ia3": IA3,
+    "oft": OFT,
+    "vera": VERA,
+    "layernorm": LAYERNORM,
+    "bitfit": BITFIT,
+    "trainable_tokens": TRAINABLE_TOKENS,
+    "loha": LOHA,
+    "lokr": LOKR,
+    "houlsby": HOULSBY,
+    "pfeiffer": PFEIFFER,
+    "parallel": PARALLEL,
 }
 
-__all__ = ["METHODS", "apply", "gates", "has_adapter", "hooks", "layout", "rates", "resolve", "virtual_ids"]
+__all__ = [
+    "METHODS",
+    "apply",
+    "course",
+    "gates",
+    "has_adapter",
+    "hooks",
+    "layout",
+    "quantized",
+    "rates",
+    "resolve",
+    "virtual_ids",
+    "vocab_size",
+    "words",
+]
+
+
+def words(section: TuneSection, tokenizer: Any) -> tuple[Any, TuneSection]:
+    """(the tokenizer with the tokens that the method adds, the section, resolved, with what it needs of them)."""
+    section = resolve(section)
+    return METHODS[section.method].words(section, tokenizer)
+
+
+def vocab_size(section: TuneSection, config: ModelConfig) -> int:
+    """Rows of the embedding and of the head under this method.
+
+    Raises:
+        ConfigError: the section names tokens that cannot be.
+    """
+    section = resolve(section)
+    return METHODS[section.method].vocab_size(section, config)
 
 
 def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -> tuple[ModelConfig, tuple[range, ...]]:
@@ -54,6 +111,7 @@ def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -
         AdapterError: the section does not fit the model; the message names what is near.
     """
     section, method = resolve(section), METHODS[section.method]
+    config = replace(config, vocab_size=method.vocab_size(section, config))
     hooked = hooks(section, config)
     if config.tied and method.separates:
         apart = replace(config, tied=False)
@@ -116,9 +174,29 @@ def has_adapter(section: TuneSection) -> bool:
     return METHODS[section.method].files is not None
 
 
-def rates(section: TuneSection) -> dict[str, float]:
-    """Factors of the learning rate, by the name of a leaf's part."""
-    return METHODS[section.method].rates(section)
+def course(section: TuneSection, weights: Tree, steps: int) -> Course | None:
+    """What the method does in a run of so many steps besides descending."""
+    section = resolve(section)
+    return METHODS[section.method].course(section, weights, steps)
+
+
+def quantized(section: TuneSection, weights: Tree) -> Callable[[Weight, Any], Callable | None]:
+    """(weight, how weights are quantised as they are loaded) -> what makes its leaf of it, where the method does."""
+    section = resolve(section)
+    return partial(METHODS[section.method].quantized, section, weights)
+
+
+def rates(section: TuneSection, weights: Tree, trainable: Tree, lr: float) -> Tree:
+    """For every array of a trainable tree: what the learning rate, of which `lr` is the highest, is multiplied by."""
+    section = resolve(section)
+    rate = METHODS[section.method].rate
+
+    def of(weight: Weight, leaf: Any) -> Any:
+        if not isinstance(leaf, Leaf):
+            return None if leaf is None else rate(section, weight, None, lr)
+        return jax.tree_util.tree_map_with_path(lambda path, _: rate(section, weight, path[-1].name, lr), leaf)
+
+    return map_tree(of, weights, trainable)
 
 
 def _declare(config: ModelConfig, hooked: Hooks) -> Tree:

@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import model_validator
 
 from jaxtune.errors import AdapterError
-from jaxtune.models.weights import Tree
+from jaxtune.models.weights import Tree, Weight
 from jaxtune.section import Fraction, Positive, PositiveFloat, Targeted
 from jaxtune.tune import names
 from jaxtune.tune.low_rank import LowRank
@@ -32,7 +33,14 @@ class Ranked(Targeted):
     bias: Literal["none", "all", "lora_only"] = "none"  # which biases train as well
     rank_pattern: dict[str, Positive] = {}  # module name or regex -> rank
     alpha_pattern: dict[str, PositiveFloat] = {}
-    loraplus_lr_ratio: PositiveFloat | None = None  # LoRA+: B's learning rate as a multiple of A's
+    loraplus_lr_ratio: PositiveFloat | None = None  # LoRA+: B's learning rate as a multiple of A's, which is optim.lr
+    loraplus_lr_embedding: PositiveFloat = 1e-6  # LoRA+: that of both matrices on the embedding
+
+    @model_validator(mode="after")
+    def _check_loraplus(self) -> "Ranked":
+        if self.loraplus_lr_ratio is None and "loraplus_lr_embedding" in self.model_fields_set:
+            raise ValueError("loraplus_lr_embedding does nothing without loraplus_lr_ratio; set both or neither")
+        return self
 
     def rank_of(self, module: str) -> int:
         return names.by_pattern(module, self.rank_pattern, self.rank)
@@ -64,7 +72,7 @@ def lora_parts(section: Ranked, site: Site) -> dict[str, Part]:
     }
 
 
-def fresh(section: LoraSection, site: Site, seed: int) -> Start:
+def fresh(section: Any, site: Site, seed: int) -> Start:
     """The adapters' first values as PEFT draws them, so that every product is zero.
 
     Linear: b = 0 and a uniform in +-1/sqrt(in), or normal with deviation 1/rank ("gaussian"). Embedding: a = 0
@@ -73,10 +81,10 @@ def fresh(section: LoraSection, site: Site, seed: int) -> Start:
     kind = "embedding" if site.is_embedding else section.init
     sizes, has_layers = (*site.in_out, site.rank), site.weight.layers is not None
     arrays = keys_of(site, seed), np.array(site.ranks), np.array(site.scales, np.float32)
-    return Start(_initial, arrays, {"sizes": sizes, "kind": kind, "stacked": has_layers})
+    return Start(initial, arrays, {"sizes": sizes, "kind": kind, "stacked": has_layers})
 
 
-def _initial(keys, ranks, scales, *, sizes: tuple[int, int, int], kind: str, stacked: bool) -> dict[str, jax.Array]:
+def initial(keys, ranks, scales, *, sizes: tuple[int, int, int], kind: str, stacked: bool) -> dict[str, jax.Array]:
     """`a`, `b` and `scale` of one leaf, from a key, a rank and a scale for each layer.
 
     Drawn row by row of the rank, so that a layer's numbers do not depend on the largest rank of its stack.
@@ -152,22 +160,28 @@ def write_lora(section: Ranked, weights: Tree) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "layers_pattern": None,
         "init_lora_weights": "gaussian" if getattr(section, "init", None) == "gaussian" else True,
-        "lora_alpha": _whole(section.alpha),
-        "alpha_pattern": {name: _whole(value) for name, value in section.alpha_pattern.items()},
+        "lora_alpha": whole_number(section.alpha),
+        "alpha_pattern": {name: whole_number(value) for name, value in section.alpha_pattern.items()},
     }
 
 
-def _whole(number: float) -> int | float:
+def whole_number(number: float) -> int | float:
     """PEFT declares alpha as an integer."""
     return int(number) if number == int(number) else number
 
 
-def lora_rates(section: Ranked) -> dict[str, float]:
-    return {} if section.loraplus_lr_ratio is None else {"b": section.loraplus_lr_ratio}
+def lora_rate(section: Ranked, weight: Weight, part: str | None, lr: float) -> float:
+    """LoRA+ as in peft's create_loraplus_optimizer: B and all that has one dimension in a layer are of one group."""
+    if section.loraplus_lr_ratio is None:
+        return 1.0
+    if weight.is_table and part in ("a", "b"):
+        return section.loraplus_lr_embedding / lr
+    is_vector = len(weight.shape) == 1 if part is None else part == "magnitude"
+    return section.loraplus_lr_ratio if part == "b" or is_vector else 1.0
 
 
 LORA_FILES = Files(
     "LORA", SETTINGS, DEFAULTS, harmless=HARMLESS | {"init_lora_weights"}, read=read_lora, write=write_lora
 )
 LORA_KIND = Kind(parts=lora_parts, start=fresh, leaf=lora_leaf, tensors=lora_tensors)
-LORA = site_method(LoraSection, LORA_KIND, LORA_FILES, rates=lora_rates)
+LORA = site_method(LoraSection, LORA_KIND, LORA_FILES, rate=lora_rate)

@@ -14,9 +14,27 @@ from jaxtune.section import TuneSection
 if TYPE_CHECKING:
     from jaxtune.models.config import ModelConfig
     from jaxtune.models.hooks import Hooks
+    from jaxtune.quant.scheme import AtLoad
     from jaxtune.tune.peft_files import Files
 
 ShardingOf = Callable[[tuple[int, ...], tuple[str | None, ...]], Sharding]  # (shape, logical axes) -> sharding
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a method does in training besides descending. Trees are whole arrays, as what trains lies between steps.
+
+    penalty: what trains -> a float32 scalar that is added to the loss. kept: what trains -> a state, saved with the
+    rest; an array of it that is of one in what trains has that one's shape and, within the state, its path.
+    after: (state, what trains, its clipped gradients, the step's number) -> (state, what trains), after the optimiser.
+    """
+
+    penalty: Callable[[Tree], jax.Array]
+    kept: Callable[[Tree], Tree]
+    after: Callable[[Tree, Tree, Tree, jax.Array], tuple[Tree, Tree]]
+
+
+Rate = Callable[[Any, Weight, str | None, float], float]
 
 EMBEDDING = ("embed", "weight")
 HEAD = ("head", "weight")
@@ -35,7 +53,12 @@ class Method:
     separates: a head tied to the embedding becomes a weight of its own where either is trained or adapted.
     files: how PEFT stores it; None: it ends in a whole model, not in an adapter.
     hooks: (section, model settings) -> what it adds to the decoder beside the weights; None: nothing.
-    rates: section -> factors of the learning rate, by the name of a leaf's part.
+    quantized: (section, weights, weight, how weights are quantised as they are loaded) -> array -> the leaf of a weight
+    that the method quantises in its own way; None: none.
+    course: (section, weights, steps of the run) -> what it does in training besides descending; None: nothing.
+    rate: (section, weight, name of a leaf's part or None, learning rate) -> what that rate is multiplied by.
+    words: (section, tokenizer) -> the tokenizer with tokens that the method adds, and the section with what it needs of
+    them; it is given a tokenizer of its own. vocab_size: (section, model settings) -> rows of the tables then.
     """
 
     section: type[TuneSection]
@@ -46,7 +69,11 @@ class Method:
     files: "Files | None" = None
     needs_tokenizer: bool = False
     hooks: "Callable[[Any, ModelConfig], Hooks | None]" = lambda section, config: None
-    rates: Callable[[Any], dict[str, float]] = lambda section: {}
+    quantized: Callable[[Any, Tree, Weight, "AtLoad"], Callable | None] = lambda section, weights, weight, scheme: None
+    course: Callable[[Any, Tree, int], Course | None] = lambda section, weights, steps: None
+    rate: Rate = lambda section, weight, part, lr: 1.0
+    words: Callable[[Any, Any], tuple[Any, Any]] = lambda section, tokenizer: (tokenizer, section)
+    vocab_size: "Callable[[Any, ModelConfig], int]" = lambda section, config: config.vocab_size
 
 
 def declared(weights: Tree) -> Iterator[tuple[Path, Weight]]:

@@ -22,9 +22,9 @@ from jaxtune.leaves import Leaf
 from jaxtune.models.weights import Path, Tree, map_tree, set_path
 from jaxtune.tune.method import EMBEDDING, HEAD, declared, get_path, is_concrete
 from jaxtune.tune.peft_config import CONFIG_NAME
-from jaxtune.tune.peft_files import PREFIX, Entry, Files
+from jaxtune.tune.peft_files import PREFIX, TENSORS_NAME, Entry, Files
 
-TENSORS_NAME = "adapter_model.safetensors"
+PICKLED = ("adapter_model.bin", "pytorch_adapter.bin")  # PEFT's and AdapterHub's
 TIED_HEAD = "lm_head.weight"  # a file may hold a tied model's embedding under this name too
 ROUNDING = 1e-2  # a matmul's, in the narrowest type that a device may take for float32
 COPIES = (".base_layer.", ".original_module.", ".")  # how PEFT names a base weight that it stores beside an adapter
@@ -53,13 +53,13 @@ def open_adapter(directory: str | FilePath, name: str = TENSORS_NAME) -> Adapter
     """
     path = FilePath(directory) / name
     if not path.is_file():
-        pickled = path.with_suffix(".bin")
-        if pickled.exists():
+        pickled = [path.with_name(file) for file in PICKLED if path.with_name(file).exists()]
+        if pickled:
             raise AdapterError(
-                f"{pickled}: a pickled file can run any code and is never opened; load it with peft and save it "
-                f"again, which writes {TENSORS_NAME}"
+                f"{pickled[0]}: a pickled file can run any code and is never opened; load it with the library that "
+                f"wrote it and save it again as safetensors, in {name}"
             )
-        raise AdapterError(f"{path}: missing; an adapter directory has {CONFIG_NAME} and {TENSORS_NAME}")
+        raise AdapterError(f"{path}: missing; an adapter directory has {CONFIG_NAME} and {name}")
     try:
         handle = safe_open(inside(path.parent, path.name, AdapterError, str(directory)), framework="np")
         return AdapterFile(path, {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}, handle)  # noqa: SIM118
@@ -100,7 +100,7 @@ class Checked:
             value = _place(
                 array.shape, array.sharding, _reader(self.file, mine, array.shape, self.fill.get(part or "", 0.0))
             )
-            set_path(result, path, value if part is None else replace(leaf, **{part: value}))
+            set_path(result, path, _with_others(value, array, mine) if part is None else replace(leaf, **{part: value}))
         self.check(result)
         return result
 
@@ -113,11 +113,11 @@ def open_checked(directory: str, files: Files, section: Any, weights: Tree) -> C
     """
     derived, wanted = files.derived(section), files.entries(section, weights)
     if derived is None:
-        file = open_adapter(directory)
-        return Checked(file, wanted, _check_names(file, wanted, weights), files.fill)
+        file = open_adapter(directory, files.tensors_name)
+        return Checked(file, wanted, _check_names(file, wanted, weights, files.alias), files.fill)
     file, made = open_adapter(directory, derived.file), open_adapter(directory)
     check = partial(_check_derived, file.path, made, partial(derived.tensors, section))
-    return Checked(file, wanted, _check_names(file, wanted, weights), files.fill, check)
+    return Checked(file, wanted, _check_names(file, wanted, weights, files.alias), files.fill, check)
 
 
 def _check_derived(source: FilePath, file: AdapterFile, tensors: Callable[[Tree], dict[str, Any]], tree: Tree) -> None:
@@ -136,6 +136,15 @@ def _bottom(leaf: Any) -> Any:
     while isinstance(leaf, Leaf):
         leaf = getattr(leaf, "base", None)
     return leaf
+
+
+def _with_others(value: jax.Array, before: jax.Array, mine: list[Entry]) -> jax.Array:
+    """A weight of the model that trains whole in some layers: those that the file does not have stay as they were."""
+    rows = [entry.row for entry in mine]
+    if None in rows or len(rows) == len(before):
+        return value
+    has = np.isin(np.arange(len(before)), rows).reshape(-1, *[1] * (before.ndim - 1))
+    return jnp.where(has, value, before)
 
 
 def _place(shape: tuple[int, ...], sharding: Any, read: Callable[[Index], np.ndarray]) -> jax.Array:
@@ -190,7 +199,9 @@ def _bounds(entry: Entry, ranges: list[range]) -> list[tuple[int, int]]:
     return bounds
 
 
-def _check_names(file: AdapterFile, wanted: list[Entry], weights: Tree) -> list[tuple[str, Path, int | None]]:
+def _check_names(
+    file: AdapterFile, wanted: list[Entry], weights: Tree, alias: Callable[[str], str]
+) -> list[tuple[str, Path, int | None]]:
     """The tensors that are copies of base weights, as (key in the file, path, row); any other surplus is an error."""
     expected = {entry.key: entry.shape for entry in wanted}
     missing = [key for key in expected if key not in file.shapes]
@@ -203,9 +214,9 @@ def _check_names(file: AdapterFile, wanted: list[Entry], weights: Tree) -> list[
         if name is not None:
             copies.append((key, *known[name][:2]))
             expected[key] = known[name][2]
-        elif _alias(key) in expected:
-            expected[key] = expected[_alias(key)]
-            _check_alias(file, key)
+        elif (other := alias(_saved_once(key))) in expected:
+            expected[key] = expected[other]
+            _check_alias(file, key, other)
         else:
             unknown.append(key)
     if unknown:
@@ -242,14 +253,14 @@ def _base_name(key: str, known: dict) -> str | None:
     return None
 
 
-def _alias(key: str) -> str:
+def _saved_once(key: str) -> str:
     """PEFT stores the bias of a module to save a second time, with this word in its name."""
     return key.replace(".modules_to_save.", ".")
 
 
-def _check_alias(file: AdapterFile, key: str) -> None:
-    if not np.array_equal(file.read(key), file.read(_alias(key))):
-        raise AdapterError(f"{file.path}: {key} and {_alias(key)} differ; they are the same weight")
+def _check_alias(file: AdapterFile, key: str, other: str) -> None:
+    if not np.array_equal(file.read(key), file.read(other)):
+        raise AdapterError(f"{file.path}: {key} and {other} differ; they are the same weight")
 
 
 def _check_copy(file: AdapterFile, key: str, array: jax.Array | None, row: int | None) -> None:

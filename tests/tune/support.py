@@ -107,7 +107,7 @@ def randomised(made: Tuned) -> Tuned:
     def move(path, leaf, train):
         if not isinstance(leaf, Leaf):
             return moved(leaf, 0.1, covered.get((path, None), 1)) if train else leaf
-        parts = {name: getattr(leaf, name) for name in leaf.TRAINS}
+        parts = {name: part for name in leaf.TRAINS if (part := getattr(leaf, name)) is not None}
         return replace(leaf, **{name: moved(x, 0.3, covered.get((path, name), 1)) for name, x in sorted(parts.items())})
 
     return made._replace(params=map_with_path(move, made.params, made.mask))

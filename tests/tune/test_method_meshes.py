@@ -8,6 +8,17 @@ from tests.programs import Stepper
 
 # name -> the section's options
 METHODS = {
+    "adalora": {
+        "method": "adalora",
+        "init_r": 4,
+        "target_r": 2,
+        "tfinal": 7,
+        "total_step": 10,
+        "targets": ["q_proj", "o_proj", "up_proj"],
+        "layers": [1, 2, 3],
+    },
+    "pissa": {"method": "pissa", "rank": 4, "targets": "all-linear", "layers": [1, 2, 3]},
+    "dora": {"method": "dora", "rank": 4, "dropout": 0.1, "targets": ["q_proj", "o_proj", "up_proj", "embed_tokens"]},
     "ia3": {"method": "ia3", "targets": "all-linear"},
     "prompt": {"method": "prompt", "num_virtual_tokens": 4, "prompt_tuning_init": "SAMPLE_VOCAB"},
     "P-tuning, LSTM, dropout": {
@@ -18,6 +29,26 @@ METHODS = {
     },
     "prefix": {"method": "prefix", "num_virtual_tokens": 4},
     "prefix with a projection": {"method": "prefix", "num_virtual_tokens": 4, "prefix_projection": True},
+    "oft": {"method": "oft", "targets": "all-linear", "oft_block_size": 16},
+    "oft, exact, with dropout": {
+        "method": "oft",
+        "targets": ["q_proj", "down_proj"],
+        "oft_block_size": 16,
+        "use_cayley_neumann": False,
+        "module_dropout": 0.25,
+    },
+    "vera": {"method": "vera", "targets": "all-linear", "rank": 8, "dropout": 0.1},
+    "layernorm": {"method": "layernorm", "exclude": ["model.layers.2.input_layernorm"]},
+    "bitfit": {"method": "bitfit"},
+    "trainable tokens": {"method": "trainable_tokens", "token_indices": [3, 300, 511, 17]},
+    "loha": {"method": "loha", "targets": "all-linear", "rank": 2},
+    "lokr": {"method": "lokr", "targets": "all-linear", "rank": 2},
+    "lokr between groups that the mesh cuts": {
+        "method": "lokr",
+        "targets": ["k_proj", "down_proj", "gate_proj"],
+        "rank": 2,
+        "decompose_factor": 1,
+    },
 }
 MESHES = {
     "fsdp 2, tensor 2, pipe 2": {

@@ -27,6 +27,7 @@ QWEN2 = {"family": "qwen2", "tied": True}
 LLAMA = {"family": "llama", "tied": False}
 BIASED = {"family": "llama", "tied": False, "attention_bias": True, "mlp_bias": True}
 QWEN3 = {"family": "qwen3", "tied": True, "head_dim": 8}
+SPLIT = ["q_proj", "o_proj", "down_proj"]  # by outputs, and by inputs, where a mesh has a tensor axis
 
 # name -> (base model, options of the section)
 CASES = {
@@ -56,16 +57,123 @@ CASES = {
         {"method": "prefix", "num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 24},
     ),
     "ia3 without feed-forward modules": (LLAMA, {"method": "ia3", "targets": ["v_proj"], "feedforward_modules": []}),
+    "dora": (QWEN2, {"method": "dora", "rank": 4, "targets": "all-linear"}),
+    "dora on the ends, a rank by pattern": (
+        LLAMA,
+        {"method": "dora", "targets": ["q_proj", "embed_tokens", "lm_head"], "rank_pattern": {"layers.1.*": 3}},
+    ),
+    "dora in some layers, rsLoRA": (QWEN2, {"method": "dora", "layers": [0, 2], "use_rslora": True, "bias": "all"}),
+    "pissa": (QWEN2, {"method": "pissa", "rank": 4, "targets": "all-linear"}),
+    "pissa, ranks by pattern, rsLoRA": (
+        LLAMA,
+        {
+            "method": "pissa",
+            "targets": ["q_proj", "lm_head"],
+            "use_rslora": True,
+            "rank_pattern": {"layers.1.*": 3},
+            "alpha_pattern": {"layers.2.*": 3.0},
+        },
+    ),
+    "adalora": (QWEN2, {"method": "adalora", "init_r": 4, "target_r": 2, "total_step": 10, "targets": "all-linear"}),
+    "adalora in some layers": (LLAMA, {"method": "adalora", "total_step": 5, "layers": [0, 2], "alpha": 16}),
+    "oft": (QWEN2, {"method": "oft", "targets": SPLIT, "oft_block_size": 8}),
+    "oft, exact, all biases": (
+        QWEN2,
+        {"method": "oft", "oft_block_size": 8, "use_cayley_neumann": False, "bias": "all", "layers": [0, 2]},
+    ),
+    "oft by rank, with 3 terms, on the head": (
+        LLAMA,
+        {
+            "method": "oft",
+            "targets": ["q_proj", "lm_head"],
+            "oft_block_size": 0,
+            "rank": 4,
+            "num_cayley_neumann_terms": 3,
+        },
+    ),
+    "oft with a shared matrix": (
+        BIASED,
+        {"method": "oft", "targets": SPLIT, "oft_block_size": 4, "block_share": True, "bias": "oft_only"},
+    ),
+    "vera": (QWEN2, {"method": "vera", "targets": SPLIT, "rank": 6, "d_initial": 0.3}),
+    "vera on the head, without its matrices in the file": (
+        LLAMA,
+        {
+            "method": "vera",
+            "targets": ["q_proj", "v_proj", "lm_head"],
+            "rank": 3,
+            "exclude": ["layers.1.self_attn.q_proj"],
+            "save_projection": False,
+            "projection_prng_key": 7,
+        },
+    ),
+    "vera in some layers, all biases": (QWEN2, {"method": "vera", "rank": 4, "layers": [0, 2], "bias": "all"}),
+    "layernorm": (QWEN2, {"method": "layernorm"}),
+    "layernorm of heads in some layers, the head saved": (
+        {"family": "qwen3", "tied": False},
+        {
+            "method": "layernorm",
+            "targets": r".*layers\.[12]\..*(q_norm|input_layernorm)",
+            "modules_to_save": ["lm_head"],
+        },
+    ),
+    "trainable tokens": (QWEN2, {"method": "trainable_tokens", "token_indices": [40, 5, 13]}),
+    "trainable tokens of an embedding alone": (LLAMA, {"method": "trainable_tokens", "token_indices": [40, 5, 13]}),
+    "trainable tokens of embedding and head": (
+        LLAMA,
+        {
+            "method": "trainable_tokens",
+            "token_indices": [7, 44, 0, 30, 21, 2, 12, 13],
+            "targets": ["embed_tokens", "lm_head"],
+        },
+    ),
+    "loha": (QWEN2, {"method": "loha", "targets": SPLIT, "rank": 2, "alpha": 3}),
+    "loha with patterns, in some layers": (
+        LLAMA,
+        {
+            "method": "loha",
+            "targets": ["q_proj", "lm_head"],
+            "rank_pattern": {"layers.0.self_attn.q_proj": 3},
+            "alpha_pattern": {"layers.0.*": 2.5},
+            "layers": [0, 2],
+        },
+    ),
+    "lokr": (
+        QWEN2,
+        {"method": "lokr", "targets": SPLIT, "rank": 2, "alpha": 3, "rank_pattern": {"layers.0.self_attn.q_proj": 3}},
+    ),
+    "lokr, both low-rank, by a factor": (
+        LLAMA,
+        {
+            "method": "lokr",
+            "targets": ["q_proj", "down_proj"],
+            "rank": 1,
+            "decompose_both": True,
+            "decompose_factor": 4,
+            "layers": [0, 1],
+            "init": "lycoris",
+        },
+    ),
+    "lokr, both whole": (QWEN2, {"method": "lokr", "rank": 16, "exclude": ["layers.1.self_attn.q_proj"]}),
 }
 UNMERGEABLE = {"prompt", "p_tuning", "prefix"}  # methods that no weight can take up
 TRAINED = [
     "ia3",
     "ia3 on maps with biases",
+    "dora",
+    "oft",
+    "oft, exact, all biases",
+    "vera",
+    "loha",
+    "lokr",
     "prompt",
     "P-tuning with an MLP",
     "P-tuning with an LSTM",
     "prefix",
     "prefix with a projection",
+    "layernorm",
+    "trainable tokens",
+    "trainable tokens of embedding and head",
 ]
 STEPS, LR = 10, 1e-2
 
@@ -154,8 +262,8 @@ def our_batch(step, model):
     return {name: jnp.asarray(array)[None] for name, array in arrays.items()}
 
 
-def our_losses(made):
-    optim = {"lr": LR, "schedule": "constant", "warmup": 0, "clip_norm": None}
+def our_losses(made, lr=LR):
+    optim = {"lr": lr, "schedule": "constant", "warmup": 0, "clip_norm": None}
     config = make_config({"model": {"path": "-"}, "data": {"path": "-"}, "tune": made.section, "optim": optim})
     program = build(config, made.model, single_device_mesh(), made.params, made.mask, STEPS)
     state, losses = program.state, []
@@ -165,10 +273,11 @@ def our_losses(made):
     return losses
 
 
-def peer_losses(model):
+def peer_losses(model, optimizer=None):
     import torch
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer or torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
     losses = []
     for step in range(1, STEPS + 1):
         tokens, labels = (torch.tensor(x) for x in batch(step))

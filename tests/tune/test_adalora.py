@@ -1,0 +1,142 @@
+"""AdaLoRA's penalty, scores and budget are peft's, step by step, and what it keeps is saved with the rest.
+
+Files and merging are compared with peft in test_peft_methods.py, meshes with one device in test_method_meshes.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtune.config import make_config, tune_section
+from jaxtune.errors import ConfigError
+from jaxtune.mesh import single_device_mesh
+from jaxtune.program import build
+from jaxtune.tune import course
+from jaxtune.tune.adalora import budgets
+from jaxtune.tune.peft_io import save_adapter
+from tests.programs import Stepper
+from tests.tune.support import difference, logits, peer_logits, tuned
+from tests.tune.test_peft_methods import LR, QWEN2, STEPS, batch, loaded, our_batch
+
+OPTIONS = {"method": "adalora", "init_r": 4, "target_r": 2, "alpha": 16, "targets": ["q_proj", "down_proj"]}
+SCHEDULE = {"tinit": 2, "tfinal": 3, "total_step": STEPS}
+
+
+def section(**options):
+    return tune_section(**{**OPTIONS, **SCHEDULE, **options})
+
+
+def peer_run(model, until=STEPS):
+    """peft's losses; the model then has its last E and rank pattern."""
+    import torch
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+    losses = []
+    for step in range(1, until + 1):
+        tokens, labels = (torch.tensor(x) for x in batch(step))
+        loss = model(input_ids=tokens, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def our_run(made):
+    optim = {"lr": LR, "schedule": "constant", "warmup": 0, "clip_norm": None}
+    config = make_config({"model": {"path": "-"}, "data": {"path": "-"}, "tune": made.section, "optim": optim})
+    program = build(config, made.model, single_device_mesh(), made.params, made.mask, STEPS)
+    state, losses = program.state, []
+    for step in range(1, STEPS + 1):
+        state, metrics = program.train_step(state, program.frozen, our_batch(step), jnp.int32(step))
+        losses.append(float(metrics["loss"]))
+    return losses, state
+
+
+def started(tmp_path, **options):
+    made = tuned(section(**options), **QWEN2)
+    save_adapter(tmp_path / "start", made.section, made.model.weights, made.params)
+    return made, loaded(tmp_path / "start", QWEN2, is_trainable=True).train()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_ten_steps_follow_peft_s_and_leave_the_same_triplets(tmp_path, every):
+    made, model = started(tmp_path, deltaT=every)
+    losses, state = our_run(made)
+    np.testing.assert_allclose(losses, peer_run(model), rtol=1e-4)
+    stack = state["trainable"]["stacks"]["0"]
+    kept = 0
+    for block, ours in (
+        ("self_attn.q_proj", stack["attention"]["q_proj"]),
+        ("mlp.down_proj", stack["mlp"]["down_proj"]),
+    ):
+        for layer in range(3):
+            module = model.get_submodule(f"base_model.model.model.layers.{layer}.{block}")
+            e = module.lora_E["default"].detach().numpy()[:, 0]
+            np.testing.assert_allclose(ours["weight"].e[layer], e, atol=1e-4)
+            np.testing.assert_array_equal(ours["weight"].e[layer] != 0, e != 0)
+            kept += np.count_nonzero(e)
+    assert kept == 2 * 6
+
+
+def test_the_penalty_is_part_of_the_loss(tmp_path):
+    made, _ = started(tmp_path)
+    plain = our_run(tuned(section(orth_reg_weight=0.0), **QWEN2))[0]
+    assert our_run(made)[0][0] - plain[0] == pytest.approx(0.5 * 2, rel=0.05)  # A A^T is next to nothing: |1| is 2
+
+
+def test_the_budget_falls_with_the_third_power():
+    made = section(tinit=2, tfinal=3)
+    expected = [24, 24, 24, *(int(12 * (1 - (step - 2) / 5) ** 3 + 12) for step in range(3, 8))]
+    assert budgets(made, 24, 12).tolist() == expected and expected[-1] == 12
+
+
+def test_an_adapter_with_triplets_taken_out_is_read(tmp_path):
+    """As peft saves one after training; a module may have none left."""
+    _, model = started(tmp_path)
+    peer_run(model)
+    config = model.peft_config["default"]
+    name = next(iter(config.rank_pattern))
+    config.rank_pattern[name] = [False] * 4
+    model.get_submodule(f"base_model.model.{name.partition('.lora_E')[0]}").lora_E["default"].data.zero_()
+    model.save_pretrained(tmp_path / "trained")
+    made = tuned(tune_section(method="adalora", adapter=str(tmp_path / "trained")), **QWEN2)
+    expected = peer_logits(model.eval())
+    assert difference(logits(made.model, made.params), expected) < 1e-4
+    save_adapter(tmp_path / "again", made.section, made.model.weights, made.params)
+    assert difference(peer_logits(loaded(tmp_path / "again", QWEN2).eval()), expected) < 1e-4
+
+
+def test_a_resumed_run_goes_on_bit_for_bit():
+    """With its scores and its mask; here on another order of layers, that of a pipeline's stages."""
+    sections = {"tune": {**OPTIONS, **SCHEDULE}, "mesh": {"pipe": 2, "virtual_stages": 2, "schedule": "interleaved"}}
+    sections["train"] = {"micro_batches": 2}
+    whole, first, second = (Stepper(**sections) for _ in range(3))
+    losses = whole.run(6)
+    assert first.run(4) == losses[:4]
+    saved = jax.tree.map(np.asarray, first.program.saved(first.state))
+    assert {"importance", "change", "mask"} == saved["method"].keys()
+    shapes = second.program.saved_shape()
+    second.state = second.program.loaded(jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), saved, shapes))
+    assert second.run(2, first=5) == losses[4:]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tinit": 6, "tfinal": 4}, "leave none of 10 steps"),
+        ({"target_r": 5}, "target_r 5 is above init_r 4"),
+    ],
+    ids=str,
+)
+def test_a_schedule_that_shares_out_nothing_is_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        section(**settings)
+
+
+def test_a_run_shorter_than_the_schedule_is_refused():
+    made = tuned(section(), **QWEN2)
+    with pytest.raises(ConfigError, match=r"tune.total_step 10: the run has only 9 steps"):
+        course(made.section, made.model.weights, 9)
