@@ -111,7 +111,7 @@ def open_checked(directory: str, files: Files, section: Any, weights: Tree) -> C
 def _bottom(leaf: Any) -> Any:
     """The array under the leaves; None where it has another form, in which nothing can be compared."""
     while isinstance(leaf, Leaf):
-        leaf = getattr(leaf, "base", None)
+        leaf = None if leaf.REBASED else getattr(leaf, "base", None)
     return leaf
 
 
