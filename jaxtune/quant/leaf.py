@@ -92,7 +92,7 @@ def _home(weight: Weight, name: str, part: Any, axes: Axes, sharding_of: Shardin
     return home
 
 
-def placed(leaf: Leaf, weight: Weight, sharding_of: ShardingOf) -> Leaf:
+def placed(leaf: Any, weight: Weight, sharding_of: ShardingOf) -> Any:
     """A leaf of shapes with their shardings: a quantised one, or a tuning method's over one."""
     if not isinstance(leaf, Quantized):
         over = map_parts(partial(_placed, sharding_of), replace(leaf, base=None), weight.full_axes, weight.is_table)

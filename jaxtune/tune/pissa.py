@@ -123,7 +123,8 @@ def as_lora(section: PissaSection, weights: Tree, params: Tree) -> tuple[LoraSec
         "rank_pattern": {name: 2 * rank for name, rank in section.rank_pattern.items()},
         "alpha_pattern": {name: grown * alpha for name, alpha in section.alpha_pattern.items()},
     }
-    sites, result = make_plan(section, weights).sites, {}
+    sites = make_plan(section, weights).sites
+    result: Tree = {}
     for path, leaf in leaves_with_path(params):
         set_path(result, path, _joined(sites[path], leaf) if path in sites else leaf)
     return LoraSection.model_validate(options), result
