@@ -150,7 +150,7 @@ def course(section: AdaloraSection, weights: Tree, steps: int) -> Course:
 
 
 def budgets(first: int, last: int, start: int, end: int) -> np.ndarray:
-    """How many triplets live after each step, from 0 to `end`, the last that allocates: a cubic fall from `start` on."""
+    """How many triplets live after each step, 0 to `end`, the last that allocates: a cubic fall from `start` on."""
     left = [1 - max(step - start, 0) / (end - start) for step in range(end + 1)]
     return np.array([int((first - last) * share**3 + last) for share in left], np.int32)
 
