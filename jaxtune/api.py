@@ -4,6 +4,7 @@ They do what the commands do, with the same parts; nothing is decided here.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from jaxtune.assemble import Assembled, adapted
 from jaxtune.config import Config, load_config, make_config
-from jaxtune.errors import ConfigError, DataError, ModelError
+from jaxtune.errors import AdapterError, ConfigError, DataError, ModelError, listing
 from jaxtune.generate import Generator, bucket
 from jaxtune.loading import Opened, open_model
 from jaxtune.mesh import batch_shards
@@ -23,8 +25,18 @@ from jaxtune.parallel.layout import partitions
 from jaxtune.sampling import Sampling
 from jaxtune.text import Messages, decode, encode_prompt, text_pieces
 from jaxtune.tokenizer import stop_ids
+from jaxtune.tune.peft_config import read_config
 
 Prompt = str | Messages
+
+
+@dataclass(frozen=True)
+class _Programs:
+    """A model under one adapter, or under none, and what was compiled for it."""
+
+    assembled: Assembled
+    generator: Generator
+    logits: Any
 
 
 class LoadedModel:
@@ -36,14 +48,54 @@ class LoadedModel:
 
     def __init__(self, opened: Opened):
         assembled = opened.assembled
-        self.params: Tree = assembled.params
-        self.config: ModelConfig = assembled.model.config
         self.tokenizer: Any = assembled.source.tokenizer
         self.system, self.step, self.mesh = opened.system, opened.step, assembled.mesh
-        self._model, self._dtype = assembled.model, opened.dtype
-        stop = stop_ids(self.tokenizer, assembled.source.path)
-        self._generator = Generator(assembled.model, assembled.mesh, opened.dtype, stop)
-        self._logits = jax.jit(self._everywhere(self._all_logits))
+        self._dtype, self._opened = opened.dtype, opened
+        self._stop = stop_ids(self.tokenizer, assembled.source.path)
+        self._loaded: dict[str | None, _Programs] = {}
+        self._take(None, assembled)
+
+    def _take(self, name: str | None, assembled: Assembled) -> None:
+        """Answer with this model from now on."""
+        self.params: Tree = assembled.params
+        self.config: ModelConfig = assembled.model.config
+        self._model, self._active = assembled.model, name
+        if name not in self._loaded:
+            generator = Generator(assembled.model, assembled.mesh, self._dtype, self._stop)
+            self._loaded[name] = _Programs(assembled, generator, jax.jit(self._everywhere(self._all_logits)))
+        self._generator, self._logits = self._loaded[name].generator, self._loaded[name].logits
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that `add_adapter` loaded."""
+        return [name for name in self._loaded if name is not None]
+
+    def add_adapter(self, name: str, directory: str | Path) -> None:
+        """Load a PEFT adapter beside others; `use_adapter` puts it on. The base weights are there once.
+
+        Raises:
+            AdapterError: not an adapter of this model, the name is taken, or the model has an adapter of its own.
+        """
+        base = self._loaded[None].assembled
+        if self._opened.section.method != "full":
+            raise AdapterError("this model has an adapter already; load its base model, and add all adapters to it")
+        if not name or name in self._loaded:
+            raise AdapterError(
+                f"adapter {name!r}: choose a name that is not one of {listing(self.adapters) or 'these'}"
+            )
+        active = self._active
+        self._take(name, adapted(base, read_config(Path(directory))))
+        self.use_adapter(active)
+
+    def use_adapter(self, name: str | None) -> None:
+        """Answer with this adapter on; None: with the base model alone.
+
+        Raises:
+            AdapterError: no adapter of that name was added.
+        """
+        if name not in self._loaded:
+            raise AdapterError(f"adapter {name!r}: not loaded; loaded are {listing(self.adapters) or 'none'}")
+        self._take(name, self._loaded[name].assembled)
 
     def logits(self, token_ids: Any) -> np.ndarray:
         """What the model expects after each token: [batch, time] of ids -> [batch, time, vocab] in float32.
@@ -56,15 +108,17 @@ class LoadedModel:
                 model's positions.
         """
         ids = self._checked(token_ids)
-        shards = batch_shards(self.mesh)
-        rows, time = -(-ids.shape[0] // shards) * shards, bucket(ids.shape[1])
+        shards, virtual = batch_shards(self.mesh), self._model.virtual_ids
+        end = len(virtual) + ids.shape[1]
+        rows, time = -(-ids.shape[0] // shards) * shards, bucket(end)
         tokens, segments = np.zeros((2, rows, time), np.int32)
-        tokens[: ids.shape[0], : ids.shape[1]] = ids
-        segments[: ids.shape[0], : ids.shape[1]] = 1
+        tokens[: ids.shape[0], : len(virtual)] = virtual
+        tokens[: ids.shape[0], len(virtual) : end] = ids
+        segments[: ids.shape[0], :end] = 1
         precision = "highest" if self._dtype == np.float32 else None
         with jax.default_matmul_precision(precision):
             logits = self._logits(self.params, tokens, segments)
-        return np.asarray(logits)[: ids.shape[0], : ids.shape[1]]
+        return np.asarray(logits)[: ids.shape[0], len(virtual) : end]
 
     def generate(
         self,
@@ -108,8 +162,9 @@ class LoadedModel:
         outside = ids[(ids < 0) | (ids >= self.config.vocab_size)]
         if outside.size:
             raise DataError(f"token_ids: {outside[0]} is outside the vocabulary, 0 to {self.config.vocab_size - 1}")
-        if ids.shape[1] > self.config.max_positions and self.config.rope.type != "dynamic":
-            raise ModelError(f"token_ids: {ids.shape[1]} tokens; the model has {self.config.max_positions} positions")
+        positions = self.config.max_positions - len(self._model.virtual_ids)
+        if ids.shape[1] > positions and self.config.rope.type != "dynamic":
+            raise ModelError(f"token_ids: {ids.shape[1]} tokens; the model has {positions} positions for them")
         return ids.astype(np.int32)
 
     def _everywhere(self, function: Any) -> Any:

@@ -3,7 +3,7 @@ export and the Python calls all start from.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxtune import tune
 from jaxtune.config import ModelSection
-from jaxtune.errors import ConfigError
+from jaxtune.errors import ConfigError, MeshError
 from jaxtune.hf_io import load_params, open_source, resolve_model
 from jaxtune.mesh import axes_sharding, check_model, shardings
 from jaxtune.models.config import ModelConfig
@@ -24,7 +24,7 @@ from jaxtune.models.families import read_config
 from jaxtune.models.weights import Tree, init_params, map_tree
 from jaxtune.quant.scheme import Quantizer, Scheme, scheme_of
 from jaxtune.section import TuneSection
-from jaxtune.tokenizer import check_tokenizer, load_tokenizer
+from jaxtune.tokenizer import check_tokenizer, load_tokenizer, vocabulary_size
 from jaxtune.tune.full import FullSection
 
 FULL = FullSection()
@@ -36,12 +36,14 @@ class Source:
 
     path: Path  # a directory or a .gguf file
     config: ModelConfig
-    tokenizer: Any
+    tokenizer: Any  # with the tokens that the tuning method adds
     scheme: Scheme | None = None  # how its linear maps are quantised
+    tuning: TuneSection = FULL  # resolved, with what it needs of the tokenizer
+    adds_words: bool = False  # whether the method adds any tokens
 
     @classmethod
-    def open(cls, section: ModelSection, template: str | None = None) -> "Source":
-        """Find the model, read its settings and its tokenizer, and check that the two fit."""
+    def open(cls, section: ModelSection, template: str | None = None, tuning: TuneSection = FULL) -> "Source":
+        """Find the model, read its settings and its tokenizer, and check that the two fit under a tuning method."""
         if section.overrides and section.init != "random":
             raise ConfigError(
                 "model.overrides: the weights of a pretrained model fix its settings; set model.init: random"
@@ -50,8 +52,11 @@ class Source:
         config = read_config(path, section.overrides)
         words = path if section.tokenizer is None else resolve_model(section.tokenizer, weights=False)
         tokenizer = load_tokenizer(words, template)
-        check_tokenizer(tokenizer, config.vocab_size)
-        return cls(path, config, tokenizer, scheme_of(section, config, str(path)))
+        before = vocabulary_size(tokenizer)
+        tokenizer, tuning = tune.words(tuning, tokenizer)
+        check_tokenizer(tokenizer, tune.vocab_size(tuning, config))
+        scheme = scheme_of(section, config, str(path))
+        return cls(path, config, tokenizer, scheme, tuning, vocabulary_size(tokenizer) > before)
 
 
 @dataclass(frozen=True)
@@ -92,23 +97,49 @@ def assemble(
     """
     check_model(mesh, source.config)
     config, stacks = tune.layout(section, source.config, one_stack=mesh.shape["pipe"] > 1)
+    _check_grown(mesh, source.config, config)
     model = Model.create(config, stacks, execution, tune.hooks(section, config))
     stored = Model.create(source.config, stacks).weights
     places = execution.places
-    where = shardings(mesh, config, stored, *places)
+    homes = shardings(mesh, config, stored, *places)
     sharding_of = axes_sharding(mesh, config, *places)
     quantizer = Quantizer(source.scheme, sharding_of, tune.quantized(section, model.weights))
     params: Tree
     if init == "shapes":
         shape = partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
         make = lambda weight, home: quantizer.shape(weight, shape(weight.full_shape, sharding=home))  # noqa: E731
-        params = map_tree(make, stored, where)
+        params = map_tree(make, stored, homes)
     elif init == "random":
-        params = init_params(stored, where, seed, config.init_std, jnp.dtype(dtype), quantizer.loaded)
+        params = init_params(stored, homes, seed, config.init_std, jnp.dtype(dtype), quantizer.loaded)
     else:
-        params = load_params(open_source(source.path), stored, where, jnp.dtype(dtype), progress, quantizer)
-    params, mask = tune.apply(section, params, model.weights, seed, sharding_of)
+        params = load_params(open_source(source.path), stored, homes, jnp.dtype(dtype), progress, quantizer)
+    params, mask = tune.apply(section, params, model.weights, seed, sharding_of, source.tokenizer)
     return Assembled(model, params, mask, mesh, source)
+
+
+def _check_grown(mesh: Mesh, before: ModelConfig, now: ModelConfig) -> None:
+    """New tokens may make tables that the tensor axis does not divide."""
+    rest = now.vocab_size % mesh.shape["tensor"]
+    if rest:
+        raise MeshError(
+            f"mesh.tensor = {mesh.shape['tensor']} divides the model's vocabulary of {before.vocab_size}, but not the "
+            f"{now.vocab_size} that it has with tune.new_tokens; name {mesh.shape['tensor'] - rest} more, spare ones"
+        )
+
+
+def adapted(base: Assembled, section: TuneSection) -> Assembled:
+    """A loaded model with an adapter on it. The two share every array that the adapter leaves as it is.
+
+    base: assembled without an adapter. section: that of an adapter (peft_config.read_config).
+
+    Raises:
+        AdapterError: the adapter does not fit the model.
+    """
+    config, _ = tune.layout(section, base.source.config, one_stack=True)
+    model = Model.create(config, base.model.stacks, base.model.execution, tune.hooks(section, base.source.config))
+    where = axes_sharding(base.mesh, config, *base.model.execution.places)
+    params, mask = tune.apply(section, base.params, model.weights, 0, where)
+    return replace(base, model=model, params=params, mask=mask)
 
 
 def compute_dtype(asked: str) -> Any:

@@ -1,5 +1,5 @@
-"""The command `jaxtune`: train, generate, chat, export, plan, schedule. What they do is elsewhere; this file reads the
-command line and turns what can go wrong into one line and an exit code.
+"""The command `jaxtune`: train, generate, chat, export, quantize, plan, schedule. What they do is elsewhere; this file
+reads the command line and turns what can go wrong into one line and an exit code.
 
 Exit codes: 0 done, 2 the input is wrong, 130 stopped by Ctrl-C, 143 stopped by SIGTERM after a save, 75 another
 process of the run is gone or never came, 1 a failure.
@@ -11,10 +11,11 @@ JAX takes seconds to import, so the commands import what they need when they run
 """
 
 import contextlib
+import functools
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -22,6 +23,7 @@ import typer
 
 import jaxtune
 from jaxtune.errors import explained
+from jaxtune.quant.command import quantize
 
 app = typer.Typer(
     help="Fine-tune and train decoder language models in JAX: Hugging Face files in, Hugging Face files out.",
@@ -191,6 +193,36 @@ def export(
 
 
 @app.command()
+def combine(
+    adapters: Annotated[list[Path], typer.Argument(help="PEFT directories of LoRA adapters of one base model.")],
+    out: Annotated[Path, typer.Option(help="Directory to make.")],
+    weights: Annotated[
+        str | None, typer.Option(help="A factor for each; 1 for all by default.", metavar="W,W,...")
+    ] = None,
+    way: Annotated[
+        str,
+        typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune; the last four also _svd."),
+    ] = "svd",
+    rank: Annotated[int | None, typer.Option(help="Of the result, with a way that ends in svd.")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of the numbers that thinning leaves.")] = None,
+    sign: Annotated[str, typer.Option(help="How ties elects a sign.", metavar="total|frequency")] = "total",
+    seed: Annotated[int, typer.Option(help="Of dare's draws.")] = 0,
+) -> None:
+    """Make one LoRA adapter of several, each times its weight, as PEFT's add_weighted_adapter does."""
+    with _one_line_errors():
+        from jaxtune.console import say
+        from jaxtune.errors import ConfigError
+        from jaxtune.tune.combine import combine as make_one
+
+        try:
+            factors = [1.0] * len(adapters) if weights is None else [float(part) for part in weights.split(",")]
+        except ValueError:
+            raise ConfigError(f"--weights {weights!r}: expected numbers with commas between, such as 0.7,0.3") from None
+        made = make_one(adapters, factors, out, way, rank=rank, density=density, sign=sign, seed=seed)
+        say(f"{out}: {way} of {len(adapters)} adapters, rank {made.rank}, on {len(made.targets)} modules")
+
+
+@app.command()
 def plan(
     config: Annotated[Path, typer.Option(help="YAML file, as for train; its data need not be there.")],
     devices: Annotated[int | None, typer.Option(help="How many to pretend to have; else this machine's.")] = None,
@@ -225,6 +257,21 @@ def schedule(
         from jaxtune.parallel.schedule import make_schedule, picture
 
         _write(picture(make_schedule(name, stages, micro_batches, virtual)) + "\n")
+
+
+def _told(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose errors end it as those of the others do."""
+
+    @functools.wraps(command)
+    def run(**options: object) -> None:
+        with _one_line_errors():
+            _keep_compiled_programs()
+            command(**options)
+
+    return run
+
+
+app.command()(_told(quantize))
 
 
 def _load(model: str | None, adapter: str | None, run: str | None, dtype: str):

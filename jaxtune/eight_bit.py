@@ -21,6 +21,7 @@ BLOCK = 256  # bitsandbytes' block of an optimiser's state
 STACKS = "stacks"  # the key above arrays that have the layers along dimension 0
 SLICES = 128  # at most
 LARGE = 1 << 20  # numbers of a weight that is moved on slice by slice: its moments are never whole in float32
+TINY = np.finfo(np.float32).tiny  # a block's largest is taken for no less: one over it is finite
 SMALLEST = 4096  # numbers in a layer's weight below which its moments stay float32: bitsandbytes' min_8bit_size
 
 
@@ -68,12 +69,11 @@ def dynamic_codes(signed: bool) -> np.ndarray:
 
 
 def make_map(codes: np.ndarray) -> Map:
-    """The tables for 256 rising codes. A number halfway between two codes has the lower one."""
-    low, high = codes[:-1], codes[1:]
-    middle = (low + high) / np.float32(2)
-    # The middle is rounded, and what counts are the two distances as float32 tells them.
-    near = np.stack([np.nextafter(middle, low), middle, np.nextafter(middle, high)])
-    bounds = np.where(high - near < near - low, low, near).max(axis=0)
+    """The tables for 256 rising codes. A number halfway between two codes has the lower one.
+
+    Halfway as float32 tells it, as in bitsandbytes' PyTorch code and CUDA kernels since 0.50.
+    """
+    bounds = (codes[:-1] + codes[1:]) / np.float32(2)
     bits = np.arange(1 << 16, dtype=np.uint32) << 16
     ends = np.nan_to_num(np.stack([bits.view(np.float32), (bits | 0xFFFF).view(np.float32)]))
     first = np.searchsorted(bounds, ends.min(axis=0))
@@ -81,14 +81,14 @@ def make_map(codes: np.ndarray) -> Map:
 
 
 def quantize(x: jax.Array, table: Map, shares: tuple[int, ...] = ()) -> Moment:
-    """The nearest codes of float32 numbers [..., n], each divided by the largest size in its block.
+    """The nearest codes of float32 numbers [..., n], each times one over the largest size in its block.
 
     shares: into how many parts a row may be split over devices; they change no number.
     """
     pieces = _pieces(x, shares)
     absmax = _block_max(jnp.max(jnp.abs(pieces), axis=-1), pieces.shape[-1])
-    scale = _spread(jnp.where(absmax > 0, absmax, 1.0), pieces)
-    return Moment(_nearest(pieces / scale, table).reshape(x.shape), absmax)
+    scale = _spread(1 / jnp.maximum(absmax, TINY), pieces)
+    return Moment(_nearest(pieces * scale, table).reshape(x.shape), absmax)
 
 
 def dequantize(moment: Moment, table: Map, shares: tuple[int, ...] = ()) -> jax.Array:

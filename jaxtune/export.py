@@ -19,7 +19,8 @@ from jaxtune.hf_write import write_model
 from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, open_run, require_run
 from jaxtune.mesh import single_device_mesh
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.weights import Tree
+from jaxtune.models.hooks import NO_HOOKS
+from jaxtune.models.weights import HOOKS, Tree
 from jaxtune.section import TuneSection
 from jaxtune.tokenizer import load_tokenizer
 from jaxtune.tune.merge import merged
@@ -48,7 +49,8 @@ def write_result(
     """
     directory = result_directory(run_dir, section)
     if tune.has_adapter(section):
-        save_adapter(directory, section, assembled.model.weights, params, base_model)
+        words = assembled.source.tokenizer if assembled.source.adds_words else None
+        save_adapter(directory, section, assembled.model.weights, params, base_model, words)
     else:
         _write_model(directory, assembled, params, dtype)
     return directory
@@ -84,7 +86,13 @@ def export_run(run_dir: str | Path, out: str | Path, format: str, dtype: str = "
     config, step, method = opened.run, opened.step, opened.section.method
     if format == "peft" and not tune.has_adapter(opened.section):
         raise ConfigError(f"{run_dir}: trained with tune.method {method}, so it has no adapter; take the format hf")
-    probe = probe_tokens(opened.assembled.model.config)
+    model = opened.assembled.model
+    if format == "hf" and model.hooks != NO_HOOKS:
+        raise ConfigError(
+            f"{run_dir}: what tune.method {method} trains is no part of the model's weights and cannot be merged into "
+            "them; take the format peft"
+        )
+    probe = probe_tokens(model.config, model.hooks.virtual_tokens)
     expected = LoadedModel(opened).logits(probe)
     unchecked = out.parent / f".{out.name}.unchecked"
     shutil.rmtree(unchecked, ignore_errors=True)
@@ -102,9 +110,12 @@ def export_run(run_dir: str | Path, out: str | Path, format: str, dtype: str = "
     return report
 
 
-def probe_tokens(config: ModelConfig) -> np.ndarray:
-    """Token ids to compare two models on: random ones, which reach more of the embedding than a text does."""
-    length = min(PROBE_LENGTH, config.max_positions)
+def probe_tokens(config: ModelConfig, virtual: int = 0) -> np.ndarray:
+    """Token ids to compare two models on: random ones, which reach more of the embedding than a text does.
+
+    virtual: how many virtual tokens will stand before them.
+    """
+    length = min(PROBE_LENGTH, config.max_positions - virtual)
     return np.random.default_rng(0).integers(0, config.vocab_size, (PROBE_ROWS, length))
 
 
@@ -121,15 +132,16 @@ def _check_request(out: Path, format: str, dtype: str) -> None:
 def _write(directory: Path, opened: Opened, format: str, dtype: str) -> None:
     assembled = opened.assembled
     if format == "peft":
-        base = opened.run.model.path
-        save_adapter(directory, opened.section, assembled.model.weights, assembled.params, base)
+        base, words = opened.run.model.path, assembled.source.tokenizer if assembled.source.adds_words else None
+        save_adapter(directory, opened.section, assembled.model.weights, assembled.params, base, words)
     else:
         _write_model(directory, assembled, merged(assembled.params), dtype)
 
 
 def _write_model(directory: Path, assembled: Assembled, params: Tree, dtype: str) -> None:
     model, source = assembled.model, assembled.source
-    write_model(directory, params, model.weights, model.config, source.path, dtype, tokenizer=_own_tokenizer(source))
+    weights = {name: part for name, part in model.weights.items() if name != HOOKS}
+    write_model(directory, params, weights, model.config, source.path, dtype, tokenizer=_own_tokenizer(source))
 
 
 def _own_tokenizer(source: Source) -> Any:

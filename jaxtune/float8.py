@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.leaves import Axes, Leaf, rebased
-from jaxtune.models.weights import Path, Tree, leaves_with_path, map_tree, set_path
+from jaxtune.models.weights import HOOKS, Path, Tree, leaves_with_path, map_tree, set_path
 from jaxtune.parallel import local
 
 STACKS = "stacks"
@@ -143,7 +143,7 @@ class Watch:
         more of them than layers.
         """
         trains = [name for name, stack in mask[STACKS].items() if any(jax.tree.leaves(stack))]
-        below = not any(jax.tree.leaves(mask["embed"]))
+        below = not any(jax.tree.leaves((mask["embed"], mask.get(HOOKS))))
         first = int(trains[0]) if trains and below else 0 if not below else len(mask[STACKS])
         sites = [(path, weight) for path, weight in leaves_with_path(weights) if path[0] == STACKS]
         linear = {path: places or len(weight.layers) for path, weight in sites if len(weight.shape) == 2}

@@ -98,6 +98,7 @@ class Generator:
         c = self.model.config
         # Dynamic scaling goes beyond the positions that the model was trained with; that is its purpose.
         positions = int(c.max_positions * c.rope.factor) if c.rope.type == "dynamic" else c.max_positions
+        positions -= len(self.model.virtual_ids)
         for prompt in prompts:
             if not prompt:
                 raise ConfigError("the prompt has no token; give it some text")
@@ -111,8 +112,9 @@ class Generator:
     def _stream(self, params, prompts, rooms, sampling, chunk, asked) -> Iterator[list[list[int]]]:
         shards = batch_shards(self.mesh)
         rows = -(-len(prompts) // shards) * shards
-        time = bucket(max(map(len, prompts)))
-        inputs = left_padded(prompts, rows, time)
+        preceded = [[*self.model.virtual_ids, *prompt] for prompt in prompts]
+        time = bucket(max(map(len, preceded)))
+        inputs = left_padded(preceded, rows, time)
         left = np.array([*rooms, *[0] * (rows - len(prompts))], np.int32)
         knobs = {**sampling.knobs, "stop": np.array(self.stop, np.int32)}
         columns = bucket(time + max(rooms))

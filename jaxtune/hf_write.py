@@ -6,6 +6,8 @@ It is written under a temporary name and renamed when it is whole. Reading is hf
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from jaxtune import processes
 from jaxtune.errors import ModelError, listing
 from jaxtune.files import inside, read_json
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.families import to_hf
+from jaxtune.models.families import QUANTIZE_CONFIG, to_hf
 from jaxtune.models.weights import Path as WeightPath
 from jaxtune.models.weights import Tree, leaves_with_path
 from jaxtune.safetensors_io import INDEX, SINGLE
@@ -63,7 +65,7 @@ def write_model(
             _make_room(directory, partial, sum(t.num_bytes for t in _tensors(weights, jnp.dtype(dtype).itemsize)))
         _write_weights(partial if first else None, params, weights, jnp.dtype(dtype), max_shard_bytes)
         if first:
-            _write_json(partial / "config.json", _config(config, jnp.dtype(dtype).name))
+            write_json(partial / "config.json", _config(config, jnp.dtype(dtype).name))
             _write_tokenizer(partial, source, tokenizer)
             _write_generation(partial, source, config)
             _put_in_place(partial, directory)
@@ -75,6 +77,33 @@ def write_model(
             shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def new_directory(
+    directory: Path, source: Path, config: ModelConfig, hf: dict[str, Any], num_bytes: int
+) -> Iterator[Path]:
+    """A directory under a temporary name, for a model's weights. Without an error it then gets `hf` as its config.json,
+    the source's tokenizer and generation config, and its name. For one process.
+
+    num_bytes: that the disk must have free.
+
+    Raises:
+        ModelError: as `write_model`.
+    """
+    check_target(directory)
+    partial = directory.parent / f".{directory.name}.partial"
+    try:
+        _make_room(directory, partial, num_bytes)
+        yield partial
+        write_json(partial / "config.json", hf)
+        _write_tokenizer(partial, source, None)
+        _write_generation(partial, source, config)
+        _put_in_place(partial, directory)
+    except (OSError, SafetensorError) as problem:
+        raise ModelError(f"{directory}: cannot be written: {' '.join(str(problem).split())}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def check_target(directory: Path) -> None:
     """Refuse to write over anything but a model directory that `write_model` wrote, or an empty one."""
     if not directory.exists() and not directory.is_symlink():
@@ -82,7 +111,7 @@ def check_target(directory: Path) -> None:
     if not directory.is_dir() or directory.is_symlink():
         raise ModelError(f"{directory}: is in the way; give another directory, or remove it")
     names = {entry.name for entry in directory.iterdir()}
-    ours = {"config.json", INDEX, GENERATION, *TOKENIZER_FILES}
+    ours = {"config.json", INDEX, GENERATION, QUANTIZE_CONFIG, *TOKENIZER_FILES}
     files = {name for name in names if name.endswith(".safetensors")}
     strangers = sorted(names - ours - files) or sorted(n for n in files if not _is_marked(directory / n))
     if strangers or (names and not files):
@@ -129,7 +158,7 @@ def _write_weights(directory: Path | None, params: Tree, weights: Tree, dtype: n
         del arrays
     if directory is not None and len(plan) > 1:
         total = sum(tensor.num_bytes for shard in plan for tensor in shard)
-        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _tensors(weights: Tree, itemsize: int) -> list[Tensor]:
@@ -196,10 +225,10 @@ def _write_generation(directory: Path, source: Path, config: ModelConfig) -> Non
     else:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         found = {name: config.hf[name] for name in names if config.hf.get(name) is not None}
-    _write_json(directory / GENERATION, found)
+    write_json(directory / GENERATION, found)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

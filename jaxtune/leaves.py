@@ -39,6 +39,10 @@ class Leaf:
         """
         raise NotImplementedError
 
+    def with_shared(self, shared: Tree) -> "Leaf":
+        """The leaf with what it needs of the weights that its method has once for all layers (models/hooks.py)."""
+        return self
+
     def inputs(self, x: Any, noise: Any, split: str | None) -> tuple[Any, ...]:
         """What `product` needs of x [..., in]: everything that depends on where a token stands, dropout say."""
         return (x,)

@@ -75,8 +75,8 @@ def open_model(
     if (Path(path) / CONFIG_NAME).is_file() and not (Path(path) / "config.json").is_file():
         raise ModelError(f"{path}: a PEFT adapter, not a model; give its base model, and this directory as adapter")
     section = FULL if adapter is None else read_config(Path(adapter))
-    source = Source.open(ModelSection(path=str(path)))
-    return Opened(assemble(source, section, places, dtype=kind.name), section, kind)
+    source = Source.open(ModelSection(path=str(path)), tuning=section)
+    return Opened(assemble(source, source.tuning, places, dtype=kind.name), source.tuning, kind)
 
 
 def as_mesh(mesh: Mesh | dict | None) -> Mesh:
@@ -136,7 +136,8 @@ def open_run(path: str | Path, dtype: str, mesh: Mesh) -> Opened:
             f"{config.model.path}"
         )
     warn(f"{path}: this run has not finished; this is its checkpoint of step {step}")
-    return Opened(_restored(directory, config, step, dtype, mesh), config.tune, jnp.dtype(dtype), config, step)
+    assembled = _restored(directory, config, step, dtype, mesh)
+    return Opened(assembled, assembled.source.tuning, jnp.dtype(dtype), config, step)
 
 
 def _is_finished(directory: Path, config: Config) -> bool:
@@ -161,13 +162,13 @@ def open_adapter(
     """The base model of a run with this adapter on it. prints: what the run's record says of the base."""
     section = read_config(adapter)
     assembled = _assemble(config, section, dtype, single_device_mesh() if mesh is None else mesh, prints or {})
-    return Opened(assembled, section, jnp.dtype(dtype), config)
+    return Opened(assembled, assembled.source.tuning, jnp.dtype(dtype), config)
 
 
 def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh, prints: dict[str, str]) -> Assembled:
     """The run's base model, with the run's template, under this section."""
     try:
-        source = Source.open(config.model, config.data.template)
+        source = Source.open(config.model, config.data.template, section)
     except ModelError as error:
         hint = "; a relative path counts from where the run was started" if not Path(config.model.path).exists() else ""
         raise ModelError(f"{error} (model.path of the run{hint})") from None
@@ -175,7 +176,7 @@ def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh, prin
         raise CheckpointError(
             f"{config.model.path}: this base model is not the one that the run began with; bring the old files back"
         )
-    return assemble(source, section, mesh, init=config.model.init, dtype=dtype, seed=config.train.seed)
+    return assemble(source, source.tuning, mesh, init=config.model.init, dtype=dtype, seed=config.train.seed)
 
 
 def _restored(directory: Path, config: Config, step: int, dtype: str, mesh: Mesh) -> Assembled:

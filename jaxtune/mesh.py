@@ -5,7 +5,7 @@ file alone says where those lie. What moves between devices inside a model is pa
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -151,10 +151,10 @@ def _mesh_axes(axis: Axis, rules: Rules) -> tuple[str, ...]:
     return rules[axis] if axis else ()
 
 
-def shards_of(home: NamedSharding, ndim: int) -> list[int]:
-    """Into how many parts each dimension of an array is split."""
-    entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in home.spec]
-    return [math.prod(home.mesh.shape[axis] for axis in axes) for axes in entries] + [1] * (ndim - len(entries))
+def shards_of(partition: PartitionSpec, sizes: Mapping[str, int], ndim: int) -> list[int]:
+    """Into how many parts each dimension of an array is split. sizes: of the mesh's axes."""
+    entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in partition]
+    return [math.prod(sizes[axis] for axis in axes) for axes in entries] + [1] * (ndim - len(entries))
 
 
 def shardings(mesh: Mesh, config: ModelConfig, weights: Tree, zero: int = 3, memory_kind: str | None = None) -> Tree:
@@ -181,7 +181,9 @@ def axes_sharding(
         if mesh.shape["pipe"] == 1:
             return home(axes, usual)
         wide = home(axes, spread)
-        fits = not any(size % shards for size, shards in zip(shape, shards_of(wide, len(shape)), strict=True))
+        fits = not any(
+            size % shards for size, shards in zip(shape, shards_of(wide.spec, mesh.shape, len(shape)), strict=True)
+        )
         return wide if fits else home(axes, {**usual, "layers": ()})
 
     return place

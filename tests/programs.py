@@ -24,8 +24,11 @@ FULL = {"method": "full"}
 STEPS = 10
 
 
-def make_batch(step, micro_batches=1, rows=ROWS, time=TIME, vocab=VOCAB):
-    """Two documents a row, 40 % of the tokens supervised, some padding at the end of some rows."""
+def make_batch(step, micro_batches=1, rows=ROWS, time=TIME, vocab=VOCAB, virtual=0):
+    """Two documents a row, 40 % of the tokens supervised, some padding at the end of some rows.
+
+    virtual: so many tokens at the start of each document are virtual ones.
+    """
     draw = np.random.default_rng(step)
     shape = rows, time
     tokens = draw.integers(0, vocab, (rows, time + 1)).astype(np.int32)
@@ -39,6 +42,9 @@ def make_batch(step, micro_batches=1, rows=ROWS, time=TIME, vocab=VOCAB):
         "positions": np.where(second, np.arange(time) - cut, np.arange(time)).astype(np.int32),
         "segments": ((1 + second) * real).astype(np.int32),
     }
+    is_virtual = (batch["positions"] < virtual) & real
+    batch["tokens"] = np.where(is_virtual, vocab + batch["positions"], batch["tokens"]).astype(np.int32)
+    batch["mask"] *= ~is_virtual
     return {name: x.reshape(micro_batches, rows // micro_batches, time) for name, x in batch.items()}
 
 
@@ -70,7 +76,8 @@ class Stepper:
         return build(self.config, declared, self.mesh, params, mask, STEPS)
 
     def batch(self, step):
-        return self.program.put(make_batch(step, self.config.train.micro_batches, self.rows, self.time, self.vocab))
+        sizes = self.config.train.micro_batches, self.rows, self.time, self.vocab, len(self.model.virtual_ids)
+        return self.program.put(make_batch(step, *sizes))
 
     @cached_property
     def compiled(self):

@@ -278,3 +278,51 @@ def test_eight_devices_give_what_one_gives(tiny_model, model, sizes):
 
 def test_the_rows_of_the_runs_are_what_these_tests_ask_about():
     assert ROWS[7] == {"instruction": "What is 7?", "output": "It is number 7."}
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_model, tmp_path_factory):
+    """Two adapters of one model, of different methods and layers."""
+    from jaxtune.assemble import Source, assemble
+    from jaxtune.config import ModelSection, tune_section
+    from jaxtune.mesh import single_device_mesh
+    from jaxtune.tune.peft_io import save_adapter
+    from tests.tune.support import Tuned, randomised
+
+    home, found = tmp_path_factory.mktemp("adapters"), {}
+    sections = {"plain": tune_section(rank=4, layers=[1]), "scaled": tune_section(method="ia3")}
+    for name, section in sections.items():
+        made = assemble(Source.open(ModelSection(path=str(tiny_model("qwen2")))), section, single_device_mesh())
+        moved = randomised(Tuned(made.model, made.params, made.mask, section))
+        save_adapter(home / name, section, made.model.weights, moved.params)
+        found[name] = home / name
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:::peft", "ignore:::transformers")
+def test_several_adapters_share_one_base_and_are_switched(tiny_model, adapters):
+    directory = tiny_model("qwen2")
+    model = jaxtune.load_model(directory)
+    plain = model.logits(TOKENS)
+    for name, where in adapters.items():
+        model.add_adapter(name, where)
+        np.testing.assert_array_equal(model.logits(TOKENS), plain)
+    assert model.adapters == list(adapters)
+    for name, where in adapters.items():
+        model.use_adapter(name)
+        assert np.abs(model.logits(TOKENS) - plain).max() > 0.01
+        assert_close(model.logits(TOKENS), peer_logits(directory, TOKENS, where))
+    model.use_adapter(None)
+    np.testing.assert_array_equal(model.logits(TOKENS), plain)
+
+
+def test_an_adapter_that_is_not_there_or_has_a_name_that_is_taken_is_refused(tiny_model, adapters):
+    model = jaxtune.load_model(tiny_model("qwen2"))
+    with pytest.raises(AdapterError, match="not loaded; loaded are none"):
+        model.use_adapter("plain")
+    model.add_adapter("plain", adapters["plain"])
+    with pytest.raises(AdapterError, match="taken are plain"):
+        model.add_adapter("plain", adapters["scaled"])
+    other = jaxtune.load_model(tiny_model("qwen2"), adapter=adapters["plain"])
+    with pytest.raises(AdapterError, match="load its base model"):
+        other.add_adapter("scaled", adapters["scaled"])

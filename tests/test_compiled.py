@@ -6,10 +6,12 @@ from functools import cache
 from itertools import pairwise
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxtune.parallel.schedule import bubble, make_schedule
+from jaxtune.plan.memory import tree_bytes
 from jaxtune.step import make_gradients
 from tests.programs import CONFIG, FULL, HIDDEN, LAYERS, TIME, VOCAB, Stepper
 
@@ -40,11 +42,16 @@ def held(stepper, name):
     return sum(x.dtype.itemsize * int(np.prod(home.shard_shape(x.shape))) for x, home in pairs)
 
 
+def gradients_of(stepper, dtype=np.float32):
+    """(jitted function, arguments) of the gradients that leave the region."""
+    program = stepper.program
+    function = jax.jit(make_gradients(stepper.model, program.layout, dtype, 0))
+    return function, (stepper.state["trainable"], program.frozen, stepper.batch(1), np.int32(1), np.float32(1), {})
+
+
 def gradient_bytes(stepper):
     """Bytes on one device of the gradients that leave the compiled region."""
-    program = stepper.program
-    function = jax.jit(make_gradients(stepper.model, program.layout, np.float32, 0))
-    arguments = stepper.state["trainable"], program.frozen, stepper.batch(1), np.int32(1), np.float32(1), {}
+    function, arguments = gradients_of(stepper)
     return function.lower(*arguments).compile().memory_analysis().output_size_in_bytes
 
 
@@ -60,6 +67,14 @@ def test_zero_levels_hold_an_eighth_of_optimiser_then_gradients_then_weights():
         share(held(zero(level), "optimizer"), whole["optimizer"], level >= 1)
         share(grads[level], grads[0], level >= 2)
         share(held(zero(level), "trainable"), whole["trainable"], level >= 3)
+
+
+def test_what_is_split_is_a_half_on_two_devices():
+    params, moments = (held(zero(0), name) for name in ("trainable", "optimizer"))
+    for level, expected in ((1, params + moments / 2), (3, (params + moments) / 2)):
+        stepper = Stepper(mesh={"fsdp": 2, "zero": level})
+        batch = tree_bytes(stepper.batch(1))["device"]
+        assert stepper.memory.argument_size_in_bytes == pytest.approx(expected + batch, rel=0.01)
 
 
 def test_zero_0_and_1_reduce_whole_gradients_and_1_gathers_new_weights():
@@ -124,6 +139,15 @@ def test_memory_of_1f1b_does_not_grow_with_the_micro_batches_and_gpipe_s_does():
 
 def test_interleaved_has_a_smaller_bubble_at_the_same_micro_batches():
     assert bubble(make_schedule("interleaved", 4, 8, 2)) < 0.75 * bubble(make_schedule("1f1b", 4, 8))
+
+
+def test_gradients_are_summed_up_in_the_type_that_is_asked_for():
+    for kind, expected in (("float32", np.float32), ("compute", jnp.bfloat16)):
+        sections = {"memory": {"gradients": kind}, "train": {"micro_batches": 2}}
+        stepper = Stepper(mesh={"fsdp": 2, "zero": 2}, precision={"compute": "bfloat16"}, **sections)
+        function, arguments = gradients_of(stepper, jnp.bfloat16)
+        _, grads, _ = jax.eval_shape(function, *arguments)
+        assert {grad.dtype for grad in jax.tree.leaves(grads)} == {jnp.dtype(expected)}
 
 
 def test_remat_policies_keep_less_in_the_promised_order():

@@ -1,5 +1,7 @@
 """8-bit moments are bitsandbytes': its codes, its rounding, its steps; and they are sharded as their weights are."""
 
+import functools
+import importlib.util
 import re
 import warnings
 
@@ -12,7 +14,7 @@ from jax.sharding import NamedSharding
 from jaxtune import eight_bit
 from jaxtune.checkpoint import Checkpointer
 from jaxtune.config import MeshSection, OptimSection
-from jaxtune.eight_bit import BLOCK, Moment, dequantize, dynamic_codes, dynamic_map, make_map, quantize
+from jaxtune.eight_bit import BLOCK, Moment, dequantize, dynamic_codes, dynamic_map, quantize
 from jaxtune.mesh import RULES, make_mesh, spec
 from jaxtune.models.weights import Weight
 from jaxtune.optim import descend, make_optimizer, state_shardings
@@ -28,18 +30,32 @@ def functional():
         return pytest.importorskip("bitsandbytes.functional")
 
 
+@pytest.fixture(scope="module")
+def peer_quantize(functional):
+    """bitsandbytes' own definition of block-wise quantisation: (numbers, codes' values, block) -> (codes, absmax).
+
+    It is the PyTorch code in backends/default/ops.py, which every device without a kernel runs: exact, and the same on
+    any machine. What torch calls on a CPU is a C++ kernel that approximates it since 0.50: the code is looked up in
+    65536 equal steps of [-1, 1], and what is nearer to 0 than such a step has a code hundreds of times too large (0
+    itself, 131 in place of 127). The CUDA kernels compare with the same middles, but for numbers on a middle.
+    PyTorch's dispatcher keeps the function, which has no name, behind the CPU's: here the file is run once more.
+    """
+    from bitsandbytes import _ops
+    from bitsandbytes.backends.default import ops
+
+    kernels = {}
+    again = importlib.util.spec_from_file_location(f"{ops.__name__}_again", ops.__file__)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_ops, "register_kernel", lambda name, _: functools.partial(kernels.__setitem__, name))
+        again.loader.exec_module(importlib.util.module_from_spec(again))
+    return kernels["bitsandbytes::quantize_blockwise"]
+
+
 def numbers(shape, signed, seed=0):
     """Of every size between 1e-6 and 1e3."""
     random = np.random.default_rng(seed)
     x = (random.standard_normal(shape) * 10.0 ** random.uniform(-6, 3, shape)).astype(np.float32)
     return x if signed else np.abs(x)
-
-
-def cpu_codes(signed):
-    """bitsandbytes' CPU kernel puts -1 in place of the first code of whatever table it is given."""
-    codes = dynamic_codes(signed).copy()
-    codes[0] = -1
-    return codes
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -50,55 +66,87 @@ class TestAgainstBitsandbytes:
 
     @SIGNED
     @pytest.mark.parametrize("shape", [(7, 512), (300,), (3, 4, 256)])
-    def test_codes_scales_and_numbers_are_its_own_bit_for_bit(self, functional, signed, shape):
+    def test_codes_scales_and_numbers_are_its_own_bit_for_bit(self, functional, peer_quantize, signed, shape):
         import torch
 
-        table, x = make_map(cpu_codes(signed)), numbers(shape, signed)
-        theirs, state = functional.quantize_blockwise(torch.tensor(x), torch.tensor(table.codes), blocksize=BLOCK)
+        table, x = dynamic_map(signed), numbers(shape, signed)
+        whole = np.pad(x.ravel(), (0, -x.size % BLOCK))  # it divides a last block that is shorter, and no other
+        theirs, absmax = peer_quantize(torch.tensor(whole), torch.tensor(table.codes), BLOCK)
         ours = jax.jit(lambda x: quantize(x, table))(x)
-        np.testing.assert_array_equal(ours.codes, theirs.numpy())
-        np.testing.assert_array_equal(ours.absmax.ravel(), state.absmax.numpy())
-        back = functional.dequantize_blockwise(theirs, state)
-        np.testing.assert_array_equal(jax.jit(lambda m: dequantize(m, table))(ours), back.numpy())
+        np.testing.assert_array_equal(ours.codes.ravel(), theirs.numpy()[: x.size])
+        np.testing.assert_array_equal(ours.absmax.ravel(), absmax.numpy())
+        # Back again every path of its is one multiplication.
+        back = functional.dequantize_blockwise(theirs, absmax=absmax, code=torch.tensor(table.codes), blocksize=BLOCK)
+        np.testing.assert_array_equal(jax.jit(lambda m: dequantize(m, table))(ours).ravel(), back.numpy()[: x.size])
 
     @SIGNED
-    def test_narrow_numbers_have_the_codes_of_its_own_table(self, functional, signed):
+    @pytest.mark.parametrize("largest", [1.0, 3.1])
+    def test_numbers_at_every_middle_have_its_codes(self, peer_quantize, signed, largest):
         import torch
 
-        x = torch.tensor(numbers((8, 1024), signed)).bfloat16()
-        theirs, _ = functional.quantize_blockwise(x, functional.create_dynamic_map(signed), blocksize=BLOCK)
-        ours = quantize(jnp.asarray(x.float().numpy()), dynamic_map(signed))
-        np.testing.assert_array_equal(ours.codes, theirs.numpy())
+        table = dynamic_map(signed)
+        middles = (table.codes[:-1] + table.codes[1:]) / np.float32(2)
+        near = [np.nextafter(middles, np.float32(2)), middles, np.nextafter(middles, np.float32(-2))]
+        x = np.stack([np.append(row, np.float32(1)) for row in near]) * np.float32(largest)
+        theirs, _ = peer_quantize(torch.tensor(x), torch.tensor(table.codes), BLOCK)
+        np.testing.assert_array_equal(jax.jit(lambda x: quantize(x, table))(x).codes, theirs.numpy())
 
-    def test_ten_steps_of_adamw_are_its_steps(self, functional, monkeypatch):
+    @SIGNED
+    def test_narrow_numbers_have_its_codes(self, peer_quantize, signed):
         import torch
 
-        monkeypatch.setattr(eight_bit, "dynamic_map", lambda signed: make_map(cpu_codes(signed)))
+        x, table = torch.tensor(numbers((8, 1024), signed)).bfloat16(), dynamic_map(signed)
+        theirs, _ = peer_quantize(x, torch.tensor(table.codes), BLOCK)
+        np.testing.assert_array_equal(quantize(jnp.asarray(x.float().numpy()), table).codes, theirs.numpy())
+
+    @pytest.mark.parametrize(("betas", "flips"), [((0.5, 0.5), 0), ((0.9, 0.999), 4)])
+    def test_ten_steps_of_adamw_are_its_steps(self, functional, peer_quantize, betas, flips):
+        """Half of a number is exact, so that moments cannot differ; of others the last bit depends on the CPU.
+
+        There a code may then be the next one, in no more than `flips` of 163,840.
+        """
+        import torch
+
         weights = {"head": {"weight": Weight((16, 512), ("vocab", "embed"), "head")}}
-        optimizer = make_optimizer(OptimSection(name="adamw_8bit", weight_decay=0.1), weights)
+        beta1, beta2 = betas
+        section = OptimSection(name="adamw_8bit", weight_decay=0.1, beta1=beta1, beta2=beta2)
+        optimizer = make_optimizer(section, weights)
         params = {"head": {"weight": jnp.asarray(numbers((16, 512), True, seed=9))}}
         state, step = optimizer.init(params), stepper(optimizer)
         theirs = torch.tensor(np.asarray(params["head"]["weight"]))
-        m, v = (torch.zeros(16, 512) for _ in range(2))
+        m, v, apart = torch.zeros(16, 512), torch.zeros(16, 512), []
         for count in range(1, 11):
             grad = numbers((16, 512), True, seed=count)
             params, state = step(params, state, {"head": {"weight": jnp.asarray(grad)}})
-            m = 0.9 * m + 0.1 * torch.tensor(grad)
-            v = 0.999 * v + (1 - 0.999) * torch.tensor(grad) ** 2
+            m = beta1 * m + (1 - beta1) * torch.tensor(grad)
+            v = beta2 * v + (1 - beta2) * torch.tensor(grad) ** 2
             theirs = theirs * (1 - 1e-2 * 0.1)
-            denominator = v.sqrt() / (1 - 0.999**count) ** 0.5 + 1e-8
-            theirs = theirs - 1e-2 / (1 - 0.9**count) * m / denominator
-            np.testing.assert_allclose(params["head"]["weight"], theirs.numpy(), rtol=2e-6, atol=1e-6)
-            (m, m_codes), (v, v_codes) = (rounded(functional, x, signed) for x, signed in ((m, True), (v, False)))
-            ours = state[0].mu["head"]["weight"].codes, state[0].nu["head"]["weight"].codes
-            assert [(a != b.numpy()).sum() for a, b in zip(ours, (m_codes, v_codes), strict=True)] == [0, 0]
+            denominator = v.sqrt() / (1 - beta2**count) ** 0.5 + 1e-8
+            theirs = theirs - 1e-2 / (1 - beta1**count) * m / denominator
+            np.testing.assert_allclose(params["head"]["weight"], theirs.numpy(), rtol=1e-5, atol=1e-6)
+            ours = (state[0].mu["head"]["weight"], True), (state[0].nu["head"]["weight"], False)
+            apart += [codes_apart(moment, x, peer_quantize, s) for (moment, s), x in zip(ours, (m, v), strict=True)]
+            m, v = (peer_numbers(functional, moment, s) for moment, s in ours)
+        apart = np.concatenate(apart)
+        assert np.count_nonzero(apart) <= flips and np.abs(apart).max() <= 1
 
 
-def rounded(functional, x, signed):
+def codes_apart(moment, x, peer_quantize, signed):
+    """How far ours are from those that bitsandbytes gives the numbers x."""
     import torch
 
-    codes, state = functional.quantize_blockwise(x, torch.tensor(cpu_codes(signed)), blocksize=BLOCK)
-    return functional.dequantize_blockwise(codes, state), codes
+    theirs, _ = peer_quantize(x, torch.tensor(dynamic_codes(signed)), BLOCK)
+    return np.asarray(moment.codes, np.int32).ravel() - theirs.numpy().astype(np.int32).ravel()
+
+
+def peer_numbers(functional, moment, signed):
+    """A moment as bitsandbytes reads it."""
+    import torch
+
+    codes, absmax = torch.tensor(np.asarray(moment.codes)), torch.tensor(np.asarray(moment.absmax).ravel())
+    return functional.dequantize_blockwise(
+        codes, absmax=absmax, code=torch.tensor(dynamic_codes(signed)), blocksize=BLOCK
+    )
 
 
 def stepper(optimizer, **settings):
@@ -112,16 +160,20 @@ def stepper(optimizer, **settings):
 @SIGNED
 def test_a_number_takes_the_nearest_code_and_halfway_the_lower(signed):
     table = dynamic_map(signed)
-    edges = table.bounds[:-1]
-    x = np.concatenate([np.random.default_rng(0).uniform(-1, 1, 50_000).astype(np.float32), table.codes, edges])
-    x = np.concatenate([x, np.nextafter(edges, np.float32(2)), np.nextafter(edges, np.float32(-2))])
-    x = x if signed else np.abs(x)
-    expected = np.abs(x[:, None] - table.codes).argmin(axis=1)
-    x = np.append(x, np.float32(1))  # the block's largest, so that nothing is scaled
-    padded = np.stack([np.append(row, np.float32(1)) for row in np.resize(x, (len(x) // 255 + 1, 255))])
-    np.testing.assert_array_equal(
-        quantize(jnp.asarray(padded), table).codes[:, :255].ravel()[: len(expected)], expected
-    )
+    x = np.random.default_rng(0).uniform(-1 if signed else 0, 1, 50_000).astype(np.float32)
+    nearest = np.abs(x[:, None].astype(np.float64) - table.codes).argmin(axis=1)
+    np.testing.assert_array_equal(codes_of(x, table), nearest)
+    np.testing.assert_array_equal(codes_of(table.codes, table), np.arange(256))
+    middles = (table.codes[:-1] + table.codes[1:]) / np.float32(2)
+    np.testing.assert_array_equal(codes_of(middles, table), np.arange(255))
+    np.testing.assert_array_equal(codes_of(np.nextafter(middles, np.float32(2)), table), np.arange(1, 256))
+
+
+def codes_of(x, table):
+    """Of numbers of [-1, 1] as they are: each block ends with 1, the largest in it, so that nothing is scaled."""
+    padded = np.pad(x, (0, -len(x) % (BLOCK - 1))).reshape(-1, BLOCK - 1)
+    blocks = np.pad(padded, [(0, 0), (0, 1)], constant_values=1)
+    return np.asarray(quantize(jnp.asarray(blocks), table).codes)[:, :-1].ravel()[: len(x)]
 
 
 def test_the_last_block_of_a_row_is_shorter():

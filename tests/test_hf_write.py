@@ -193,7 +193,7 @@ def test_an_empty_directory_and_a_new_one_are_free(tmp_path):
     check_target(tmp_path / "new" / "deep")
 
 
-@pytest.mark.parametrize("at", ["save_file", "_write_json", "_write_tokenizer", "_write_generation", "_put_in_place"])
+@pytest.mark.parametrize("at", ["save_file", "write_json", "_write_tokenizer", "_write_generation", "_put_in_place"])
 @pytest.mark.parametrize("problem", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_write_that_fails_anywhere_leaves_what_was_there(tiny_model, tmp_path, monkeypatch, at, problem):
     out = rewrite(tiny_model("llama"), tmp_path / "out")
@@ -203,7 +203,7 @@ def test_a_write_that_fails_anywhere_leaves_what_was_there(tiny_model, tmp_path,
 
     def fail(*arguments, **options):
         calls.append(at)
-        if len(calls) > 1 or at not in ("save_file", "_write_json"):
+        if len(calls) > 1 or at not in ("save_file", "write_json"):
             raise problem
         return work(*arguments, **options)
 

@@ -1,6 +1,7 @@
 """Every mesh and option gives one device's losses and parameters: the table of docs/parallelism.md."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -48,3 +49,13 @@ def test_row(name):
     (FOUND / f"{name}.json").write_text(json.dumps({"loss": loss, "weights": weight}))
     assert loss <= LOSS_LIMIT
     assert weight <= WEIGHT_LIMIT
+
+
+def test_the_docs_have_every_row_and_no_other(repository):
+    text = (repository / "docs" / "parallelism.md").read_text(encoding="utf-8")
+    table = text.split("<!-- table:")[1].split("<!-- end of the table -->")[0]
+    found = re.findall(r"^\| ([^|]+) \| (\d\S*) \| (\d\S*) \|$", table, re.MULTILINE)
+    assert [name for name, _, _ in found] == list(ROWS)
+    assert len(table.strip().splitlines()) == 1 + 2 + len(ROWS)  # the marker, the head, the rows
+    assert max(float(loss) for _, loss, _ in found) <= LOSS_LIMIT
+    assert max(float(weight) for _, _, weight in found) <= WEIGHT_LIMIT

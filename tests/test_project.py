@@ -16,6 +16,7 @@ PACKAGE = sorted((REPOSITORY / "jaxtune").rglob("*.py"))
 SOURCES = [*PACKAGE, *sorted(REPOSITORY.glob("t*/**/*.py")), *sorted((REPOSITORY / "demo").glob("*.py"))]
 FORBIDDEN_IMPORTS = {"torch", "pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
@@ -105,19 +106,21 @@ def test_the_licence_is_apaches():
     assert "Version 2.0, January 2004" in text
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_links_and_paths_in_the_pages_lead_somewhere(page):
-    text = (REPOSITORY / page).read_text(encoding="utf-8")
-    linked = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    named = re.findall(r"`((?:jaxtune|tests|tools|configs|demo|docs)/[\w./-]*)`", text)
-    assert linked or named
-    assert [path for path in {*linked, *named} if not (REPOSITORY / path).exists()] == []
+    text = page.read_text(encoding="utf-8")
+    linked = [page.parent / link for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) if "://" not in link]
+    named = [REPOSITORY / name for name in re.findall(r"`((?:jaxtune|tests|tools|configs|demo|docs)/[\w./-]*)`", text)]
+    assert linked or named or page.parent != REPOSITORY
+    assert [str(path) for path in {*linked, *named} if not path.exists()] == []
 
 
-def test_the_readmes_configuration_is_valid():
-    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    config = make_config(parse_yaml(block, "README.md"))
-    assert config.train.output_dir == "runs/mine"
+def test_the_readmes_configurations_are_valid():
+    """A whole one, and sections to put over it."""
+    whole, *more = (parse_yaml(block, "README.md") for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
+    assert make_config(whole).train.output_dir == "runs/mine"
+    for sections in more:
+        make_config({**whole, **sections})
 
 
 def test_the_readmes_first_screen_has_both_commands():

@@ -39,6 +39,21 @@ another type, or a key that the chosen method, format or optimiser would not use
 aliases. The run directory holds the configuration as it was resolved, in `config.yaml`.
 
 This page is made from `jaxtune/config.py` and the methods in `jaxtune/tune/` by `python tools/config_docs.py`.
+
+## What is refused
+
+| what | why |
+|---|---|
+| a key of `tune` that belongs to another method | it would do nothing |
+| `data.system`, `template` or `train_on_prompt` with format text; a column that the format does not read | likewise |
+| a key of `optim` that belongs to another optimiser or schedule | likewise |
+| `optim.warmup` or `decay` of 1 or more that is no whole number; with wsd, more steps of both than the run has | they \
+are a share below 1, or a number of steps |
+| `model.overrides` with `init: pretrained` | the weights fix the settings |
+| `eval.path` and `eval.fraction` together | one evaluation has one source |
+
+Of `mesh` and `memory`: [parallelism.md](parallelism.md#what-is-refused); of `precision`:
+[precision.md](precision.md#what-is-refused).
 """
 NAMES = {str: "text", int: "integer", float: "number", bool: "true, false", type(None): "null", Any: "anything"}
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}

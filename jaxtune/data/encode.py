@@ -69,9 +69,9 @@ class Lengths:
 
 
 def encode(
-    rows: list[Row], section: DataSection, tokenizer: Any, template: ChatTemplate | None
+    rows: list[Row], section: DataSection, tokenizer: Any, template: ChatTemplate | None, virtual: int = 0
 ) -> tuple[Examples, Lengths]:
-    """The rows as tokens, at most section.max_length each.
+    """The rows as tokens, at most section.max_length each, less the `virtual` tokens that will stand before them.
 
     template: of conversations; None for plain texts. Plain texts begin as the tokenizer begins a text (with its bos
     token, if it adds one), end with its eos token, and are supervised throughout.
@@ -86,10 +86,10 @@ def encode(
         _texts(rows, section, tokenizer) if template is None else _chats(rows, section, tokenizer, template, counts)
     )
     for row, example in zip(rows, encoded, strict=True):
-        kept = _fit(example, section, row.where, counts)
+        kept = _fit(example, section, section.max_length - virtual, row.where, counts)
         if kept is not None:
             parts.append(kept)
-    _check(counts, section, bool(parts))
+    _check(counts, section, virtual, bool(parts))
     return join(parts), counts
 
 
@@ -156,16 +156,18 @@ def _chunked(items: Iterator[Any]) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _fit(example: _Example, section: DataSection, where: str, counts: Lengths) -> tuple[np.ndarray, np.ndarray] | None:
-    """The example as it will be trained on, or None; counted either way."""
+def _fit(
+    example: _Example, section: DataSection, room: int, where: str, counts: Lengths
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The example as it will be trained on, at most `room` tokens, or None; counted either way."""
     tokens, mask, whole = example
     if whole and not mask.any():
         counts.dropped_silent += 1
         return None
-    if len(tokens) <= section.max_length:
+    if len(tokens) <= room:
         return tokens, mask
     counts.too_long.append((len(tokens), f"{where}{'' if whole else ', at least'}"))
-    tokens, mask = tokens[: section.max_length].copy(), mask[: section.max_length].copy()
+    tokens, mask = tokens[:room].copy(), mask[:room].copy()
     if section.too_long != "truncate":
         counts.dropped_long += 1
     elif not mask.any():
@@ -176,17 +178,18 @@ def _fit(example: _Example, section: DataSection, where: str, counts: Lengths) -
     return None
 
 
-def _check(counts: Lengths, section: DataSection, any_left: bool) -> None:
+def _check(counts: Lengths, section: DataSection, virtual: int, any_left: bool) -> None:
+    limit = f"data.max_length {section.max_length}" + (f" less {virtual} virtual tokens" if virtual else "")
     if counts.too_long and section.too_long == "error":
         length, where = max(counts.too_long, key=lambda item: item[0])
         raise DataError(
-            f"{len(counts.too_long)} of {counts.rows} rows are longer than data.max_length {section.max_length}, "
+            f"{len(counts.too_long)} of {counts.rows} rows are longer than {limit}, "
             f"the first {counts.too_long[0][1]}: {counts.too_long[0][0]} tokens, the longest {where}: {length}; "
             "raise data.max_length, or set data.too_long to truncate or drop"
         )
     if not any_left:
         raise DataError(
             f"no supervised token in {counts.rows} rows: {counts.dropped_silent} have no assistant turn, "
-            f"{counts.dropped_long} are longer than data.max_length {section.max_length}, "
+            f"{counts.dropped_long} are longer than {limit}, "
             f"{counts.dropped_cut} have nothing supervised within it; there is nothing to learn from"
         )

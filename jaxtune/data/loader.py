@@ -3,6 +3,9 @@
 The stream of a data set is its epochs' rows, one epoch after another; step s trains on rows (s-1)*B up to s*B of it,
 B being train.batch_size. So neither devices nor processes nor where a run was interrupted have a say in the order,
 and the state of the data is the step. All batches of a run have one shape, [micro_batches, rows, time].
+
+A tuning method may have virtual tokens, ids past the vocabulary: they are put before every example as it is written
+into a row, take their room there, and are counted nowhere.
 """
 
 import hashlib
@@ -11,7 +14,7 @@ import math
 import threading
 from bisect import bisect_right
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +31,8 @@ from jaxtune.errors import ConfigError, DataError
 
 STREAM_VERSION = 1  # to be raised with any change of order or packing, so that an old run is not resumed on a new one
 TIME_MULTIPLE = 64  # unpacked rows are padded to one
+NONE = range(0)  # no virtual tokens
+LEAST = 2  # tokens of a conversation: one to be asked with, one to learn
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
@@ -40,10 +45,11 @@ class Batch:
     mask: np.ndarray  # bool, where the target is supervised
     positions: np.ndarray  # int32, from 0 in each document
     segments: np.ndarray  # int32, 1, 2, ... for the documents of a row; 0: padding
+    virtual: int = field(default=0, kw_only=True)  # how many of its tokens are virtual
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays by name."""
-        return {item.name: getattr(self, item.name) for item in fields(self)}
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "virtual"}
 
     def sha256(self) -> str:
         """Of the contents; the same for every split into micro-batches."""
@@ -55,8 +61,8 @@ class Batch:
 
     @cached_property
     def num_tokens(self) -> int:
-        """Real tokens: padding is not counted."""
-        return int(np.count_nonzero(self.segments))
+        """Real tokens: neither padding nor virtual ones are counted."""
+        return int(np.count_nonzero(self.segments)) - self.virtual
 
     @cached_property
     def num_supervised(self) -> int:
@@ -78,9 +84,13 @@ class Dataset:
         seed: int = 0,
         packing: bool = True,
         shuffle: bool = True,
+        virtual: range = NONE,
     ):
-        """time: tokens of a row, no example is longer; steps: wins over epochs, which may be a fraction."""
-        self.examples = examples
+        """time: tokens of a row, no example is longer; steps: wins over epochs, which may be a fraction.
+
+        virtual: ids that are put before every example, and take of `time`.
+        """
+        self.examples, self.virtual = examples, virtual
         self.shape = (micro_batches, batch_size // micro_batches, time)
         self._order: dict[str, Any] = {"seed": seed, "packing": packing, "shuffle": shuffle}
         self._epochs: list[Epoch] = []
@@ -106,6 +116,8 @@ class Dataset:
     def fingerprint(self) -> str:
         """SHA-256 of all that determines the stream: the examples, their order and the batches' size."""
         settings = {**self._order, "time": self.shape[-1], "batch_size": self.batch_size, "version": STREAM_VERSION}
+        if self.virtual:
+            settings["virtual"] = [self.virtual.start, self.virtual.stop]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for array, kind in ((self.examples.starts, "<i8"), (self.examples.tokens, "<i4")):
             digest.update(array.astype(kind, copy=False).tobytes())
@@ -120,11 +132,13 @@ class Dataset:
         if not 1 <= step <= self.steps:
             raise IndexError(f"step {step} of {self.steps}")
         size, time = self.batch_size, self.shape[-1]
-        batch = Batch(*(np.zeros((size, time), kind) for kind in ("i4", "i4", "?", "i4", "i4")))
+        batch, virtual = Batch(*(np.zeros((size, time), kind) for kind in ("i4", "i4", "?", "i4", "i4"))), 0
         for row, index in enumerate(range((step - 1) * size, step * size)):
             if (rows is None or row in rows) and (self._limit is None or index < self._limit):
-                self._fill(batch, row, self._stream(index))
-        return Batch(*(array.reshape(self.shape) for array in batch.arrays().values()))
+                members = self._stream(index)
+                self._fill(batch, row, members)
+                virtual += len(self.virtual) * len(members)
+        return Batch(*(array.reshape(self.shape) for array in batch.arrays().values()), virtual=virtual)
 
     def batches(self, first_step: int = 1, rows: Container[int] | None = None) -> Iterator[Batch]:
         """The batches from `first_step` to the last, made ahead of time by a thread; `rows` as `batch` has it."""
@@ -135,10 +149,11 @@ class Dataset:
 
     def _fill(self, batch: Batch, row: int, members: np.ndarray) -> None:
         """Write the examples `members` one after another into a row."""
-        at = 0
+        at, before = 0, np.array(self.virtual, np.int32)
         for segment, example in enumerate(members, 1):
-            start, end = self.examples.starts[example], self.examples.starts[example + 1]
-            tokens, mask = self.examples.tokens[start:end], self.examples.supervised[start:end]
+            part = slice(self.examples.starts[example], self.examples.starts[example + 1])
+            tokens = np.concatenate([before, self.examples.tokens[part]])
+            mask = np.concatenate([np.zeros(len(before), bool), self.examples.supervised[part]])
             here, targets = slice(at, at + len(tokens)), slice(at, at + len(tokens) - 1)
             batch.tokens[row, here] = tokens
             batch.targets[row, targets] = np.where(mask[1:], tokens[1:], 0)
@@ -158,7 +173,8 @@ class Dataset:
         """Epoch `number`, counted from 0, planned when it is first asked for."""
         with self._lock:
             while len(self._epochs) <= number:
-                time, lengths = self.shape[-1], self.examples.lengths
+                time = self.shape[-1]
+                lengths: np.ndarray = self.examples.lengths + len(self.virtual)
                 self._epochs.append(plan_epoch(lengths, time, epoch=len(self._epochs), **self._order))
                 self._ends.append(self._ends[-1] + len(self._epochs[-1]))
             return self._epochs[number]
@@ -191,8 +207,13 @@ class Data:
     notes: list[str]  # what the user should know though the data is not wrong
 
     @property
+    def room(self) -> int:
+        """The most tokens that a conversation may have."""
+        return self.section.max_length - len(self.train.virtual)
+
+    @property
     def largest_token(self) -> int:
-        """The largest token id in the data."""
+        """The largest token id in the data, virtual ones aside."""
         return max(int(part.examples.tokens.max()) for part in (self.train, self.eval) if part is not None)
 
     def report(self, console: Any) -> None:
@@ -202,13 +223,23 @@ class Data:
         print_report(self, console)
 
 
-def build_data(section: DataSection, eval_section: EvalSection, train: TrainSection, tokenizer: Any) -> Data:
+def build_data(
+    section: DataSection, eval_section: EvalSection, train: TrainSection, tokenizer: Any, virtual: range = NONE
+) -> Data:
     """Read, template, tokenise, split and plan all data of a run.
+
+    virtual: the ids that the tuning method puts before every conversation.
 
     Raises:
         DataError: a file, a row, the template or the lengths are wrong, or nothing is left to learn from.
-        ConfigError: train.batch_size does not split into train.micro_batches.
+        ConfigError: train.batch_size does not split into train.micro_batches, or data.max_length has no room for
+            more than the virtual tokens.
     """
+    if section.max_length - len(virtual) < LEAST:
+        raise ConfigError(
+            f"data.max_length {section.max_length}: tune.num_virtual_tokens {len(virtual)} of them stand before every "
+            f"conversation, which needs {LEAST} tokens at least; raise it, or lower tune.num_virtual_tokens"
+        )
     if train.batch_size % train.micro_batches:
         raise ConfigError(
             f"train.batch_size {train.batch_size} does not split into train.micro_batches {train.micro_batches}; "
@@ -216,20 +247,21 @@ def build_data(section: DataSection, eval_section: EvalSection, train: TrainSect
         )
     paths = {"data.path": section.path, "eval.path": eval_section.path}
     raw = {key: read_rows(path, section, key) for key, path in paths.items() if path is not None}
-    encoded, notes = _encode(raw, section, tokenizer)
+    encoded, notes = _encode(raw, section, tokenizer, len(virtual))
     sources = [Part(_listed(paths[key]), raw[key], lengths) for key, (_, lengths) in encoded.items()]
     examples = encoded["data.path"][0]
     held = encoded["eval.path"][0] if "eval.path" in encoded else None
     if eval_section.fraction:
         examples, held = _hold_out(examples, eval_section.fraction, train.seed)
-    time = _row_length([examples, held] if held is not None else [examples], section)
+    time = _row_length([examples, held] if held is not None else [examples], section, len(virtual))
     shape: dict[str, Any] = {
         "time": time,
         "batch_size": train.batch_size,
         "micro_batches": train.micro_batches,
         "seed": train.seed,
+        "packing": section.packing,
+        "virtual": virtual,
     }
-    shape["packing"] = section.packing
     training = Dataset(examples, shuffle=section.shuffle, steps=train.steps, epochs=train.epochs, **shape)
     evaluation = Dataset(held, shuffle=False, **shape) if held is not None else None
     return Data(training, evaluation, sources, section, tokenizer, notes)
@@ -240,13 +272,13 @@ def _listed(path: str | list[str] | None) -> list[str]:
 
 
 def _encode(
-    raw: dict[str, Rows], section: DataSection, tokenizer: Any
+    raw: dict[str, Rows], section: DataSection, tokenizer: Any, virtual: int
 ) -> tuple[dict[str, tuple[Examples, Lengths]], list[str]]:
     """Each file set's examples, and notes on the template."""
     if section.format == "text":
-        return {key: encode(rows.rows, section, tokenizer, None) for key, rows in raw.items()}, []
+        return {key: encode(rows.rows, section, tokenizer, None, virtual) for key, rows in raw.items()}, []
     with open_template(tokenizer, section.template) as template:
-        encoded = {key: encode(rows.rows, section, tokenizer, template) for key, rows in raw.items()}
+        encoded = {key: encode(rows.rows, section, tokenizer, template, virtual) for key, rows in raw.items()}
         spoken = [row for row in raw["data.path"].rows if any(m["role"] == "assistant" for m in row.messages or ())]
         return encoded, [] if section.train_on_prompt else _template_notes(template, tokenizer, spoken)
 
@@ -277,9 +309,9 @@ def _hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples,
     return examples.take(np.sort(order[held:])), examples.take(np.sort(order[:held]))
 
 
-def _row_length(parts: list[Examples], section: DataSection) -> int:
+def _row_length(parts: list[Examples], section: DataSection, virtual: int) -> int:
     """Tokens of a row: max_length when packing, else the longest example's rounded up, at most max_length."""
     if section.packing:
         return section.max_length
-    longest = max(int(part.lengths.max()) for part in parts)
+    longest = virtual + max(int(part.lengths.max()) for part in parts)
     return min(section.max_length, -(-longest // TIME_MULTIPLE) * TIME_MULTIPLE)

@@ -19,7 +19,7 @@ def print_report(data: Data, console: Console) -> None:
     """The whole report. Where nothing has to be said, nothing is."""
     for source in data.sources:
         counts = source.lengths
-        line = f"{listing(source.paths, 3)}: {counts.rows:,} rows, {_fate(counts, data.section.max_length)}"
+        line = f"{listing(source.paths, 3)}: {counts.rows:,} rows, {_fate(counts, data.room)}"
         _line(console, line, "yellow" if counts.dropped or counts.truncated else "")
     console.print(_table(data))
     _line(console, _steps(data.train))
@@ -48,6 +48,7 @@ def _table(data: Data) -> Table:
 def _numbers(part: Dataset) -> dict[str, str]:
     lengths, time = part.examples.lengths, part.shape[-1]
     tokens = int(lengths.sum())
+    virtual = len(part.virtual) * len(lengths)
     kind = "packs" if part.packing else "rows"
     return {
         "conversations": f"{len(lengths):,}",
@@ -55,8 +56,9 @@ def _numbers(part: Dataset) -> dict[str, str]:
         "mean length": _number(tokens / len(lengths)),
         "longest": f"{int(lengths.max()):,}",
         "supervised": f"{np.count_nonzero(part.examples.supervised) / tokens:.1%}",
+        **({"virtual tokens before each": f"{len(part.virtual):,}"} if virtual else {}),
         f"{kind} of {time:,} tokens": f"{part.rows:,}",
-        "padding": f"{1 - tokens / (part.rows * time):.1%}",
+        "padding": f"{1 - (tokens + virtual) / (part.rows * time):.1%}",
     }
 
 

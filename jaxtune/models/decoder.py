@@ -18,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as _save
 
 from jaxtune import float8, ops
-from jaxtune.leaves import Axes, dim_of, map_parts
+from jaxtune.leaves import Axes, Leaf, dim_of, map_parts
 from jaxtune.models.attention import attention
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.execution import USUAL, WEIGHT, Execution
@@ -57,6 +57,13 @@ def enter(x_BTE: jax.Array, execution: Execution) -> jax.Array:
 def leave(x_BTE: jax.Array, execution: Execution) -> jax.Array:
     """From each device's part of a sum to the residual stream."""
     return local.scattered(x_BTE, "tensor", 1) if execution.sequence_parallel else local.total(x_BTE, "tensor")
+
+
+def noise_here(noise: Noise | None, execution: Execution) -> Noise | None:
+    """The noise of the tokens that this device has in the residual stream."""
+    if noise is None or not execution.sequence_parallel:
+        return noise
+    return replace(noise, tokens=local.part(noise.tokens, "tensor", 1))
 
 
 class RMSNorm(nnx.Module):
@@ -190,13 +197,14 @@ class Block(nnx.Module):
     def __call__(self, x_BTE: jax.Array, context: Context, window, cache, noise, own: Tree):
         """own: this layer's weights of the hooks."""
         run, hooks = context.execution, context.hooks
-        attention_noise, mlp_noise = ops.split_noise(noise, 2)
+        attention_noise, mlp_noise, *others = ops.split_noise(noise, 4)
+        after_attention, after_mlp = (noise_here(own_noise, run) for own_noise in others)
         normed = self.attention_norm(x_BTE)
         attended, cache = self.attention(enter(normed, run), context, window, cache, attention_noise, own)
-        x_BTE = _save(x_BTE + hooks.attention_output(own, x_BTE, normed, attended), "after_attention")
+        x_BTE = _save(x_BTE + hooks.attention_output(own, x_BTE, normed, attended, after_attention), "after_attention")
         normed = self.mlp_norm(x_BTE)
         down = _save(self.mlp(enter(normed, run), mlp_noise, run), "down")
-        return x_BTE + hooks.mlp_output(own, x_BTE, normed, down), cache
+        return x_BTE + hooks.mlp_output(own, x_BTE, normed, down, after_mlp), cache
 
 
 def _under_hooks(declared: Tree) -> Tree:
@@ -255,7 +263,7 @@ class Model:
     def head(self, params: Tree, dtype: Any) -> Any:
         """The leaf that turns hidden states into logits, as it is used: [vocab, E], over the tensor axis split."""
         name = "embed" if self.config.tied else "head"
-        return self._used(params[name]["weight"], self.weights[name]["weight"], dtype)
+        return self._used(params[name]["weight"], self.weights[name]["weight"], dtype, self._shared(params))
 
     def hidden(
         self,
@@ -271,7 +279,7 @@ class Model:
 
         noise: of dropout; None turns it off. segments: 0 is padding; a token sees its own segment only.
         """
-        x = self.embed(params, tokens_BT, dtype)
+        x = self.embed(params, tokens_BT, dtype, noise)
         context, cache = self.context(params, tokens_BT, positions_BT, segments_BT, cache)
         caches = []
         for index, layers in enumerate(self.stacks):
@@ -284,13 +292,19 @@ class Model:
             cache = Cache(k, v, cache.segments, cache.length)
         return self.final(params, x), cache
 
-    def embed(self, params: Tree, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+    @property
+    def virtual_ids(self) -> range:
+        """The ids that stand in front of every document."""
+        return range(self.config.vocab_size, self.config.vocab_size + self.hooks.virtual_tokens)
+
+    def embed(self, params: Tree, tokens_BT: jax.Array, dtype: Any, noise: Noise | None = None) -> jax.Array:
         """What the first layer takes."""
         table = self._used(params["embed"]["weight"], self.weights["embed"]["weight"], None)
         first = local.index("tensor") * (self.config.vocab_size // local.size("tensor"))
         x = ops.embed(tokens_BT - first, table, dtype)
         if self.hooks.virtual_tokens:
-            added = self.hooks.embedded(self._shared(params), tokens_BT - self.config.vocab_size, dtype)
+            own = None if noise is None else noise.fold_in(self.config.num_layers)  # the numbers below are the layers'
+            added = self.hooks.embedded(self._shared(params), tokens_BT - self.config.vocab_size, dtype, own)
             # The sum over the tensor axis follows, so one device adds them.
             x = x if added is None else x + jnp.where(local.index("tensor") == 0, added, jnp.zeros_like(added))
         return leave(x, self.execution)
@@ -342,7 +356,8 @@ class Model:
 
         def layer(x, inputs):
             params, number, window, cache = inputs
-            params = map_tree(partial(self._used, dtype=x.dtype), params, self.weights["stacks"]["0"])
+            used = partial(self._used, dtype=x.dtype, shared=context.shared)
+            params = map_tree(used, params, self.weights["stacks"]["0"])
             own, hooked = None if noise is None else noise.fold_in(number), params.pop(HOOKS, {})
             return nnx.merge(self.block, nnx.State(params))(x, context, window, cache, own, hooked)
 
@@ -395,9 +410,9 @@ class Model:
             return None
         return jnp.array([window or NO_WINDOW for window in self.config.windows], jnp.int32)[numbers]
 
-    def _used(self, leaf: Any, weight: Weight, dtype: Any) -> Any:
+    def _used(self, leaf: Any, weight: Weight, dtype: Any, shared: Tree | None = None) -> Any:
         """A weight as it is used, of one layer where it is of a stack: on the device, whole along fsdp, its matrices
-        in `dtype`. It is made anew for the backward pass, never kept."""
+        in `dtype`. It is made anew for the backward pass, never kept. shared: what `_shared` gives."""
         run = self.execution
 
         def use(x: jax.Array, axes: Axes, exact: bool) -> jax.Array:
@@ -413,5 +428,6 @@ class Model:
             return _save(x.astype(wanted), WEIGHT)
 
         used = map_parts(use, leaf, weight.axes, weight.is_table)
+        used = used.with_shared(shared) if shared and isinstance(used, Leaf) else used
         is_linear = weight.layers is not None and len(weight.shape) == 2
         return float8.wrapped(used) if run.float8 and is_linear else used

@@ -54,6 +54,8 @@ FAMILIES = {
     ),
 }
 
+QUANTIZE_CONFIG = "quantize_config.json"
+
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -79,8 +81,16 @@ def read_config(path: Path, overrides: dict[str, Any] | None = None) -> ModelCon
         hf, where = read_gguf_config(path), str(path)
     else:
         file = inside(path, "config.json", ModelError, str(path))
-        hf, where = read_json(file, ModelError), str(file)
+        hf, where = _with_quantize_config(path, read_json(file, ModelError)), str(file)
     return parse_config({**hf, **(overrides or {})}, where)
+
+
+def _with_quantize_config(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
+    """Older GPTQ models have their quantization_config in a file of its own."""
+    if hf.get("quantization_config") is not None or not (path / QUANTIZE_CONFIG).exists():
+        return hf
+    settings = read_json(inside(path, QUANTIZE_CONFIG, ModelError, str(path)), ModelError)
+    return {**hf, "quantization_config": {"quant_method": "gptq", **settings}}
 
 
 def parse_config(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:

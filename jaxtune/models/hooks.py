@@ -10,6 +10,7 @@ import jax
 
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.weights import Tree
+from jaxtune.ops import Noise
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,11 @@ class Hooks:
         """Declarations of weights that each layer has ("{layer}" in their keys), under "hooks" of each stack."""
         return {}
 
-    def embedded(self, shared: Tree, slots_BT: jax.Array, dtype: Any) -> jax.Array | None:
-        """The embeddings [B, T, E] of virtual tokens, zero elsewhere. slots: a virtual token's number, or below 0."""
+    def embedded(self, shared: Tree, slots_BT: jax.Array, dtype: Any, noise: Noise | None) -> jax.Array | None:
+        """The embeddings [B, T, E] of virtual tokens, zero elsewhere. slots: a virtual token's number, or below 0.
+
+        noise: of dropout; None turns it off. Its tokens are the batch's, in which a virtual token stands many times.
+        """
         return None
 
     def keys_values(
@@ -45,14 +49,18 @@ class Hooks:
         """Keys, after their rotation, and values, as attention and the cache take them. own: this layer's weights."""
         return k_BTKD, v_BTKD
 
-    def attention_output(self, own: Tree, residual_BTE: jax.Array, normed_BTE: jax.Array, y_BTE: jax.Array) -> Any:
-        """What is added to the residual stream after attention. normed: what attention took.
+    def attention_output(
+        self, own: Tree, residual_BTE: jax.Array, normed_BTE: jax.Array, y_BTE: jax.Array, noise: Noise | None
+    ) -> Any:
+        """What is added to the residual stream after attention. normed: what attention took. noise: of dropout.
 
-        With sequence parallelism all three are this device's part of the sequence.
+        With sequence parallelism all of them are this device's part of the sequence.
         """
         return y_BTE
 
-    def mlp_output(self, own: Tree, residual_BTE: jax.Array, normed_BTE: jax.Array, y_BTE: jax.Array) -> Any:
+    def mlp_output(
+        self, own: Tree, residual_BTE: jax.Array, normed_BTE: jax.Array, y_BTE: jax.Array, noise: Noise | None
+    ) -> Any:
         """Likewise, after the MLP."""
         return y_BTE
 

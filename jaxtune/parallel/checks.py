@@ -8,17 +8,21 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.parallel.schedule import check_numbers
 from jaxtune.parallel.stages import Stages
 from jaxtune.parallel.ulysses import check_heads
+from jaxtune.quant.checks import check_quantized
 
 
 def check_fit(config: Config, mesh: Mesh, model: ModelConfig) -> None:
-    """Refuse what the mesh cannot share out: heads, sizes, layers, rows. Lengths are mesh.check_time's.
+    """Refuse what the mesh cannot share out: heads, sizes, layers, rows; and a quantised model under a tuning method
+    that would train it. Lengths are mesh.check_time's.
 
     Raises:
         MeshError: the message has the numbers that would do.
+        ConfigError: of quant/checks.py.
     """
     section, train, sizes = config.mesh, config.train, mesh.shape
     check_batch(mesh, train.batch_size, train.micro_batches)
     check_model(mesh, model)
+    check_quantized(config, mesh, model)
     if sizes["context"] > 1 and section.context_attention == "ulysses":
         check_heads(model.num_heads // sizes["tensor"], sizes["context"])
     if sizes["pipe"] > 1:

@@ -189,10 +189,10 @@ class _Run:
 
     def _layers(self, params: Tree, scales: Tree, micro: Any, chunk: Any, x: jax.Array) -> jax.Array:
         model, batch = self.pipeline.model, self._micro(micro)
-        embed = lambda params, x: model.embed(params, batch["tokens"], self.pipeline.dtype)  # noqa: E731
+        noise = split_noise(self.noise_of(micro), 2)[0]
+        embed = lambda params, x: model.embed(params, batch["tokens"], self.pipeline.dtype, noise)  # noqa: E731
         x = jax.lax.cond(chunk == 0, embed, lambda params, x: x, params, x)
         context, _ = model.context(params, batch["tokens"], batch["positions"], batch["segments"])
-        noise = split_noise(self.noise_of(micro), 2)[0]
         numbers = jnp.asarray(self.pipeline.stages.numbers)[local.index("pipe"), chunk // self.pipeline.schedule.stages]
         has_gaps = not self.pipeline.stages.is_even
         stack = float8.attach(params, scales)[STACKS]["0"]

@@ -5,7 +5,7 @@ import time
 
 from jaxtune.config import Config
 from jaxtune.console import Bar, console, stage
-from jaxtune.errors import UserError
+from jaxtune.errors import ModelError, UserError
 from jaxtune.hub import resolve_model
 from jaxtune.mesh import make_mesh
 from jaxtune.models.config import ModelConfig
@@ -63,8 +63,15 @@ def search_and_print(config: Config, target: Target, budget: int | None) -> Foun
 
 
 def model_settings(config: Config) -> ModelConfig:
-    """From config.json alone."""
-    path = resolve_model(config.model.path, config.model.revision, weights=False)
+    """From config.json alone.
+
+    Raises:
+        ModelError: it is not here, and the hub does not give it.
+    """
+    try:
+        path = resolve_model(config.model.path, config.model.revision, weights=False)
+    except ModelError as problem:
+        raise ModelError(f"{problem}. A plan reads its config.json and nothing else") from None
     return read_config(path, config.model.overrides)
 
 

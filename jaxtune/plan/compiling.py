@@ -17,6 +17,9 @@ from jaxtune.plan.memory import DEVICE, HOST, Compiled, tree_bytes
 from jaxtune.plan.program import Step
 from jaxtune.plan.target import Target, quiet
 
+# libtpu's words where a step does not fit: a program that is too large, or temporaries that are so by themselves.
+REFUSED = re.compile("HbmOom|Ran out of memory (on|in memory space) hbm", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -85,7 +88,7 @@ def _compile(step: Step, traced: Any, dump: Path | None) -> tuple[Compiled, str,
             compiled = lowered.compile(compiler_options={"xla_dump_to": str(dump), "xla_dump_hlo_as_text": True})
         memory = Compiled.of(compiled, host)
     except jax.errors.JaxRuntimeError as problem:
-        if "HbmOom" not in str(problem):
+        if not REFUSED.search(str(problem)):
             raise UserError(f"libtpu cannot compile this step: {str(problem).splitlines()[0][:300]}") from None
         memory, refused = _of_refusal(step, dump), True
     return memory, _dumped(dump, "after_optimizations.txt"), refused

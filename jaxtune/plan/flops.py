@@ -12,7 +12,7 @@ import jax
 
 from jaxtune.leaves import Leaf
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.weights import Tree, Weight, leaves_with_path
+from jaxtune.models.weights import HOOKS, Tree, Weight, leaves_with_path
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def model_flops(config: ModelConfig, weights: Tree, mask: Tree, shapes: Tree, to
     PaLM's count (arXiv 2204.02311, appendix B), which Megatron-LM's MFU follows too: 2 for each matmul parameter and
     token forward, 2 for the gradient of its input and 2 for its own, hence 6 where all trains and 4 for a frozen
     weight below which something trains; and 12 layers x heads x head size x time of attention for each token, the
-    causal half included. The embedding is no matmul; the head is one, tied or not.
+    causal half included. The embedding is no matmul; the head is one, tied or not. Of what a method adds beside the
+    weights, only the matrices of a layer multiply every token.
 
     weights: the declarations; mask, shapes: of the parameter tree, with a typed leaf's parts.
     """
@@ -123,6 +124,8 @@ def model_flops(config: ModelConfig, weights: Tree, mask: Tree, shapes: Tree, to
     for path, weight in leaves_with_path(weights):
         leaf, train = _at(shapes, path), _at(mask, path)
         if (path[0] == "embed" and not config.tied) or len(weight.shape) < 2:
+            continue
+        if path[0] == HOOKS or (HOOKS in path and len(weight.shape) > 2):
             continue
         passes = 2.0 if path[:2] in below else 4.0
         trains = any(jax.tree.leaves(train)) and not isinstance(leaf, Leaf)
@@ -139,7 +142,7 @@ def model_flops(config: ModelConfig, weights: Tree, mask: Tree, shapes: Tree, to
 def _frozen_below(mask: Tree) -> set[tuple[str, str]]:
     """The stacks without a backward pass: nothing in them or in front of them trains."""
     found: set[tuple[str, str]] = set()
-    if any(jax.tree.leaves(mask["embed"])):
+    if any(jax.tree.leaves((mask["embed"], mask.get(HOOKS)))):
         return found
     for name, stack in mask["stacks"].items():
         if any(jax.tree.leaves(stack)):

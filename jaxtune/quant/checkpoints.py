@@ -42,7 +42,9 @@ class Stored:
 
 
 class Format(Protocol):
-    """What a quantization_config says of a checkpoint."""
+    """What a quantization_config says of a checkpoint: a frozen dataclass."""
+
+    def __hash__(self) -> int: ...
 
     @property
     def name(self) -> str:
@@ -79,7 +81,19 @@ def _bitsandbytes(settings: dict[str, Any], where: str) -> Format:
     return read_format(settings, where)
 
 
-METHODS: dict[str, Reader] = {"bitsandbytes": _bitsandbytes}
+def _gptq(settings: dict[str, Any], where: str) -> Format:
+    from jaxtune.quant.gptq_format import read_format
+
+    return read_format(settings, where)
+
+
+def _awq(settings: dict[str, Any], where: str) -> Format:
+    from jaxtune.quant.awq_format import read_format
+
+    return read_format(settings, where)
+
+
+METHODS: dict[str, Reader] = {"bitsandbytes": _bitsandbytes, "gptq": _gptq, "awq": _awq}
 
 
 def format_of(settings: dict[str, Any], where: str) -> Format:

@@ -156,7 +156,8 @@ class FourBit(Quantized):
         row, column = jnp.arange(rows)[:, None] + first_row, jnp.arange(pieces)
         block = (row * (self.shape[1] // piece) + column) // (self.block // piece)
         scales = jnp.asarray(dynamic_codes(signed=True))[self.scales] * self.nested[block // NESTED_BLOCK]
-        return jax.lax.optimization_barrier(scales) + self.offset  # rounded twice, as bitsandbytes does: no fused add
+        # bitsandbytes rounds the product and the sum; the maximum, which changes nothing, keeps them from being fused.
+        return jnp.maximum(scales, jnp.finfo(jnp.float32).min) + self.offset
 
 
 def _first(own: int, whole: int) -> Any:

@@ -3,7 +3,7 @@
 The dequantised weight lives for one matmul. It is never among what a layer keeps for its backward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -83,20 +83,31 @@ def homes(leaf: Quantized, weight: Weight, sharding_of: ShardingOf) -> dict[str,
 
 def _home(weight: Weight, name: str, part: Any, axes: Axes, sharding_of: ShardingOf) -> Any:
     home = sharding_of(part.shape, axes)
-    for size, shards in zip(part.shape, shards_of(home, part.ndim), strict=True):
-        if size % shards:
-            raise MeshError(
-                f"{weight.key}: its quantised {name} are {list(part.shape)}, and {size} cannot be shared out among "
-                f"{shards} devices ({home.spec}); take smaller mesh axes, or leave model.quantize out"
-            )
+    check_split(weight.key, name, part.shape, home.spec, home.mesh.shape)
     return home
 
 
-def placed(leaf: Any, weight: Weight, sharding_of: ShardingOf) -> Any:
+def check_split(key: str, name: str, shape: tuple[int, ...], partition: Any, sizes: Mapping[str, int]) -> None:
+    """Refuse what cannot be shared out equally.
+
+    Raises:
+        MeshError: with the numbers.
+    """
+    for size, shards in zip(shape, shards_of(partition, sizes, len(shape)), strict=True):
+        if size % shards:
+            axes = ", ".join(f"{axis} {count}" for axis, count in sizes.items() if count > 1)
+            raise MeshError(
+                f"mesh {{{axes}}}: the quantised {name} of {key} are {list(shape)}, and {size} cannot be shared out "
+                f"among {shards} devices (two numbers of a row are one byte in 4 bits); take smaller axes or int8"
+            )
+
+
+def placed(leaf: Leaf, weight: Weight, sharding_of: ShardingOf) -> Leaf:
     """A leaf of shapes with their shardings: a quantised one, or a tuning method's over one."""
     if not isinstance(leaf, Quantized):
-        over = map_parts(partial(_placed, sharding_of), replace(leaf, base=None), weight.full_axes, weight.is_table)
-        return replace(over, base=placed(leaf.base, weight, sharding_of))
+        bare: Any = replace(leaf, base=None)  # type: ignore[type-var]
+        over = map_parts(partial(_placed, sharding_of), bare, weight.full_axes, weight.is_table)
+        return replace(over, base=placed(leaf.base, weight, sharding_of))  # type: ignore[attr-defined]
     where, shapes = homes(leaf, weight, sharding_of), parts_of(leaf).items()
     parts = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where[name]) for name, s in shapes}
     return replace(leaf, **parts)  # type: ignore[type-var]

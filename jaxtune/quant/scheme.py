@@ -74,6 +74,22 @@ def scheme_of(section: ModelSection, config: ModelConfig, where: str) -> Scheme 
     return stored
 
 
+Own = Callable[[Weight, AtLoad], Callable | None]
+
+
+def shapes_of(scheme: Scheme | None, weight: Weight, dtype: Any, own: Own = lambda weight, scheme: None) -> Any:
+    """What a weight becomes, as shapes, from its declaration alone: a leaf, or an array in `dtype`."""
+    array = jax.ShapeDtypeStruct(weight.full_shape, jnp.dtype(dtype))
+    if scheme is None or not weight.is_linear:
+        return array
+    if not isinstance(scheme, AtLoad):
+        held = scheme.stored(weight, None)
+        return array if held is None else held.leaf
+    if scheme.kind != "int8":
+        four_bit.check_shape(weight.shape, weight.key)
+    return jax.eval_shape(own(weight, scheme) or scheme.quantized, array)
+
+
 @dataclass(frozen=True)
 class Quantizer:
     """A scheme, and where the parts of its leaves lie.
@@ -83,45 +99,30 @@ class Quantizer:
 
     scheme: Scheme | None
     sharding_of: ShardingOf
-    own: Callable[[Weight, AtLoad], Callable | None] = lambda weight, scheme: None
+    own: Own = lambda weight, scheme: None
 
     def shape(self, weight: Weight, shape: jax.ShapeDtypeStruct) -> Any:
-        """What `weight` becomes, as shapes with shardings."""
-        if self.scheme is None or not weight.is_linear:
-            return shape
-        if isinstance(self.scheme, AtLoad):
-            return placed(self._leaf(self.scheme, weight, shape), weight, self.sharding_of)
-        held = self.scheme.stored(weight, None)
-        return shape if held is None else placed(held.leaf, weight, self.sharding_of)
+        """What a weight becomes, as shapes with shardings. shape: of the weight itself, with its own."""
+        leaf = shapes_of(self.scheme, weight, shape.dtype, self.own)
+        return placed(leaf, weight, self.sharding_of) if isinstance(leaf, Leaf) else shape
 
     def stored(self, weight: Weight, tensors: Tensors) -> Stored | None:
-        """How a checkpoint holds `weight`; None: as a plain tensor. The shapes of its leaf have shardings."""
+        """How a checkpoint holds a weight; None: as a plain tensor. The shapes of its leaf have shardings."""
         if self.scheme is None or isinstance(self.scheme, AtLoad) or not weight.is_linear:
             return None
         held = self.scheme.stored(weight, tensors)
-        return held and replace(held, leaf=placed(held.leaf, weight, self.sharding_of))
+        return held and replace(held, leaf=placed(held.leaf, weight, self.sharding_of))  # type: ignore[arg-type]
 
     def loaded(self, weight: Weight, array: jax.Array) -> Any:
         """A weight that has just been read or drawn, quantised if it is to be: then the array is given up."""
         if not isinstance(self.scheme, AtLoad) or not weight.is_linear:
             return array
-        leaf = self._leaf(self.scheme, weight, array)
+        leaf = shapes_of(self.scheme, weight, array.dtype, self.own)
         where = jax.tree.map(lambda part: part.sharding, placed(leaf, weight, self.sharding_of))
-        made = jax.jit(self._making(self.scheme, weight), out_shardings=where)(array)
+        made = jax.jit(self.own(weight, self.scheme) or self.scheme.quantized, out_shardings=where)(array)
         jax.block_until_ready(made)
         array.delete()
         return made
-
-    def _making(self, scheme: AtLoad, weight: Weight) -> Callable:
-        return self.own(weight, scheme) or scheme.quantized
-
-    def _leaf(self, scheme: AtLoad, weight: Weight, like: Any) -> Leaf:
-        """The shapes of its parts."""
-        if scheme.kind != "int8":
-            four_bit.check_shape(weight.shape, weight.key)
-        return jax.eval_shape(
-            self._making(scheme, weight), jax.ShapeDtypeStruct(weight.full_shape, jnp.dtype(like.dtype))
-        )
 
 
 PLAIN = Quantizer(None, lambda shape, axes: None)  # nothing is quantised

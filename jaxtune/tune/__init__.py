@@ -23,15 +23,25 @@ from jaxtune.models.hooks import NO_HOOKS, Hooks
 from jaxtune.models.weights import HOOKS, Path, Tree, Weight, map_tree
 from jaxtune.section import TuneSection, adapter_of
 from jaxtune.tune.adalora import ADALORA
+from jaxtune.tune.bottleneck import HOULSBY, PARALLEL, PFEIFFER
 from jaxtune.tune.dora import DORA
 from jaxtune.tune.full import FREEZE, FULL
 from jaxtune.tune.ia3 import IA3
 from jaxtune.tune.loftq import LOFTQ
+from jaxtune.tune.loha import LOHA
+from jaxtune.tune.lokr import LOKR
 from jaxtune.tune.lora import LORA
 from jaxtune.tune.method import EMBEDDING, HEAD, Course, Method, ShardingOf, declared, get_path, is_abstract
+from jaxtune.tune.oft import OFT
+from jaxtune.tune.p_tuning import P_TUNING
 from jaxtune.tune.peft_config import resolve
 from jaxtune.tune.peft_tensors import open_checked
 from jaxtune.tune.pissa import PISSA
+from jaxtune.tune.prefix import PREFIX_TUNING
+from jaxtune.tune.prompt import PROMPT_TUNING
+from jaxtune.tune.selective import BITFIT, LAYERNORM
+from jaxtune.tune.tokens import TRAINABLE_TOKENS
+from jaxtune.tune.vera import VERA
 
 METHODS: dict[str, Method] = {
     "full": FULL,
@@ -42,9 +52,52 @@ METHODS: dict[str, Method] = {
     "loftq": LOFTQ,
     "adalora": ADALORA,
     "ia3": IA3,
+    "prompt": PROMPT_TUNING,
+    "p_tuning": P_TUNING,
+    "prefix": PREFIX_TUNING,
+    "oft": OFT,
+    "vera": VERA,
+    "layernorm": LAYERNORM,
+    "bitfit": BITFIT,
+    "trainable_tokens": TRAINABLE_TOKENS,
+    "loha": LOHA,
+    "lokr": LOKR,
+    "houlsby": HOULSBY,
+    "pfeiffer": PFEIFFER,
+    "parallel": PARALLEL,
 }
 
-__all__ = ["METHODS", "apply", "course", "gates", "has_adapter", "hooks", "layout", "quantized", "rates", "resolve"]
+__all__ = [
+    "METHODS",
+    "apply",
+    "course",
+    "gates",
+    "has_adapter",
+    "hooks",
+    "layout",
+    "quantized",
+    "rates",
+    "resolve",
+    "virtual_ids",
+    "vocab_size",
+    "words",
+]
+
+
+def words(section: TuneSection, tokenizer: Any) -> tuple[Any, TuneSection]:
+    """(the tokenizer with the tokens that the method adds, the section, resolved, with what it needs of them)."""
+    section = resolve(section)
+    return METHODS[section.method].words(section, tokenizer)
+
+
+def vocab_size(section: TuneSection, config: ModelConfig) -> int:
+    """Rows of the embedding and of the head under this method.
+
+    Raises:
+        ConfigError: the section names tokens that cannot be.
+    """
+    section = resolve(section)
+    return METHODS[section.method].vocab_size(section, config)
 
 
 def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -> tuple[ModelConfig, tuple[range, ...]]:
@@ -58,6 +111,7 @@ def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -
         AdapterError: the section does not fit the model; the message names what is near.
     """
     section, method = resolve(section), METHODS[section.method]
+    config = replace(config, vocab_size=method.vocab_size(section, config))
     hooked = hooks(section, config)
     if config.tied and method.separates:
         apart = replace(config, tied=False)
@@ -74,14 +128,19 @@ def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -
 
 
 def apply(
-    section: TuneSection, params: Tree, weights: Tree, seed: int, sharding_of: ShardingOf | None = None
+    section: TuneSection,
+    params: Tree,
+    weights: Tree,
+    seed: int,
+    sharding_of: ShardingOf | None = None,
+    tokenizer: Any = None,
 ) -> tuple[Tree, Tree]:
     """(params with the method's leaves in place, mask of what trains).
 
     params: arrays, traced arrays, or jax.ShapeDtypeStructs, for `weights` as declared after `layout`; where
     `layout` untied the head, the head may be absent and is then the embedding: the same buffer while both are
-    frozen, else a copy. mask: the same structure with a bool for every array. New values depend on `seed` and
-    the Hugging Face module names alone.
+    frozen, else a copy. tokenizer: of the model, for a method that starts from a text. mask: the same structure with
+    a bool for every array. New values depend on `seed` and the Hugging Face module names alone.
 
     Raises:
         AdapterError: the section, or the adapter that it starts from, does not fit the model.
@@ -92,7 +151,8 @@ def apply(
     adapter, stored = adapter_of(section), None
     if adapter is not None and method.files is not None:
         stored = open_checked(adapter, method.files, section, weights)
-    params = method.wrap(section, params, weights, seed, sharding_of)
+    words = (tokenizer,) if method.needs_tokenizer else ()
+    params = method.wrap(section, params, weights, seed, sharding_of, *words)
     if stored is not None:
         params = stored.put_into(params)
     return params, map_tree(lambda weight, leaf: _mask(weight, leaf, trained), weights, params)
@@ -102,6 +162,11 @@ def hooks(section: TuneSection, config: ModelConfig) -> Hooks:
     """What the method adds to the decoder beside its weights."""
     section = resolve(section)
     return METHODS[section.method].hooks(section, config) or NO_HOOKS
+
+
+def virtual_ids(section: TuneSection, config: ModelConfig) -> range:
+    """The ids past the vocabulary that the method puts before every document."""
+    return range(config.vocab_size, config.vocab_size + hooks(section, config).virtual_tokens)
 
 
 def has_adapter(section: TuneSection) -> bool:

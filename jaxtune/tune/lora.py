@@ -165,12 +165,12 @@ def write_lora(section: Ranked, weights: Tree) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "layers_pattern": None,
         "init_lora_weights": "gaussian" if getattr(section, "init", None) == "gaussian" else True,
-        "lora_alpha": _whole(section.alpha),
-        "alpha_pattern": {name: _whole(value) for name, value in section.alpha_pattern.items()},
+        "lora_alpha": whole_number(section.alpha),
+        "alpha_pattern": {name: whole_number(value) for name, value in section.alpha_pattern.items()},
     }
 
 
-def _whole(number: float) -> int | float:
+def whole_number(number: float) -> int | float:
     """PEFT declares alpha as an integer."""
     return int(number) if number == int(number) else number
 

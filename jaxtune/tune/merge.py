@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxtune import ops
 from jaxtune.leaves import Leaf
-from jaxtune.models.weights import Tree, leaves_with_path, set_path
+from jaxtune.models.weights import HOOKS, Tree, leaves_with_path, set_path
 from jaxtune.tune.method import EMBEDDING, get_path
 
 
@@ -20,7 +20,9 @@ def merged(params: Tree, dtype: Any = None) -> Tree:
     from then on; one that it left tied stays tied.
     """
     result: Tree = {}
+    shared = params.get(HOOKS, {})
     for path, leaf in leaves_with_path(params):
+        leaf = leaf.with_shared(shared) if shared and isinstance(leaf, Leaf) else leaf
         set_path(result, path, _merge(leaf, path == EMBEDDING, dtype) if isinstance(leaf, Leaf) else leaf)
     for path, leaf in leaves_with_path(params):
         bias = leaf.dense_bias() if isinstance(leaf, Leaf) else None
@@ -30,7 +32,7 @@ def merged(params: Tree, dtype: Any = None) -> Tree:
 
 
 def _merge(leaf: Any, is_table: bool, dtype: Any) -> jax.Array:
-    base = leaf.base
+    base = getattr(leaf, "base", leaf)
     if isinstance(base, Leaf):
         return jax.jit(partial(_dense, is_table=is_table, dtype=dtype or jnp.float32))(leaf)
     return jax.jit(partial(_dense, is_table=is_table, dtype=base.dtype), out_shardings=base.sharding)(leaf)

@@ -49,6 +49,7 @@ class Method:
     trained: (section, weights) -> keys of the weights whose own values train: Hugging Face's, or those that `hooks`
     declares. adapted: likewise, of the weights that stay as they are and carry something that trains.
     wrap: (section, params, weights, seed, sharding_of) -> params with the method's typed leaves, as they start.
+    needs_tokenizer: wrap takes the model's tokenizer after these.
     separates: a head tied to the embedding becomes a weight of its own where either is trained or adapted.
     files: how PEFT stores it; None: it ends in a whole model, not in an adapter.
     hooks: (section, model settings) -> what it adds to the decoder beside the weights; None: nothing.
@@ -56,18 +57,23 @@ class Method:
     that the method quantises in its own way; None: none.
     course: (section, weights, steps of the run) -> what it does in training besides descending; None: nothing.
     rate: (section, weight, name of a leaf's part or None, learning rate) -> what that rate is multiplied by.
+    words: (section, tokenizer) -> the tokenizer with tokens that the method adds, and the section with what it needs of
+    them; it is given a tokenizer of its own. vocab_size: (section, model settings) -> rows of the tables then.
     """
 
     section: type[TuneSection]
     trained: Callable[[Any, Tree], set[str]]
     adapted: Callable[[Any, Tree], set[str]] = lambda section, weights: set()
-    wrap: Callable[[Any, Tree, Tree, int, ShardingOf | None], Tree] = lambda section, params, *rest: params
+    wrap: Callable[..., Tree] = lambda section, params, *rest: params
     separates: bool = False
     files: "Files | None" = None
+    needs_tokenizer: bool = False
     hooks: "Callable[[Any, ModelConfig], Hooks | None]" = lambda section, config: None
     quantized: Callable[[Any, Tree, Weight, "AtLoad"], Callable | None] = lambda section, weights, weight, scheme: None
     course: Callable[[Any, Tree, int], Course | None] = lambda section, weights, steps: None
     rate: Rate = lambda section, weight, part, lr: 1.0
+    words: Callable[[Any, Any], tuple[Any, Any]] = lambda section, tokenizer: (tokenizer, section)
+    vocab_size: "Callable[[Any, ModelConfig], int]" = lambda section, config: config.vocab_size
 
 
 def declared(weights: Tree) -> Iterator[tuple[Path, Weight]]:

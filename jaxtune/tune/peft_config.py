@@ -85,6 +85,7 @@ def read_config(directory: Path) -> TuneSection:
     name, method = _method_of(tree, where)
     files: Any = method.files
     options = files.read(tree, where)
+    tree = files.settings_in(tree)
     _refuse_options(tree, where, files)
     if "target_modules" in files.settings and tree.get("target_modules") in (None, [], ""):
         raise AdapterError(f"{where}: target_modules is empty; it must list the modules that the adapter sits on")
@@ -103,17 +104,21 @@ def read_config(directory: Path) -> TuneSection:
 def _method_of(tree: dict[str, Any], where: Path) -> "tuple[str, Method]":
     """The method that an adapter_config.json is of: of several that it could be, the one that asks for most."""
     stored = {name: method for name, method in _methods().items() if method.files is not None}
-    found = [name for name, method in stored.items() if method.files and method.files.claims(tree)]
-    if not found:
-        types = dict.fromkeys(method.files.peft_type for method in stored.values() if method.files)
-        raise AdapterError(f"{where}: peft_type {tree.get('peft_type')!r}; allowed are {', '.join(types)}")
-    name = max(found, key=lambda name: len(_methods()[name].files.fixed))  # type: ignore[union-attr]
+    claims = {name: method.files.claims(tree, where.parent) for name, method in stored.items() if method.files}
+    name = max(claims, key=lambda name: claims[name])
+    if not claims[name]:
+        types = dict.fromkeys(method.files.peft_type or "" for method in stored.values() if method.files)
+        raise AdapterError(
+            f"{where}: peft_type {tree.get('peft_type')!r}; allowed are {', '.join(filter(None, types))}, and without "
+            "a peft_type what the library adapters writes for DoubleSeqBnConfig, SeqBnConfig and ParBnConfig"
+        )
     return name, stored[name]
 
 
 def _ordered(value: Any) -> Any:
     """Lists that PEFT made from sets, in an order that does not change from one file to the next."""
-    return sorted(value, key=str) if isinstance(value, list) else value
+    is_set = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    return sorted(value) if is_set else value
 
 
 def _read_json(directory: Path) -> dict[str, Any]:
@@ -135,30 +140,39 @@ def _refuse_options(tree: dict, where: Path, files: Any) -> None:
 
 
 def _is_on(value: Any) -> bool:
-    return value is not None and value is not False and value not in ("", [], {})
+    return value not in (None, False, 0, "", [], {})
 
 
 def to_peft(section: TuneSection, weights: Tree, base_model_name: str | None) -> dict[str, Any]:
     """The contents of `adapter_config.json` for a resolved section."""
     files = _files(section)
     tree = {
-        "auto_mapping": None,
-        "base_model_name_or_path": base_model_name,
-        "inference_mode": True,
-        "peft_type": files.peft_type,
-        "revision": None,
-        "task_type": "CAUSAL_LM",
+        **(_header(files.peft_type, base_model_name) if files.peft_type else {}),
         **{theirs: _ordered(getattr(section, ours)) for theirs, ours in files.settings.items()},
         **files.write(section, weights),
         **files.fixed,
     }
     if isinstance(section, Targeted):
         tree["modules_to_save"] = _ordered(section.modules_to_save) or None
-        if section.layers is not None and "layers" not in files.settings.values():
+        unnamed = {"layers", "exclude"} - set(files.settings.values())  # which this method of PEFT's does not have
+        if any(getattr(section, option) is not None for option in unnamed):
             tree["target_modules"] = sorted(module_of(key) for key in make_plan(section, weights).adapted)
         elif is_all_linear(section.targets):
             # A list, since PEFT refuses layers_to_transform beside a string.
             tree["target_modules"] = _ordered(last_names(Modules.of(weights).linears))
         if section.exclude is None:
-            del tree["exclude_modules"]  # younger than the others
-    return dict(sorted(tree.items()))  # the patterns inside keep their order: the first that matches decides
+            tree.pop("exclude_modules", None)  # younger than the others
+    # The patterns inside keep their order: the first that matches decides.
+    return files.around(dict(sorted(tree.items())), section, weights, base_model_name)
+
+
+def _header(peft_type: str, base_model_name: str | None) -> dict[str, Any]:
+    """What every adapter_config.json of PEFT has."""
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model_name,
+        "inference_mode": True,
+        "peft_type": peft_type,
+        "revision": None,
+        "task_type": "CAUSAL_LM",
+    }

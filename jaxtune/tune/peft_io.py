@@ -3,7 +3,11 @@
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +21,7 @@ from jaxtune.section import TuneSection
 from jaxtune.tune.method import get_path
 from jaxtune.tune.peft_config import CONFIG_NAME, is_resolved, read_config, resolve, to_peft
 from jaxtune.tune.peft_files import Entry, Files
-from jaxtune.tune.peft_tensors import TENSORS_NAME, AdapterFile, open_adapter
+from jaxtune.tune.peft_tensors import AdapterFile, open_adapter
 
 
 def load_adapter(directory: str | Path) -> tuple[TuneSection, AdapterFile]:
@@ -28,13 +32,21 @@ def load_adapter(directory: str | Path) -> tuple[TuneSection, AdapterFile]:
     Raises:
         AdapterError: not an adapter, a pickled one, or one with options that we do not have.
     """
-    return read_config(Path(directory)), open_adapter(directory)
+    section = read_config(Path(directory))
+    return section, open_adapter(directory, files_of(section).tensors_name)
 
 
 def save_adapter(
-    directory: str | Path, section: TuneSection, weights: Tree, params: Tree, base_model_name: str | None = None
+    directory: str | Path,
+    section: TuneSection,
+    weights: Tree,
+    params: Tree,
+    base_model_name: str | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """Write the adapter in `params` as a PEFT directory: float32, the same bytes for the same numbers.
+
+    tokenizer: written beside it, where the adapter's tokens are not all the base model's.
 
     Every process calls this; the first one writes, under a temporary name that is renamed at the end. An
     adapter that is there already is replaced.
@@ -44,16 +56,48 @@ def save_adapter(
     """
     section = section if is_resolved(section) else resolve(section)
     section, params = files_of(section).stored(section, weights, params)
-    tensors = adapter_tensors(section, weights, params)
+    files = files_of(section)
+    tensors = {files.tensors_name: adapter_tensors(section, weights, params)}
+    derived = files.derived(section)
+    if derived is not None:
+        made = {name: _to_host(array) for name, array in derived.tensors(section, params).items()}
+        tensors = {files.tensors_name: made, derived.file: tensors[files.tensors_name]}
     if processes.is_first():
-        config = json.dumps(to_peft(section, weights, base_model_name), indent=2, ensure_ascii=False)
-        files = {TENSORS_NAME: save(tensors, {"format": "pt"}), CONFIG_NAME: f"{config}\n".encode()}
-        _replace_directory(Path(directory), files)
+        write_adapter(Path(directory), section, weights, tensors, base_model_name, _tokenizer_files(tokenizer))
     processes.barrier("adapter saved")
 
 
+def write_adapter(
+    directory: Path,
+    section: TuneSection,
+    weights: Tree,
+    tensors: dict[str, dict[str, np.ndarray]],
+    base_model_name: str | None,
+    others: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
+    """Write the settings and, by their files' names, tensors and other contents; what was there is replaced at the end.
+
+    Raises:
+        AdapterError: the directory holds other things.
+    """
+    config = json.dumps(to_peft(section, weights, base_model_name), indent=2, ensure_ascii=False)
+    files = {CONFIG_NAME: f"{config}\n".encode()}
+    for name, arrays in tensors.items():
+        # The library writes an array's memory as it lies, another tensor's where rows are not one after another.
+        files[name] = save({key: np.ascontiguousarray(array) for key, array in arrays.items()}, {"format": "pt"})
+    _replace_directory(directory, {**files, **others})
+
+
+def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    if tokenizer is None:
+        return {}
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+
+
 def adapter_tensors(section: TuneSection, weights: Tree, params: Tree) -> dict[str, np.ndarray]:
-    """The tensors of the adapter file by name, in float32."""
+    """The tensors of the method's entries by name, in float32."""
     hosted: dict[tuple, np.ndarray] = {}
     tensors: dict[str, np.ndarray] = {}
     for entry in files_of(section).entries(section, weights):
@@ -64,7 +108,7 @@ def adapter_tensors(section: TuneSection, weights: Tree, params: Tree) -> dict[s
         if entry.key not in tensors:
             tensors[entry.key] = np.zeros(entry.shape, np.float32)
         columns = slice(None) if entry.columns is None else slice(*entry.columns)
-        tensors[entry.key][..., columns] = _of_entry(hosted[place], entry)
+        tensors[entry.key][columns if entry.turned else (..., columns)] = _of_entry(hosted[place], entry)
     return tensors
 
 
@@ -79,12 +123,12 @@ def files_of(section: TuneSection) -> Files:
 
 def _of_entry(array: np.ndarray, entry: Entry) -> np.ndarray:
     value = array if entry.row is None else array[entry.row]
-    shape = entry.shape if entry.columns is None else (*entry.shape[:-1], entry.columns[1] - entry.columns[0])
-    if entry.turned:
-        value = value.T
+    shape = entry.shape[::-1] if entry.turned else entry.shape
+    shape = shape if entry.columns is None else (*shape[:-1], entry.columns[1] - entry.columns[0])
     if value.ndim == len(shape):
         value = value[tuple(slice(size) for size in shape)]
-    return np.ascontiguousarray(value.reshape(shape), np.float32)
+    value = value.reshape(shape)
+    return np.ascontiguousarray(value.T if entry.turned else value, np.float32)
 
 
 def _to_host(array: jax.Array) -> np.ndarray:

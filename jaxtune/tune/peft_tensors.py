@@ -4,8 +4,10 @@ Source of the names and shapes: files that peft 0.21 writes. Strict both ways: e
 every place in the tree is filled. Pickled files are refused by name and never opened.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -20,10 +22,11 @@ from jaxtune.leaves import Leaf
 from jaxtune.models.weights import Path, Tree, map_tree, set_path
 from jaxtune.tune.method import EMBEDDING, HEAD, declared, get_path, is_concrete
 from jaxtune.tune.peft_config import CONFIG_NAME
-from jaxtune.tune.peft_files import PREFIX, Entry, Files
+from jaxtune.tune.peft_files import PREFIX, TENSORS_NAME, Entry, Files
 
-TENSORS_NAME = "adapter_model.safetensors"
+PICKLED = ("adapter_model.bin", "pytorch_adapter.bin")  # PEFT's and AdapterHub's
 TIED_HEAD = "lm_head.weight"  # a file may hold a tied model's embedding under this name too
+ROUNDING = 1e-2  # a matmul's, in the narrowest type that a device may take for float32
 COPIES = (".base_layer.", ".original_module.", ".")  # how PEFT names a base weight that it stores beside an adapter
 
 Index = tuple[slice, ...]
@@ -37,26 +40,26 @@ class AdapterFile:
     shapes: dict[str, tuple[int, ...]]
     handle: Any
 
-    def read(self, key: str, index: Index = (slice(None),)) -> np.ndarray:
+    def read(self, key: str, index: Any = (slice(None),)) -> np.ndarray:
         """A slice of a tensor, in the file's dtype."""
         return self.handle.get_slice(key)[index]
 
 
-def open_adapter(directory: str | FilePath) -> AdapterFile:
+def open_adapter(directory: str | FilePath, name: str = TENSORS_NAME) -> AdapterFile:
     """The tensors of an adapter directory; of the file only the header is read.
 
     Raises:
         AdapterError: no such file, only a pickled one, or not safetensors.
     """
-    path = FilePath(directory) / TENSORS_NAME
+    path = FilePath(directory) / name
     if not path.is_file():
-        pickled = path.with_suffix(".bin")
-        if pickled.exists():
+        pickled = [path.with_name(file) for file in PICKLED if path.with_name(file).exists()]
+        if pickled:
             raise AdapterError(
-                f"{pickled}: a pickled file can run any code and is never opened; load it with peft and save it "
-                f"again, which writes {TENSORS_NAME}"
+                f"{pickled[0]}: a pickled file can run any code and is never opened; load it with the library that "
+                f"wrote it and save it again as safetensors, in {name}"
             )
-        raise AdapterError(f"{path}: missing; an adapter directory has {CONFIG_NAME} and {TENSORS_NAME}")
+        raise AdapterError(f"{path}: missing; an adapter directory has {CONFIG_NAME} and {name}")
     try:
         handle = safe_open(inside(path.parent, path.name, AdapterError, str(directory)), framework="np")
         return AdapterFile(path, {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}, handle)  # noqa: SIM118
@@ -66,12 +69,16 @@ def open_adapter(directory: str | FilePath) -> AdapterFile:
 
 @dataclass(frozen=True)
 class Checked:
-    """An adapter's tensors, each with its place in a tree. copies: of base weights, (key in the file, path, row)."""
+    """An adapter's tensors, each with its place in a tree. copies: of base weights, (key in the file, path, row).
+
+    check: of the tree that has them, raising AdapterError.
+    """
 
     file: AdapterFile
     wanted: list[Entry]
     copies: list[tuple[str, Path, int | None]]
     fill: dict[str, float]
+    check: Callable[[Tree], None] = lambda params: None
 
     def put_into(self, params: Tree) -> Tree:
         """`params`, whose leaves the method has put in place, with every number that the adapter has.
@@ -93,7 +100,8 @@ class Checked:
             value = _place(
                 array.shape, array.sharding, _reader(self.file, mine, array.shape, self.fill.get(part or "", 0.0))
             )
-            set_path(result, path, value if part is None else replace(leaf, **{part: value}))
+            set_path(result, path, _with_others(value, array, mine) if part is None else replace(leaf, **{part: value}))
+        self.check(result)
         return result
 
 
@@ -103,9 +111,24 @@ def open_checked(directory: str, files: Files, section: Any, weights: Tree) -> C
     Raises:
         AdapterError: a tensor too many, too few or of another shape.
     """
-    file = open_adapter(directory)
-    wanted = files.entries(section, weights)
-    return Checked(file, wanted, _check_names(file, wanted, weights), files.fill)
+    derived, wanted = files.derived(section), files.entries(section, weights)
+    if derived is None:
+        file = open_adapter(directory, files.tensors_name)
+        return Checked(file, wanted, _check_names(file, wanted, weights, files.alias), files.fill)
+    file, made = open_adapter(directory, derived.file), open_adapter(directory)
+    check = partial(_check_derived, file.path, made, partial(derived.tensors, section))
+    return Checked(file, wanted, _check_names(file, wanted, weights, files.alias), files.fill, check)
+
+
+def _check_derived(source: FilePath, file: AdapterFile, tensors: Callable[[Tree], dict[str, Any]], tree: Tree) -> None:
+    """What PEFT's file has is what the weights in ours give, but for another machine's rounding."""
+    for key, array in tensors(tree).items():
+        fits = file.shapes.get(key) == array.shape
+        if not fits or not bool(jnp.allclose(array, file.read(key, ...), 0, ROUNDING * float(jnp.max(jnp.abs(array))))):
+            raise AdapterError(
+                f"{file.path}: {key} is not what {source.name} gives; the two belong to different adapters. Without "
+                f"{source.name} the adapter loads as PEFT has it"
+            )
 
 
 def _bottom(leaf: Any) -> Any:
@@ -113,6 +136,15 @@ def _bottom(leaf: Any) -> Any:
     while isinstance(leaf, Leaf):
         leaf = None if leaf.REBASED else getattr(leaf, "base", None)
     return leaf
+
+
+def _with_others(value: jax.Array, before: jax.Array, mine: list[Entry]) -> jax.Array:
+    """A weight of the model that trains whole in some layers: those that the file does not have stay as they were."""
+    rows = [entry.row for entry in mine]
+    if None in rows or len(rows) == len(before):
+        return value
+    has = np.isin(np.arange(len(before)), rows).reshape(-1, *[1] * (before.ndim - 1))
+    return jnp.where(has, value, before)
 
 
 def _place(shape: tuple[int, ...], sharding: Any, read: Callable[[Index], np.ndarray]) -> jax.Array:
@@ -139,35 +171,37 @@ def _reader(file: AdapterFile, mine: list[Entry], shape: tuple[int, ...], fill: 
 
 def _read_slice(file: AdapterFile, entry: Entry, ranges: list[range]) -> np.ndarray:
     """The part of a tensor that lies in the ranges of the tree's array; a smaller rank ends before they do."""
-    bounds = _bounds(entry, ranges[::-1] if entry.turned else ranges)
+    bounds = _bounds(entry, ranges)
     if any(start >= stop for start, stop in bounds):
         return np.zeros([0] * len(ranges), np.float32)
-    value: np.ndarray = file.read(entry.key, tuple(slice(*bound) for bound in bounds)).astype(np.float32)
+    index = tuple(slice(*bound) for bound in bounds)
+    value: np.ndarray = file.read(entry.key, index[::-1] if entry.turned else index).astype(np.float32)
     if not np.isfinite(value).all():
         raise AdapterError(f"{file.path}: {entry.key} has numbers that are not finite (NaN or infinity)")
-    if _is_flat(entry, ranges):
-        return value.reshape([len(part) for part in ranges])
-    return value.T if entry.turned else value
-
-
-def _is_flat(entry: Entry, ranges: list[range]) -> bool:
-    """Whether the tensor has dimensions of size 1 that the array lacks."""
-    return len(entry.shape) != len(ranges)
+    value = value.T if entry.turned else value
+    return value if value.ndim == len(ranges) else value.reshape([len(part) for part in ranges])
 
 
 def _bounds(entry: Entry, ranges: list[range]) -> list[tuple[int, int]]:
-    """What to read of each dimension of a tensor."""
-    if _is_flat(entry, ranges):
+    """What to read of each dimension of a tensor, in the array's order of dimensions."""
+    shape = entry.shape[::-1] if entry.turned else entry.shape
+    if len(shape) > len(ranges):  # by dimensions of size 1
         left = iter(ranges)
-        ranges = [range(1) if size == 1 else next(left) for size in entry.shape]
-    bounds = [(part.start, min(part.stop, size)) for part, size in zip(ranges, entry.shape)]
+        ranges = [range(1) if size == 1 else next(left) for size in shape]
+    if len(shape) < len(ranges):  # the last of the tensor is several of the array, whole but for the first of them
+        first, *inner = ranges[len(shape) - 1 :]
+        size = math.prod(len(part) for part in inner)
+        ranges = [*ranges[: len(shape) - 1], range(first.start * size, first.stop * size)]
+    bounds = [(part.start, min(part.stop, size)) for part, size in zip(ranges, shape)]
     if entry.columns is not None:
-        first = entry.columns[0]
-        bounds[-1] = (first + ranges[-1].start, min(first + ranges[-1].stop, entry.columns[1]))
+        first_column, end = entry.columns
+        bounds[-1] = (first_column + ranges[-1].start, min(first_column + ranges[-1].stop, end))
     return bounds
 
 
-def _check_names(file: AdapterFile, wanted: list[Entry], weights: Tree) -> list[tuple[str, Path, int | None]]:
+def _check_names(
+    file: AdapterFile, wanted: list[Entry], weights: Tree, alias: Callable[[str], str]
+) -> list[tuple[str, Path, int | None]]:
     """The tensors that are copies of base weights, as (key in the file, path, row); any other surplus is an error."""
     expected = {entry.key: entry.shape for entry in wanted}
     missing = [key for key in expected if key not in file.shapes]
@@ -180,9 +214,9 @@ def _check_names(file: AdapterFile, wanted: list[Entry], weights: Tree) -> list[
         if name is not None:
             copies.append((key, *known[name][:2]))
             expected[key] = known[name][2]
-        elif _alias(key) in expected:
-            expected[key] = expected[_alias(key)]
-            _check_alias(file, key)
+        elif (other := alias(_saved_once(key))) in expected:
+            expected[key] = expected[other]
+            _check_alias(file, key, other)
         else:
             unknown.append(key)
     if unknown:
@@ -219,14 +253,14 @@ def _base_name(key: str, known: dict) -> str | None:
     return None
 
 
-def _alias(key: str) -> str:
+def _saved_once(key: str) -> str:
     """PEFT stores the bias of a module to save a second time, with this word in its name."""
     return key.replace(".modules_to_save.", ".")
 
 
-def _check_alias(file: AdapterFile, key: str) -> None:
-    if not np.array_equal(file.read(key), file.read(_alias(key))):
-        raise AdapterError(f"{file.path}: {key} and {_alias(key)} differ; they are the same weight")
+def _check_alias(file: AdapterFile, key: str, other: str) -> None:
+    if not np.array_equal(file.read(key), file.read(other)):
+        raise AdapterError(f"{file.path}: {key} and {other} differ; they are the same weight")
 
 
 def _check_copy(file: AdapterFile, key: str, array: jax.Array | None, row: int | None) -> None:

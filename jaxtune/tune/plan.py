@@ -5,7 +5,7 @@ Made from declarations alone. The names are PEFT's rules' (names.py); every sett
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtune.errors import AdapterError, listing
 from jaxtune.models.weights import Path, Tree, Weight
@@ -87,7 +87,7 @@ def make_plan(section: Targeted, weights: Tree) -> Plan:
     _check_patterns(section)
     if section.adapter is None:
         _check_layers(section, modules)
-    saved = _saved(section, modules, weights)
+    saved = saved_keys(section, modules, weights)
     targets = _targets(section, modules)
     sites = {}
     for path, weight in declared(weights):
@@ -187,7 +187,7 @@ def _check_each_target(section: Targeted, modules: Modules) -> None:
             raise AdapterError(f'tune.targets: no module is named "{target}"{_hint([target], modules)}')
 
 
-def _saved(section: Targeted, modules: Modules, weights: Tree) -> set[str]:
+def saved_keys(section: Any, modules: Modules, weights: Tree) -> set[str]:
     """Keys of the weights in modules_to_save."""
     holders = [name for name in modules.all if names.is_saved(name, section.modules_to_save)]
     for entry in section.modules_to_save:

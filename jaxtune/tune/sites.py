@@ -4,7 +4,7 @@ A method says, of one weight (a `Site` of plan.py): which parts it adds, how the
 under which names PEFT stores them. Choosing weights, sharding, loading, saving and merging are then the same for all.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from jaxtune.models.weights import Tree, Weight, leaves_with_path, map_tree, pat
 from jaxtune.section import Targeted
 from jaxtune.tune.method import Method, Rate, ShardingOf, get_path, is_abstract, make
 from jaxtune.tune.peft_files import PREFIX, Entry, Files, whole_entries
-from jaxtune.tune.plan import Part, Plan, Site, make_plan
+from jaxtune.tune.plan import Part, Site, make_plan
 
 
 class Tensor(NamedTuple):
@@ -55,6 +55,8 @@ class Kind:
     leaf: (section, site, base, parts) -> the leaf.
     tensors: (section, site, row) -> what PEFT stores of the module in that row.
     takes_bias: where the map has a bias, the parts have a copy of it under "bias".
+    check: (section, site, sharding_of) raises AdapterError where the options do not fit the weight, and MeshError where
+    they do not fit the mesh.
     """
 
     parts: Callable[[Any, Site], dict[str, Part]]
@@ -62,6 +64,7 @@ class Kind:
     leaf: Callable[[Any, Site, Any, dict[str, Any]], Leaf]
     tensors: Callable[[Any, Site, int], list[Tensor]]
     takes_bias: bool = False
+    check: Callable[[Any, Site, ShardingOf | None], None] = lambda section, site, sharding_of: None
 
 
 def site_method(
@@ -99,7 +102,7 @@ def wrap_with(
     that an adapter file holds."""
     plan = make_plan(section, weights)
     result: Tree = {}
-    for path, leaf in leaves_with_path(map_tree(partial(_wide, plan), weights, params)):
+    for path, leaf in leaves_with_path(widened(params, weights, plan.trained)):
         site = plan.sites.get(path)
         if site is not None:
             leaf = made(site, leaf, get_path(params, (*path[:-1], "bias")) if takes_bias else None)
@@ -110,6 +113,7 @@ def wrap_with(
 def _leaf(
     kind: Kind, section: Targeted, seed: int, sharding_of: ShardingOf | None, site: Site, base: Any, bias: Any
 ) -> Leaf:
+    kind.check(section, site, sharding_of)
     start = kind.start(section, site, seed)
     arrays = (base, *start.arrays) if start.of_base else start.arrays
     where: Any = None
@@ -124,8 +128,13 @@ def _leaf(
     return kind.leaf(section, site, parts.pop("base", base), parts)
 
 
-def _wide(plan: Plan, weight: Weight, array: Any) -> Any:
-    if not plan.trained & set(weight.keys) or array.dtype == jnp.float32:
+def widened(params: Tree, weights: Tree, trained: Set[str]) -> Tree:
+    """The tree with the weights that train whole in float32, which an adapter file has them in."""
+    return map_tree(partial(_wide, trained), weights, params)
+
+
+def _wide(trained: Set[str], weight: Weight, array: Any) -> Any:
+    if not trained & set(weight.keys) or array.dtype == jnp.float32:
         return array
     if isinstance(array, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(array.shape, jnp.float32, sharding=array.sharding)

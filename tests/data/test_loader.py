@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 
 import numpy as np
@@ -377,3 +378,64 @@ def test_a_template_with_a_clock_is_told(write, tmp_path):
     (tmp_path / "t.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + CHATML)
     data = build(write("a.jsonl", ["b"]), template=str(tmp_path / "t.jinja"))
     assert "always 26 July 2024" in data.notes[0]
+
+
+class TestVirtualTokens:
+    """Ids past the vocabulary that a tuning method puts before every example."""
+
+    IDS = range(1000, 1003)
+
+    def test_they_stand_before_every_example_and_are_never_learnt(self):
+        given = join([(np.array([10, 11, 12], np.int32), np.array([False, True, True]))] * 2)
+        batch = dataset(given, time=14, batch_size=1, virtual=self.IDS).batch(1)
+        document = [1000, 1001, 1002, 10, 11, 12]
+        assert batch.tokens[0, 0].tolist() == [*document, *document, 0, 0]
+        assert batch.targets[0, 0].tolist() == [*[0, 0, 0, 11, 12, 0] * 2, 0, 0]
+        assert batch.mask[0, 0].tolist() == [*[False, False, False, True, True, False] * 2, False, False]
+        assert batch.positions[0, 0].tolist() == [*range(6), *range(6), 0, 0]
+        assert batch.segments[0, 0].tolist() == [1] * 6 + [2] * 6 + [0, 0]
+
+    @pytest.mark.parametrize("packing", [True, False])
+    def test_they_take_room_and_are_not_counted(self, packing):
+        given = examples()
+        data = dataset(given, packing=packing, virtual=self.IDS)
+        plain = dataset(given, packing=packing)
+        assert (data.rows > plain.rows) == packing
+        assert sum(b.num_tokens for b in data.batches()) == sum(b.num_tokens for b in plain.batches())
+        assert sum(b.num_supervised for b in data.batches()) == sum(b.num_supervised for b in plain.batches())
+        assert documents(data.batches()) == documents(dataset(given, packing=True, virtual=self.IDS).batches())
+
+    def test_their_number_is_part_of_the_fingerprint(self):
+        given = examples()
+        kinds = [range(0), range(1000, 1003), range(1000, 1004), range(999, 1002)]
+        assert len({dataset(given, virtual=ids).fingerprint for ids in kinds}) == len(kinds)
+
+    def build(self, path, virtual, **section):
+        sections = DataSection(path=path, **section), EvalSection(), TrainSection()
+        return build_data(*sections, word_tokenizer(), virtual)
+
+    def test_conversations_are_cut_to_the_room_that_they_leave(self, write):
+        path = write("a.jsonl", [" ".join("abcdefghij" * 3), "b"])
+        (cut, short) = sorted(self.build(path, self.IDS, max_length=20).train.examples.lengths, reverse=True)
+        assert cut == 17
+        assert short < 17
+        assert self.build(path, range(0), max_length=20).train.examples.lengths.max() == 20
+        data = self.build(path, self.IDS, max_length=200, packing=False)
+        assert data.train.shape[-1] == 64
+        with pytest.raises(DataError, match="max_length 20 less 3 virtual tokens"):
+            self.build(path, self.IDS, max_length=20, too_long="error")
+
+    def test_no_room_beside_them_is_refused(self, write):
+        with pytest.raises(ConfigError, match=r"data.max_length 4: tune.num_virtual_tokens 3 .* 2 tokens at least"):
+            self.build(write("a.jsonl", ["b"]), self.IDS, max_length=4)
+
+    def test_the_report_counts_them_apart(self, write, capsys):
+        from rich.console import Console
+
+        data = self.build(write("a.jsonl", LETTERS), self.IDS, max_length=64)
+        data.report(Console(width=200))
+        out = capsys.readouterr().out
+        assert re.search(r"virtual tokens before each +3\n", out)
+        lengths = data.train.examples.lengths
+        filled = (lengths.sum() + 3 * len(lengths)) / (data.train.rows * 64)
+        assert f"{1 - filled:.1%}" in out

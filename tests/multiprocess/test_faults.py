@@ -56,6 +56,15 @@ def test_processes_that_read_other_data_are_refused(model, tmp_path):
     assert "the data (SHA-256)" in outputs[0]
 
 
+def test_processes_that_run_other_code_are_refused_before_anything_is_read(model, tmp_path):
+    config = configuration(model, tmp_path)
+    changed = "import jaxtune.processes\njaxtune.processes._code = lambda: 'another'"
+    codes, outputs = ended(script(config), script(config, fault=changed))
+    assert codes == [2, 2], outputs
+    assert "jaxtune's code (SHA-256): another in process 1" in outputs[0]
+    assert "Reading" not in outputs[0]
+
+
 def test_a_crash_of_another_process_is_told_by_the_first(model, tmp_path):
     fault = (
         "import jaxtune.data.loader as l\ndef broken(*_):\n    raise TypeError('not today')\nl.Dataset._fill = broken"

@@ -57,6 +57,26 @@ def test_a_process_that_is_gone_is_named(text, process, words):
     assert f"Process {process} of" in str(error) and words in str(error)
 
 
+def test_the_hash_of_the_code_is_of_every_file_and_of_its_name(monkeypatch, tmp_path):
+    def hashed(**files):
+        home = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, text in files.items():
+            path = home / name.replace("__", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".py").write_text(text)
+        monkeypatch.setattr(processes, "__file__", str(home / "processes.py"))
+        return processes._code.__wrapped__()
+
+    same = hashed(processes="a = 1", parallel__ring="b = 2")
+    assert hashed(processes="a = 1", parallel__ring="b = 2") == same
+    others = [
+        hashed(processes="a = 1", parallel__ring="b = 3"),
+        hashed(processes="a = 1", parallel__rung="b = 2"),
+        hashed(processes="a = 1"),
+    ]
+    assert len({same, *others}) == 4
+
+
 TWO = """
 import json, os, signal, sys, time
 from jaxtune.clusters import find_place, start

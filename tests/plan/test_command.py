@@ -7,6 +7,7 @@ import pytest
 
 from jaxtune.config import load_config
 from jaxtune.errors import MeshError, UserError
+from jaxtune.plan.compiling import REFUSED
 from jaxtune.plan.report import operations, size
 from jaxtune.plan.target import choose, parse_bytes
 from tests.plan.shapes import LARGE
@@ -38,6 +39,7 @@ def plan(run_cli):
 
 SMALL = {**LARGE, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
 SMALL |= {"num_attention_heads": 8, "num_key_value_heads": 2}
+TPU = {"timeout": 1200}  # libtpu compiles for minutes where others use the cores
 
 
 @pytest.mark.slow
@@ -93,7 +95,7 @@ def test_a_mesh_that_does_not_fit_is_refused_as_in_a_run(write, plan):
 @pytest.mark.real
 @pytest.mark.slow
 def test_a_tpu_slice_is_compiled_for_without_a_tpu(write, plan, libtpu):
-    done = plan("--config", write(SMALL, mesh={"fsdp": 2, "tensor": 2}), "--target", "v5e:2x2", env=libtpu)
+    done = plan("--config", write(SMALL, mesh={"fsdp": 2, "tensor": 2}), "--target", "v5e:2x2", **TPU, env=libtpu)
     assert done.returncode == 0, done.stderr
     assert "4 x v5e:2x2 (fsdp 2, tensor 2)" in done.stdout and "bf16" in done.stdout
     assert done.stderr == ""  # libtpu's complaints are about the lack of a TPU
@@ -103,16 +105,33 @@ def test_a_tpu_slice_is_compiled_for_without_a_tpu(write, plan, libtpu):
 @pytest.mark.slow
 def test_what_a_tpu_refuses_is_reported_with_its_numbers(write, plan, libtpu):
     large = {**LARGE, "num_hidden_layers": 8}
-    done = plan("--config", write(large, mesh={"fsdp": 4}), "--target", "v5e:2x2", env=libtpu)
+    done = plan("--config", write(large, mesh={"fsdp": 4}), "--target", "v5e:2x2", **TPU, env=libtpu)
     assert done.returncode == 0, done.stderr
     assert "The compiler refuses" in done.stdout and "all-gather" in done.stdout
+
+
+LACKS_HBM = "Ran out of memory on HBM, the total memory required for HLO temporaries (63.62G) exceeds available HBM"
+
+
+@pytest.mark.parametrize(
+    ("message", "is_known"),
+    [
+        (f"RESOURCE_EXHAUSTED: {LACKS_HBM} (15.75G).", True),  # libtpu 0.0.42.1
+        ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom", True),  # as others say it
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm.", True),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.", False),  # a kernel's, not the step's
+        ("INTERNAL: something else", False),
+    ],
+)
+def test_what_libtpu_says_of_a_step_that_does_not_fit(message, is_known):
+    assert bool(REFUSED.search(message)) == is_known
 
 
 @pytest.mark.real
 @pytest.mark.slow
 def test_what_is_offloaded_lies_on_the_host_of_a_tpu(write, plan, libtpu):
     file = write(SMALL, mesh={"fsdp": 4}, memory={"offload": ["optimizer"]})
-    done = plan("--config", file, "--target", "v5e:2x2", env=libtpu)
+    done = plan("--config", file, "--target", "v5e:2x2", **TPU, env=libtpu)
     assert done.returncode == 0, done.stderr
     rows = {line.split("  ")[0]: line for line in done.stdout.splitlines()}
     assert "host" in rows["memory"] and not rows["in all"].endswith(" 0 B")

@@ -2,11 +2,13 @@
 
 import math
 
+import huggingface_hub
 import jax
 import pytest
 
 from jaxtune import loop
 from jaxtune.config import make_config
+from jaxtune.errors import ModelError
 from jaxtune.mesh import make_mesh
 from jaxtune.models.families import parse_config
 from jaxtune.plan.command import model_settings
@@ -72,6 +74,16 @@ def test_a_plan_has_the_bytes_that_the_run_compiles(name, tiny_model, tmp_path, 
     assert ours.temporaries == theirs.temp_size_in_bytes
     assert plan.parameters.total() + plan.optimizer.total() <= theirs.argument_size_in_bytes
     assert ours.temporaries >= plan.gradients.total() * 0.5
+
+
+def test_without_the_hub_it_is_said_that_config_json_is_enough(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    settings = make_config({"model": {"path": "owner/name"}, "data": {"path": "-"}})
+    with pytest.raises(ModelError, match=r"hub cannot be used .* give its directory. A plan reads its config.json"):
+        model_settings(settings)
 
 
 def test_the_step_of_a_72b_model_is_made_and_traced_without_its_weights():

@@ -107,7 +107,7 @@ def randomised(made: Tuned) -> Tuned:
     def move(path, leaf, train):
         if not isinstance(leaf, Leaf):
             return moved(leaf, 0.1, covered.get((path, None), 1)) if train else leaf
-        parts = {name: getattr(leaf, name) for name in leaf.TRAINS}
+        parts = {name: part for name in leaf.TRAINS if (part := getattr(leaf, name)) is not None}
         return replace(leaf, **{name: moved(x, 0.3, covered.get((path, name), 1)) for name, x in sorted(parts.items())})
 
     return made._replace(params=map_with_path(move, made.params, made.mask))
@@ -139,7 +139,14 @@ def map_with_path(function, tree: Tree, other: Tree, path: tuple = ()) -> Tree:
 
 def logits(model: Model, params: Tree, tokens: np.ndarray = TOKENS) -> np.ndarray:
     """[batch, time, vocab] of ours."""
-    return np.asarray(_compiled(model.config, model.stacks, model.hooks)(params, tokens))
+    tokens = after_virtual(model, tokens)
+    return np.asarray(_compiled(model.config, model.stacks, model.hooks)(params, tokens))[:, len(model.virtual_ids) :]
+
+
+def after_virtual(model: Model, tokens: np.ndarray) -> np.ndarray:
+    """The rows with the method's virtual tokens before them."""
+    ids = np.tile(model.virtual_ids, (len(tokens), 1)).astype(tokens.dtype)
+    return np.concatenate([ids, tokens], axis=1)
 
 
 @cache
@@ -156,11 +163,11 @@ def _compiled(config: ModelConfig, stacks: tuple[range, ...], hooks: Hooks):
 
 
 def peer_logits(model, tokens: np.ndarray = TOKENS) -> np.ndarray:
-    """[batch, time, vocab] of a torch model."""
+    """[batch, time, vocab] of a torch model; what peft gives for virtual tokens is left out."""
     import torch
 
     with torch.no_grad():
-        return model(torch.tensor(tokens)).logits.numpy()
+        return model(torch.tensor(tokens)).logits.numpy()[:, -tokens.shape[1] :]
 
 
 def peer_adapter(section: TuneSection, family: str = "qwen2", tied: bool = True, **settings):

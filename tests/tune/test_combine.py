@@ -1,0 +1,159 @@
+"""Adapters made into one are peft's add_weighted_adapter, way by way; what is wrong is said first."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxtune.config import tune_section
+from jaxtune.errors import AdapterError, ConfigError
+from jaxtune.tune import combine as module
+from jaxtune.tune.combine import combine
+from jaxtune.tune.peft_io import save_adapter
+from tests.tune.support import difference, logits, peer_logits, peer_model, randomised, tuned
+
+pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:::transformers")
+NAMES = ["one", "two", "three"]
+WEIGHTS = [0.7, -0.4, 1.2]
+SECTIONS = [
+    {"rank": 4, "alpha": 8},
+    {"rank": 4, "alpha": 2, "targets": ["q_proj", "v_proj", "down_proj"]},
+    {"rank": 4, "alpha": 6, "use_rslora": True},
+]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> list[Path]:
+    """Three adapters of one model, of other scales and targets."""
+    home, made = tmp_path_factory.mktemp("adapters"), []
+    for number, options in enumerate(SECTIONS):
+        one = randomised(tuned(tune_section(**options), seed=number))
+        save_adapter(home / str(number), one.section, one.model.weights, one.params)
+        made.append(home / str(number))
+    return made
+
+
+@pytest.fixture(scope="module")
+def peer(adapters):
+    """peft's model with all three."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(peer_model(), adapters[0], adapter_name=NAMES[0])
+    for name, directory in zip(NAMES[1:], adapters[1:], strict=True):
+        model.load_adapter(directory, adapter_name=name)
+    return model.eval()
+
+
+def effect(tensors) -> dict[str, np.ndarray]:
+    """B A of each module: two adapters of one effect may differ in A and B."""
+    names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    return {name: tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"] for name in names}
+
+
+def peer_effect(peer, way, **options):
+    name = re.sub(r"\W+", "_", f"{way} {options}").strip("_")
+    peer.add_weighted_adapter(NAMES, WEIGHTS, name, combination_type=way, **options)
+    config = peer.peft_config[name]
+    scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    named = {key.replace(f".{name}.", "."): x for key, x in peer.named_parameters() if f".{name}." in key}
+    found = effect({key: tensor.detach().numpy() for key, tensor in named.items()})
+    return {key: delta * scale for key, delta in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("way", "options", "theirs"),
+    [
+        ("linear", {}, {}),
+        ("cat", {}, {}),
+        ("svd", {}, {}),
+        ("svd", {"rank": 3}, {"svd_rank": 3}),
+        ("ties", {"density": 0.5}, {"density": 0.5}),
+        ("ties", {"density": 0.7, "sign": "frequency"}, {"density": 0.7, "majority_sign_method": "frequency"}),
+        ("magnitude_prune", {"density": 0.3}, {"density": 0.3}),
+        ("ties_svd", {"density": 0.5}, {"density": 0.5}),
+        ("magnitude_prune_svd", {"density": 0.5, "rank": 6}, {"density": 0.5, "svd_rank": 6}),
+    ],
+)
+def test_what_it_makes_is_peft_s(tmp_path, adapters, peer, way, options, theirs):
+    combine(adapters, WEIGHTS, tmp_path / "one", way, **options)
+    ours, expected = effect(load_file(tmp_path / "one" / "adapter_model.safetensors")), peer_effect(peer, way, **theirs)
+    assert ours.keys() == expected.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], expected[name], atol=1e-5 * np.abs(expected[name]).max(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"])
+def test_dare_with_peft_s_draws_is_peft_s(tmp_path, adapters, peer, monkeypatch, way):
+    """The two draw from other generators, so here both keep the same numbers: every other one."""
+    import peft.utils.merge_utils as theirs
+    import torch
+
+    def ours(x, density, random):
+        return (x * (np.arange(x.size).reshape(x.shape) % 2) / density).astype(np.float32)
+
+    def pruned(tensor, density, rescale):
+        return tensor * (torch.arange(tensor.numel()).reshape(tensor.shape) % 2) / density
+
+    monkeypatch.setattr(module, "_drop_at_random", ours)
+    monkeypatch.setattr(theirs, "random_pruning", pruned)
+    combine(adapters, WEIGHTS, tmp_path / "one", way, density=0.5)
+    found, expected = (
+        effect(load_file(tmp_path / "one" / "adapter_model.safetensors")),
+        peer_effect(peer, way, density=0.5),
+    )
+    for name in found:
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-5 * np.abs(expected[name]).max(), rtol=1e-4)
+
+
+def test_dare_keeps_the_share_that_was_asked_for_and_the_expected_value():
+    x = np.ones((400, 500), np.float32)
+    kept = module._drop_at_random(x, 0.25, np.random.default_rng(0))
+    assert (kept != 0).mean() == pytest.approx(0.25, abs=0.01) and kept.mean() == pytest.approx(1, abs=0.02)
+
+
+def test_cat_has_the_logits_of_the_sum(tmp_path, adapters):
+    """Also in peft, which reads the result."""
+    from peft import PeftModel
+
+    combine(adapters, [1, 1, 1], tmp_path / "sum", "cat")
+    made = tuned(tune_section(adapter=str(tmp_path / "sum")))
+    theirs = PeftModel.from_pretrained(peer_model(), tmp_path / "sum").eval()
+    assert difference(logits(made.model, made.params), peer_logits(theirs)) < 1e-4
+    config = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (12, 12, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"way": "avarage"}, "allowed: linear, cat, svd"),
+        ({"way": "ties"}, "density goes with"),
+        ({"way": "linear", "density": 0.5}, "density goes with"),
+        ({"way": "ties", "density": 1.5}, "above 0, up to 1"),
+        ({"way": "cat", "rank": 4}, "only with a way that ends in svd"),
+        ({"way": "ties", "density": 0.5, "sign": "loudest"}, "total, frequency"),
+        ({"weights": [1.0]}, "a weight each"),
+    ],
+)
+def test_an_option_that_is_wrong_or_would_do_nothing_is_named(tmp_path, adapters, options, words):
+    weights = options.pop("weights", WEIGHTS)
+    with pytest.raises(ConfigError, match=words):
+        combine(adapters, weights, tmp_path / "one", **options)
+    assert not (tmp_path / "one").exists()
+
+
+def test_adapters_that_cannot_be_added_up_are_refused(tmp_path, adapters):
+    for name, options in {
+        "rank": {"rank": 2},
+        "saved": {"modules_to_save": ["norm"]},
+        "ia3": {"method": "ia3"},
+    }.items():
+        one = tuned(tune_section(**options))
+        save_adapter(tmp_path / name, one.section, one.model.weights, one.params)
+    for name, words in {"rank": "ranks must agree", "saved": "train whole", "ia3": "only plain LoRA"}.items():
+        with pytest.raises(AdapterError, match=words):
+            combine([adapters[0], tmp_path / name], [1, 1], tmp_path / "one", "linear")
