@@ -62,9 +62,7 @@ def pissa_start(section: PissaSection, site: Site, seed: int) -> Start:
 
 
 def check_rank(site: Site) -> None:
-    """Raises:
-    AdapterError: there are fewer singular values than the rank.
-    """
+    """Raises AdapterError where a weight has fewer singular values than the rank."""
     out_size, in_size = site.weight.shape
     if site.rank > min(site.weight.shape):
         raise AdapterError(
