@@ -38,8 +38,9 @@ class Ranked(Targeted):
 
     @model_validator(mode="after")
     def _check_loraplus(self) -> "Ranked":
-        if self.loraplus_lr_ratio is None and "loraplus_lr_embedding" in self.model_fields_set:
-            raise ValueError("loraplus_lr_embedding does nothing without loraplus_lr_ratio; set both or neither")
+        default = Ranked.model_fields["loraplus_lr_embedding"].default
+        if self.loraplus_lr_ratio is None and self.loraplus_lr_embedding != default:
+            raise ValueError("loraplus_lr_embedding would do nothing without loraplus_lr_ratio")
         return self
 
     def rank_of(self, module: str) -> int:
