@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from jaxtune.models.weights import Tree
 
@@ -62,6 +61,10 @@ class Leaf:
     def dense_bias(self) -> Any:
         """What becomes of the bias beside the weight then; None: it stays."""
         return None
+
+    def num_numbers(self) -> int:
+        """Numbers of the weight and of what lies beside it; of parts that are None, none."""
+        return sum(count(getattr(self, name)) for name in fields_of(self))
 
 
 def dim_of(axes: Axes, name: str) -> int | None:
@@ -125,6 +128,7 @@ def combine(trainable: Tree, frozen: Tree) -> Tree:
     return jax.tree.map(pick, trainable, frozen, is_leaf=lambda value: value is None)
 
 
-def count(tree: Tree) -> int:
-    """Numbers in the arrays of a tree."""
-    return sum(jnp.size(array) for array in jax.tree.leaves(tree))
+def count(tree: Any) -> int:
+    """Numbers in a tree, those that quantised weights stand for included."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda value: isinstance(value, Leaf))
+    return sum(leaf.num_numbers() if isinstance(leaf, Leaf) else leaf.size for leaf in leaves)

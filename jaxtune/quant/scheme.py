@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -44,6 +45,12 @@ def _quantized(w: jax.Array, kind: str, double: bool) -> Quantized:
         blocks, size = four_bit.quantize_int4(w), four_bit.piece_of(w.shape[1], four_bit.GROUP)
         return four_bit.from_blocks(blocks, w.shape, kind, size)
     return four_bit.from_blocks(four_bit.quantize(w, kind, double), w.shape, kind)
+
+
+@lru_cache(64)
+def _maker(scheme: AtLoad, where: Quantized) -> Any:
+    """`quantized` under jit; weights of one shape that lie alike are compiled for once."""
+    return jax.jit(scheme.quantized, out_shardings=where)
 
 
 Scheme = AtLoad | Format
@@ -117,9 +124,9 @@ class Quantizer:
         """A weight that has just been read or drawn, quantised if it is to be: then the array is given up."""
         if not isinstance(self.scheme, AtLoad) or not weight.is_linear:
             return array
-        leaf = shapes_of(self.scheme, weight, array.dtype, self.own)
+        leaf, own = shapes_of(self.scheme, weight, array.dtype, self.own), self.own(weight, self.scheme)
         where = jax.tree.map(lambda part: part.sharding, placed(leaf, weight, self.sharding_of))
-        made = jax.jit(self.own(weight, self.scheme) or self.scheme.quantized, out_shardings=where)(array)
+        made = (jax.jit(own, out_shardings=where) if own else _maker(self.scheme, where))(array)
         jax.block_until_ready(made)
         array.delete()
         return made
