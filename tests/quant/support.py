@@ -27,15 +27,12 @@ def quantized(config, model: ModelConfig = CONFIG, init: str = "random"):
     check_fit(config, mesh, model)
     source = Source(Path("-"), model, None, scheme_of(config.model, model, "-"))
     execution = Execution.of(config, compute_dtype(config.precision.compute))
-    return assemble(
-        source, config.tune, mesh, init=init, dtype=config.precision.params, seed=1, execution=execution
-    )
+    return assemble(source, config.tune, mesh, init=init, dtype=config.precision.params, seed=1, execution=execution)
 
 
 def configuration(quantize=None, double=False, **sections):
-    own = defaults({"tune": LORA, "train": {"batch_size": 16}, **sections})
-    model = {"path": "-", "quantize": quantize, "double_quant": double}
-    return make_config({"model": model, "data": {"path": "-"}, **own})
+    own = defaults({"tune": LORA, "train": {"batch_size": 16}, "data": {"path": "-"}, **sections})
+    return make_config({"model": {"path": "-", "quantize": quantize, "double_quant": double}, **own})
 
 
 class QuantStepper(Stepper):

@@ -114,7 +114,9 @@ def test_int4_is_the_symmetric_grid_of_gptq_by_group():
     scale = np.abs(groups).max(1, keepdims=True) * np.float32(2 / 15)
     ratio = groups / np.where(scale > 0, scale, 1)
     steps = np.clip(np.round(ratio), -8, 7)
-    ties = (np.abs(np.abs(ratio) - 7.5) < 1e-4).reshape(w.shape)  # a group's largest number: both neighbours are as near
+    ties = (np.abs(np.abs(ratio) - 7.5) < 1e-4).reshape(
+        w.shape
+    )  # a group's largest number: both neighbours are as near
     difference = np.abs(leaf.dense(False)[0] - (steps * scale).reshape(w.shape))
     assert difference[~ties].max() == 0
     assert (difference <= scale.max()).all()
@@ -136,5 +138,5 @@ def bits_of(scheme, shape) -> float:
 
 
 def test_rows_of_odd_length_are_refused():
-    with pytest.raises(ModelError, match="k_proj has rows of 63 numbers.*even"):
+    with pytest.raises(ModelError, match=r"k_proj has rows of 63 numbers.*even"):
         four_bit.check_shape((8, 63), "k_proj")

@@ -2,8 +2,6 @@
 
 import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,7 +18,9 @@ def losses(quantize, double, micro, **mesh):
 
 
 @pytest.mark.parametrize(
-    ("micro", "mesh"), [(1, {"fsdp": 8}), (1, {"fsdp": 4, "tensor": 2}), (2, {"pipe": 2, "fsdp": 2, "tensor": 2})], ids=str
+    ("micro", "mesh"),
+    [(1, {"fsdp": 8}), (1, {"fsdp": 4, "tensor": 2}), (2, {"pipe": 2, "fsdp": 2, "tensor": 2})],
+    ids=str,
 )
 def test_qlora_has_the_same_losses_on_eight_devices_as_on_one(micro, mesh):
     (_, alone), (stepper, spread) = losses("nf4", True, 1), losses("nf4", True, micro, **mesh)
