@@ -51,8 +51,8 @@ def quantize_model(path: str, out: str | Path, maker: Maker, calibration: Calibr
     stage(f"Reading {path}")
     source = Source.open(ModelSection(path=path))
     model, tensors = Model.create(source.config), open_source(source.path)
-    check_weights(tensors, model.weights)
     _check_model(model, source, maker)
+    check_weights(tensors, model.weights)
     with checkpoint_directory(out, source, maker.settings(), _bytes(model.weights)) as directory:
         stage("Reading the data")
         streams = _streams(calibration, source)

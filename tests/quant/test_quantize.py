@@ -117,14 +117,17 @@ def test_bitsandbytes_reads_its_checkpoints_to_the_same_logits(make, method):
     np.testing.assert_allclose(jaxtune.load_model(directory).logits(TOKENS), expected, atol=1e-4)
 
 
-def test_gptq_costs_less_than_rounding_to_the_same_grid(make, tiny_model, data, tmp_path):
-    grid = {"bits": 3, "group": 32, "act_order": False, "symmetric": True}
-    calibration = Calibration(data[0], samples=10, length=LENGTH)
-    cost = {}
+def test_gptq_moves_the_outputs_less_than_rounding_to_the_same_grid(tiny_model, data, tmp_path):
+    """Logits on the calibration data: the perplexity of a random model may fall as well as rise."""
+    expected = jaxtune.load_model(tiny_model("llama")).logits(data[1])
+    moved = {}
     for name, damp in (("gptq", 0.01), ("rtn", None)):
-        made = quantize_model(str(tiny_model("llama")), tmp_path / name, GroupedMaker(damp=damp, **grid), calibration)
-        cost[name] = abs(np.log(made.calibration[1] / made.calibration[0]))
-    assert cost["gptq"] < cost["rtn"]
+        maker = GroupedMaker(3, 32, damp, act_order=True, symmetric=False)
+        quantize_model(
+            str(tiny_model("llama")), tmp_path / name, maker, Calibration(data[0], samples=10, length=LENGTH)
+        )
+        moved[name] = np.square(jaxtune.load_model(tmp_path / name).logits(data[1]) - expected).mean()
+    assert moved["gptq"] < 0.8 * moved["rtn"], moved
 
 
 def test_what_cannot_be_made_is_refused_and_leaves_nothing(make, tiny_model, data, tmp_path):
@@ -154,7 +157,7 @@ def test_what_cannot_be_made_is_refused_and_leaves_nothing(make, tiny_model, dat
         (["--method", "gptq", "--damp", "0"], "--damp 0.0; allowed: between 0 and 1"),
         (["--method", "gptq", "--group-size", "0"], "--group-size 0; allowed: -1, or 1 and more"),
         (["--method", "gptq", "--format", "jsonl"], "--format 'jsonl'; allowed: text, alpaca, messages, sharegpt"),
-        (["--method", "gptq", "--data", "none.jsonl"], "none.jsonl: cannot be read"),
+        (["--method", "int8", "--data", "none.jsonl"], "none.jsonl: cannot be read"),
     ],
 )
 def test_the_command_says_what_is_wrong_in_one_line(tiny_model, data, tmp_path, capsys, options, message):
