@@ -37,6 +37,7 @@ class AdaloraSection(Targeted):
     target_r: Positive = 8  # what is left of it on average
     alpha: PositiveFloat = 8  # the update is scaled by alpha / init_r
     dropout: Fraction = 0.0  # on the input of A
+    bias: Literal["none", "all", "lora_only"] = "none"  # which biases train as well
     tinit: NonNegative = 0  # steps before the ranks begin to shrink
     tfinal: NonNegative = 0  # steps at the end in which they stay
     deltaT: Positive = 1  # steps from one allocation to the next
@@ -234,6 +235,7 @@ def _adapted(site: Site) -> list[str]:
 SETTINGS = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
+    "bias": "bias",
     **{name: name for name in ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2")},
     **{name: name for name in ("orth_reg_weight", "total_step", "rank_pattern")},
     **TARGET_SETTINGS,

@@ -143,7 +143,7 @@ DEFAULTS: dict[str, Any] = {  # PEFT's, in our names
     **TARGET_DEFAULTS,
 }
 HARMLESS = frozenset({"eva_config", "megatron_core", "qalora_group_size", "runtime_config"})
-# Starts that leave the base weights as they are. Most others (pissa, olora, corda, ...) subtract the start from
+# Starts that leave the base weights as they are. Most others (olora, corda, ...) subtract the start from
 # them, so that the adapter belongs to a base that is not the model's; mica keeps B fixed in training.
 HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
