@@ -154,8 +154,8 @@ def read_lora(tree: dict[str, Any], where: Path) -> dict[str, Any]:
     if not any(init is allowed or init == allowed for allowed in HARMLESS_INITS):
         raise AdapterError(
             f"{where}: init_lora_weights {init!r} changes the base weights or how the adapter trains; allowed are "
-            "true, false, 'gaussian', 'eva' and 'orthogonal'. PEFT's save_pretrained converts such an adapter "
-            "when it is given path_initial_model_for_weight_conversion"
+            "true, false, 'gaussian', 'eva', 'orthogonal', 'pissa' and 'loftq'. PEFT's save_pretrained converts such "
+            "an adapter when it is given path_initial_model_for_weight_conversion"
         )
     return {"init": "gaussian" if init == "gaussian" else "default"}
 
