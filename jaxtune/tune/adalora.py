@@ -37,6 +37,7 @@ class AdaloraSection(Targeted):
     target_r: Positive = 8  # what is left of it on average
     alpha: PositiveFloat = 8  # the update is scaled by alpha / init_r
     dropout: Fraction = 0.0  # on the input of A
+    bias: Literal["none", "all", "lora_only"] = "none"  # which biases train as well
     tinit: NonNegative = 0  # steps before the ranks begin to shrink
     tfinal: NonNegative = 0  # steps at the end in which they stay
     deltaT: Positive = 1  # steps from one allocation to the next
@@ -66,19 +67,19 @@ class AdaloraSection(Targeted):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Triplets(LowRank):
-    """A low-rank leaf with a number, e [rank], for each column of `a` and row of `b`."""
+    """A low-rank leaf with a number, e [rank, 1], for each column of `a` and row of `b`."""
 
     TRAINS: ClassVar[frozenset[str]] = frozenset({"a", "b", "e"})
 
     e: jax.Array = field(kw_only=True)
 
     def axes(self, axes: Axes, is_table: bool) -> dict[str, Axes]:
-        return {**super().axes(axes, is_table), "e": (*axes[:-2], "rank")}
+        return {**super().axes(axes, is_table), "e": (*axes[:-2], "rank", None)}
 
     @property
     def plain(self) -> LowRank:
         """The same as a low-rank leaf of two matrices."""
-        return LowRank(self.base, self.a * self.e[..., None, :].astype(self.a.dtype), self.b, self.scale)
+        return LowRank(self.base, self.a * self.e.swapaxes(-1, -2).astype(self.a.dtype), self.b, self.scale)
 
     def product(self, inputs: tuple[Any, ...], split: str | None) -> Any:
         return self.plain.product(inputs, split)
@@ -92,7 +93,7 @@ def parts(section: AdaloraSection, site: Site) -> dict[str, Part]:
     return {
         "a": site.part((in_size, site.rank), (in_axis, "rank")),
         "b": site.part((site.rank, out_size), ("rank", out_axis)),
-        "e": site.part((site.rank,), ("rank",)),
+        "e": site.part((site.rank, 1), ("rank", None)),
         "scale": site.part((), ()),
     }
 
@@ -112,7 +113,7 @@ def _first(keys_a, keys_b, ranks, scales, *, sizes: tuple[int, int, int], stacke
         return lives * DEVIATION * jax.vmap(lambda key: jax.random.normal(key, (rank, size), jnp.float32))(keys)
 
     a, b = draw(keys_a, in_size).swapaxes(1, 2), draw(keys_b, out_size)
-    made = {"a": a, "b": b, "e": jnp.zeros((len(ranks), rank)), "scale": scales}
+    made = {"a": a, "b": b, "e": jnp.zeros((len(ranks), rank, 1)), "scale": scales}
     return made if stacked else {name: part[0] for name, part in made.items()}
 
 
@@ -194,7 +195,7 @@ def allocated(
     dropped = int(table[0]) - jnp.asarray(table)[jnp.minimum(step, end)]
     threshold = jnp.where(dropped > 0, rising[jnp.maximum(dropped - 1, 0)], -1.0)
     is_due = ((step > section.tinit) & moves & (step % section.deltaT == 0)) | (step == end)
-    fresh = iter([score > threshold for score in scores])
+    fresh = iter([score[..., None] > threshold for score in scores])
     mask = _of_leaves(lambda one: replace(one, e=jnp.where(is_due, next(fresh), one.e)), state["mask"])
     masks = iter([one.e for one in _leaves(mask)])
     masked = lambda one: replace(one, e=jnp.where((is_due | (step > end)) & ~next(masks), 0, one.e))  # noqa: E731
@@ -204,7 +205,7 @@ def allocated(
 def _scores(importance: Triplets, change: Triplets, trained: Triplets) -> jax.Array:
     """Of each triplet [..., rank]; infinite where there is none, as in layers without an adapter."""
     a, b, e = (getattr(importance, part) * getattr(change, part) for part in ("a", "b", "e"))
-    score = e + (jnp.mean(a, axis=-2) + jnp.mean(b, axis=-1))
+    score = e[..., 0] + (jnp.mean(a, axis=-2) + jnp.mean(b, axis=-1))
     return jnp.where(jnp.any(trained.a != 0, axis=-2), score, jnp.inf)
 
 
@@ -234,6 +235,7 @@ def _adapted(site: Site) -> list[str]:
 SETTINGS = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
+    "bias": "bias",
     **{name: name for name in ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2")},
     **{name: name for name in ("orth_reg_weight", "total_step", "rank_pattern")},
     **TARGET_SETTINGS,

@@ -144,7 +144,7 @@ DEFAULTS: dict[str, Any] = {  # PEFT's, in our names
     **TARGET_DEFAULTS,
 }
 HARMLESS = frozenset({"eva_config", "megatron_core", "qalora_group_size", "runtime_config"})
-# Starts that leave the base weights as they are. Most others (pissa, olora, corda, ...) subtract the start from
+# Starts that leave the base weights as they are. Most others (olora, corda, ...) subtract the start from
 # them, so that the adapter belongs to a base that is not the model's; mica keeps B fixed in training.
 HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -155,8 +155,8 @@ def read_lora(tree: dict[str, Any], where: Path) -> dict[str, Any]:
     if not any(init is allowed or init == allowed for allowed in HARMLESS_INITS):
         raise AdapterError(
             f"{where}: init_lora_weights {init!r} changes the base weights or how the adapter trains; allowed are "
-            "true, false, 'gaussian', 'eva' and 'orthogonal'. PEFT's save_pretrained converts such an adapter "
-            "when it is given path_initial_model_for_weight_conversion"
+            "true, false, 'gaussian', 'eva', 'orthogonal', 'pissa' and 'loftq'. PEFT's save_pretrained converts such "
+            "an adapter when it is given path_initial_model_for_weight_conversion"
         )
     return {"init": "gaussian" if init == "gaussian" else "default"}
 

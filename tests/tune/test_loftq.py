@@ -56,7 +56,12 @@ def test_the_start_is_peft_s(monkeypatch, times):
             return self
 
     plain = torch.Tensor.to
-    here = lambda self, *args, device=None, **rest: plain(self, **rest) if rest else self  # noqa: E731
+
+    def here(self, *args, **rest):
+        args = [value for value in args if value != "cuda"]
+        rest = {name: value for name, value in rest.items() if value != "cuda"}
+        return plain(self, *args, **rest) if args or rest else self
+
     monkeypatch.setattr(torch.Tensor, "to", here)
     monkeypatch.setattr(bnb.nn, "Params4bit", OnCpu)
     monkeypatch.setattr(loftq_utils, "is_bnb_available", lambda: True)
