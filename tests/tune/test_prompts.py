@@ -27,6 +27,7 @@ from jaxtune.tune.peft_io import save_adapter
 from jaxtune.tune.peft_tensors import TENSORS_NAME
 from jaxtune.tune.virtual import ENCODER_FILE
 from tests.programs import Stepper
+from tests.quant.support import QuantStepper
 from tests.runs import ROWS, sections
 from tests.tune.support import SIZES, TOKENS, difference, logits, peer_logits, peer_model, randomised, tuned
 
@@ -375,3 +376,16 @@ def test_virtual_ids_begin_where_the_vocabulary_ends():
     ids = range(SIZES["vocab_size"], SIZES["vocab_size"] + VIRTUAL)
     assert tune.virtual_ids(made.section, made.model.config) == made.model.virtual_ids == ids
     assert tune.virtual_ids(tune_section(), made.model.config) == range(48, 48)
+
+
+@pytest.mark.parametrize(
+    "options", [{**PROMPT, "prompt_tuning_init": "SAMPLE_VOCAB"}, PREFIX], ids=["prompt", "prefix"]
+)
+def test_virtual_tokens_stand_before_a_quantised_base_too(options):
+    options = {**options, "num_virtual_tokens": 4}
+    plain, narrow = (
+        QuantStepper(quantize, tune=options, mesh={"fsdp": 1}, rows=4, train={"batch_size": 4}).run(2)
+        for quantize in (None, "nf4")
+    )
+    assert plain != narrow
+    np.testing.assert_allclose(narrow, plain, rtol=0.1)
