@@ -279,7 +279,7 @@ class Model:
 
         noise: of dropout; None turns it off. segments: 0 is padding; a token sees its own segment only.
         """
-        x = self.embed(params, tokens_BT, dtype, noise)
+        x = self.embed(params, tokens_BT, dtype, noise, cache)
         context, cache = self.context(params, tokens_BT, positions_BT, segments_BT, cache)
         caches = []
         for index, layers in enumerate(self.stacks):
@@ -297,14 +297,29 @@ class Model:
         """The ids that stand in front of every document."""
         return range(self.config.vocab_size, self.config.vocab_size + self.hooks.virtual_tokens)
 
-    def embed(self, params: Tree, tokens_BT: jax.Array, dtype: Any, noise: Noise | None = None) -> jax.Array:
+    def _slots(self, tokens_BT: jax.Array, cache: Cache | None) -> jax.Array | None:
+        """Each token's number among the virtual ones, below 0 for others; None where there can be none: they stand
+        at the start, so none comes after what a cache has."""
+        if not self.hooks.virtual_tokens or (cache is not None and cache.length is not None):
+            return None
+        return tokens_BT - self.config.vocab_size
+
+    def embed(
+        self,
+        params: Tree,
+        tokens_BT: jax.Array,
+        dtype: Any,
+        noise: Noise | None = None,
+        cache: Cache | None = None,
+    ) -> jax.Array:
         """What the first layer takes."""
         table = self._used(params["embed"]["weight"], self.weights["embed"]["weight"], None)
         first = local.index("tensor") * (self.config.vocab_size // local.size("tensor"))
         x = ops.embed(tokens_BT - first, table, dtype)
-        if self.hooks.virtual_tokens:
+        slots = self._slots(tokens_BT, cache)
+        if slots is not None:
             own = None if noise is None else noise.fold_in(self.config.num_layers)  # the numbers below are the layers'
-            added = self.hooks.embedded(self._shared(params), tokens_BT - self.config.vocab_size, dtype, own)
+            added = self.hooks.embedded(self._shared(params), slots, dtype, own)
             # The sum over the tensor axis follows, so one device adds them.
             x = x if added is None else x + jnp.where(local.index("tensor") == 0, added, jnp.zeros_like(added))
         return leave(x, self.execution)
@@ -320,12 +335,11 @@ class Model:
         """What every layer sees, and the cache with this pass's columns marked as filled."""
         c = self.config
         cos, sin = cos_sin(c.rope, c.head_dim, c.max_positions, positions_BT)
-        slots = tokens_BT - c.vocab_size if self.hooks.virtual_tokens else None
         shown = Context(
             cos,
             sin,
             segments_BT,
-            slots=slots,
+            slots=self._slots(tokens_BT, cache),
             shared=self._shared(params),
             execution=self.execution,
             hooks=self.hooks,

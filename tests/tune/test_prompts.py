@@ -27,6 +27,7 @@ from jaxtune.tune.peft_io import save_adapter
 from jaxtune.tune.peft_tensors import TENSORS_NAME
 from jaxtune.tune.virtual import ENCODER_FILE
 from tests.programs import Stepper
+from tests.quant.support import QuantStepper
 from tests.runs import ROWS, sections
 from tests.tune.support import SIZES, TOKENS, difference, logits, peer_logits, peer_model, randomised, tuned
 
@@ -255,6 +256,29 @@ def test_bfloat16_computes_nearly_the_same(options):
     np.testing.assert_allclose(narrow, wide, rtol=2e-2)
 
 
+def test_key_value_heads_that_the_tensor_axis_does_not_divide():
+    def losses(mesh):
+        return Stepper(tune={**PREFIX, "num_virtual_tokens": 4}, mesh=mesh, rows=4).run(3)
+
+    np.testing.assert_allclose(losses({"tensor": 4, "context": 2}), losses({"fsdp": 1}), atol=2e-5)
+
+
+def test_what_follows_a_cache_does_not_make_the_virtual_tokens_again():
+    made = tuned(tune_section(**LSTM))
+    empty = made.model.empty_cache(1, 16, jnp.float32)
+
+    def loops(tokens, cache):
+        def step(tokens, cache):
+            return made.model.hidden(made.params, tokens, tokens, jnp.ones_like(tokens), cache=cache)
+
+        return str(jax.make_jaxpr(step)(tokens, cache)).count("scan[")
+
+    first, more = np.ones((2, 1, 8), np.int32)
+    _, begun = jax.eval_shape(lambda: made.model.hidden(made.params, first, first, more, cache=empty))
+    assert loops(first, empty) == 1 + 4  # the layers', and four of the LSTM: two layers, both ways
+    assert loops(first[:, :1], begun) == 1
+
+
 RUNS = {
     "prompt": {**PROMPT, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": TEXT},
     "p_tuning": {**MLP, "encoder_hidden_size": None},
@@ -300,7 +324,7 @@ class TestRuns:
             expected = peer(torch.tensor(tokens)).logits.numpy()[:, -20:]
         for model in (jaxtune.load_model(run), jaxtune.load_model(base, adapter=run / "adapter")):
             assert difference(model.logits(tokens), expected) < 1e-4
-        spread = jaxtune.load_model(run, mesh={"fsdp": 2, "tensor": 2, "data": 2})
+        spread = jaxtune.load_model(run, mesh={"fsdp": 2, "tensor": 4})  # which does not divide the key/value heads
         assert difference(spread.logits(tokens), expected) < 1e-4
         assert difference(jaxtune.load_model(base).logits(tokens), expected) > 0.01
 
@@ -352,3 +376,16 @@ def test_virtual_ids_begin_where_the_vocabulary_ends():
     ids = range(SIZES["vocab_size"], SIZES["vocab_size"] + VIRTUAL)
     assert tune.virtual_ids(made.section, made.model.config) == made.model.virtual_ids == ids
     assert tune.virtual_ids(tune_section(), made.model.config) == range(48, 48)
+
+
+@pytest.mark.parametrize(
+    "options", [{**PROMPT, "prompt_tuning_init": "SAMPLE_VOCAB"}, PREFIX], ids=["prompt", "prefix"]
+)
+def test_virtual_tokens_stand_before_a_quantised_base_too(options):
+    options = {**options, "num_virtual_tokens": 4}
+    plain, narrow = (
+        QuantStepper(quantize, tune=options, mesh={"fsdp": 1}, rows=4, train={"batch_size": 4}).run(2)
+        for quantize in (None, "nf4")
+    )
+    assert plain != narrow
+    np.testing.assert_allclose(narrow, plain, rtol=0.1)
