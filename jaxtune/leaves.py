@@ -24,10 +24,12 @@ class Leaf:
     `product` see one layer's parts, and of these what this device has along the tensor axis.
 
     TRAINS: names of the parts that train. EXACT: of those that keep their type, whatever the computation's.
+    REBASED: whether `base` is another weight than the model's own.
     """
 
     TRAINS: ClassVar[frozenset[str]] = frozenset()
     EXACT: ClassVar[frozenset[str]] = frozenset()
+    REBASED: ClassVar[bool] = False
 
     def axes(self, axes: Axes, is_table: bool) -> dict[str, Axes]:
         """The logical axes of every part but `base`. A part that is left out is whole everywhere, and left alone.

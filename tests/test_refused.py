@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from pydantic import ValidationError
 
 from jaxtune.assemble import Source
-from jaxtune.config import Config, ModelSection, OptimSection
+from jaxtune.config import Config, ModelSection, OptimSection, make_tune
 from jaxtune.errors import UserError
 from jaxtune.loading import as_mesh
 from jaxtune.mesh import make_mesh
@@ -33,8 +33,9 @@ SEQUENCE = {"sequence_parallel": True}
 
 def says(**sections) -> Callable:
     """The configuration alone refuses."""
-    data = {"path": "-", **sections.pop("data", {})}
-    return lambda: Config.model_validate({"model": {"path": "-"}, "data": data, **sections})
+    own = {name: {"path": "-", **sections.pop(name, {})} for name in ("model", "data")}
+    tune = sections.pop("tune", {})
+    return lambda: Config.model_validate({**own, "tune": make_tune(tune), **sections})
 
 
 def fits(**sections) -> Callable:
@@ -119,6 +120,10 @@ REST = {
     "`data.system`": [says(data={"format": "text", "system": "-"}), says(data={"columns": {"text": "-"}})],
     "a key of `optim`": [says(optim={"name": "sgd", "beta1": 0.5}), says(optim={"schedule": "linear", "decay": 0.2})],
     "`optim.warmup` or": [runs(warmup=2.5), runs(schedule="wsd", warmup=8, decay=4)],
+    "`model.double_quant`": [
+        says(model={"double_quant": True}),
+        says(model={"quantize": "int8", "double_quant": True}),
+    ],
     "`model.overrides`": [lambda: Source.open(ModelSection(path="-", overrides={"num_hidden_layers": 2}))],
     "`eval.path` and": [says(eval={"path": "-", "fraction": 0.1})],
 }

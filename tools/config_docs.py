@@ -49,6 +49,7 @@ This page is made from `jaxtune/config.py` and the methods in `jaxtune/tune/` by
 | a key of `optim` that belongs to another optimiser or schedule | likewise |
 | `optim.warmup` or `decay` of 1 or more that is no whole number; with wsd, more steps of both than the run has | they \
 are a share below 1, or a number of steps |
+| `model.double_quant` without `quantize: nf4` or `fp4` | their scales are what it quantises |
 | `model.overrides` with `init: pretrained` | the weights fix the settings |
 | `eval.path` and `eval.fraction` together | one evaluation has one source |
 

@@ -96,8 +96,9 @@ def check_split(key: str, name: str, shape: tuple[int, ...], partition: Any, siz
     for size, shards in zip(shape, shards_of(partition, sizes, len(shape)), strict=True):
         if size % shards:
             axes = ", ".join(f"{axis} {count}" for axis, count in sizes.items() if count > 1)
+            whose = key.replace("{layer}", "*")
             raise MeshError(
-                f"mesh {{{axes}}}: the quantised {name} of {key} are {list(shape)}, and {size} cannot be shared out "
+                f"mesh {{{axes}}}: the quantised {name} of {whose} are {list(shape)}, and {size} cannot be shared out "
                 f"among {shards} devices (two numbers of a row are one byte in 4 bits); take smaller axes or int8"
             )
 

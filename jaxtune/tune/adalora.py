@@ -43,16 +43,11 @@ class AdaloraSection(Targeted):
     beta1: Decay = 0.85  # of the mean of the scores
     beta2: Decay = 0.85  # of the mean of their changes
     orth_reg_weight: Annotated[float, Field(ge=0)] = 0.5  # of the penalty
-    total_step: Positive  # steps of the schedule: those of the run
+    total_step: Positive | None = None  # of the schedule; null: the run's
     rank_pattern: dict[str, list[bool]] = {}  # of a stored adapter: which triplets were left
 
     @model_validator(mode="after")
     def _check_schedule(self) -> "AdaloraSection":
-        if self.tinit >= self.total_step - self.tfinal:
-            raise ValueError(
-                f"tinit {self.tinit} and tfinal {self.tfinal} leave none of {self.total_step} steps (total_step) to "
-                "share out the ranks in; their sum must be smaller"
-            )
         if self.target_r > self.init_r:
             raise ValueError(f"target_r {self.target_r} is above init_r {self.init_r}; ranks can only shrink")
         return self
@@ -135,22 +130,28 @@ def course(section: AdaloraSection, weights: Tree, steps: int) -> Course:
     """The penalty and the allocation of the ranks.
 
     Raises:
-        ConfigError: a run that is shorter than the schedule.
+        ConfigError: a schedule that is longer than the run, or leaves no step to share out the ranks in.
     """
-    if steps < section.total_step:
+    total = section.total_step or steps
+    if steps < total:
         raise ConfigError(
-            f"tune.total_step {section.total_step}: the run has only {steps} steps, so that the ranks would not come "
-            "down to tune.target_r; set it to at most that"
+            f"tune.total_step {total}: the run has only {steps} steps, so that the ranks would not come down to "
+            "tune.target_r; set it to at most that, or leave it out"
+        )
+    if section.tinit + section.tfinal >= total:
+        raise ConfigError(
+            f"tune.tinit {section.tinit} and tune.tfinal {section.tfinal} leave none of {total} steps to share out the "
+            "ranks in; their sum must be smaller"
         )
     ranks = [len(section.triplets(m)) for s in make_plan(section, weights).sites.values() for m in _adapted(s)]
-    table = budgets(section, sum(ranks), section.target_r * len(ranks))
+    end = total - section.tfinal
+    table = budgets(sum(ranks), section.target_r * len(ranks), section.tinit, end)
     return Course(partial(penalty, section.orth_reg_weight), kept, partial(allocated, section, table))
 
 
-def budgets(section: AdaloraSection, first: int, last: int) -> np.ndarray:
-    """How many triplets live after each step, from 0 to the last that allocates: a cubic fall from tinit on."""
-    end = section.total_step - section.tfinal
-    left = [1 - max(step - section.tinit, 0) / (end - section.tinit) for step in range(end + 1)]
+def budgets(first: int, last: int, start: int, end: int) -> np.ndarray:
+    """How many triplets live after each step, 0 to `end`, the last that allocates: a cubic fall from `start` on."""
+    left = [1 - max(step - start, 0) / (end - start) for step in range(end + 1)]
     return np.array([int((first - last) * share**3 + last) for share in left], np.int32)
 
 
@@ -245,6 +246,8 @@ def write(section: AdaloraSection, weights: Tree) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "rank_pattern": section.rank_pattern or None,
+        # PEFT wants a number; of what has been trained it says nothing.
+        "total_step": section.total_step or section.tinit + section.tfinal + 1,
     }
 
 

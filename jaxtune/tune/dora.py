@@ -18,7 +18,7 @@ from jaxtune import ops
 from jaxtune.float8 import unwrapped
 from jaxtune.leaves import Axes
 from jaxtune.parallel import local
-from jaxtune.tune.lora import LORA_FILES, Ranked, fresh, initial, lora_parts, lora_rate, lora_tensors
+from jaxtune.tune.lora import LORA_FILES, Drawn, fresh, initial, lora_parts, lora_rate, lora_tensors
 from jaxtune.tune.low_rank import LowRank, low_rank
 from jaxtune.tune.plan import Part, Site
 from jaxtune.tune.sites import Kind, Start, Tensor, site_method
@@ -26,13 +26,10 @@ from jaxtune.tune.sites import Kind, Start, Tensor, site_method
 EXACT = jax.lax.Precision.HIGHEST
 
 
-class DoraSection(Ranked):
+class DoraSection(Drawn):
     """LoRA of the weights' directions, with their rows' lengths trained apart (Liu et al. 2024, arXiv 2402.09353)."""
 
-    TABLE: ClassVar[bool] = True
-
     method: Literal["dora"] = "dora"
-    init: Literal["default", "gaussian"] = "default"  # of A; B starts at zero
 
 
 @jax.tree_util.register_dataclass

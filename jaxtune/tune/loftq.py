@@ -21,7 +21,7 @@ from jaxtune.section import Positive
 from jaxtune.tune.lora import LORA_FILES, LORA_KIND, LoraSection, Ranked, lora_rate
 from jaxtune.tune.low_rank import LowRank, delta
 from jaxtune.tune.method import ShardingOf, get_path
-from jaxtune.tune.pissa import factors
+from jaxtune.tune.pissa import check_rank, factors
 from jaxtune.tune.plan import make_plan
 from jaxtune.tune.sites import site_method, wrap_with
 
@@ -44,6 +44,7 @@ def quantized(section: LoftqSection, weights: Tree, weight: Weight, scheme: AtLo
     site = next((site for site in make_plan(section, weights).sites.values() if site.weight == weight), None)
     if site is None:
         return None
+    check_rank(site)
     if BITS[scheme.kind] != section.loftq_bits:
         raise ConfigError(
             f"tune.loftq_bits {section.loftq_bits}: {scheme.name} has {BITS[scheme.kind]}; set one like the other"

@@ -38,8 +38,9 @@ class Ranked(Targeted):
 
     @model_validator(mode="after")
     def _check_loraplus(self) -> "Ranked":
-        if self.loraplus_lr_ratio is None and "loraplus_lr_embedding" in self.model_fields_set:
-            raise ValueError("loraplus_lr_embedding does nothing without loraplus_lr_ratio; set both or neither")
+        default = Ranked.model_fields["loraplus_lr_embedding"].default
+        if self.loraplus_lr_ratio is None and self.loraplus_lr_embedding != default:
+            raise ValueError("loraplus_lr_embedding would do nothing without loraplus_lr_ratio")
         return self
 
     def rank_of(self, module: str) -> int:
@@ -50,16 +51,21 @@ class Ranked(Targeted):
         return alpha / math.pow(self.rank_of(module), 0.5 if self.use_rslora else 1.0)
 
 
-class LoraSection(Ranked):
+class Drawn(Ranked):
+    """Options of those of them that can sit on the embedding too, and start with random numbers."""
+
+    TABLE: ClassVar[bool] = True
+
+    init: Literal["default", "gaussian"] = "default"  # of A; B starts at zero
+
+
+class LoraSection(Drawn):
     """Low-rank matrices beside frozen weights (Hu et al. 2021, arXiv 2106.09685).
 
     use_rslora: Kalajdzievski 2023, arXiv 2312.03732. loraplus_lr_ratio: Hayou et al. 2024, arXiv 2402.12354.
     """
 
-    TABLE: ClassVar[bool] = True
-
     method: Literal["lora"] = "lora"
-    init: Literal["default", "gaussian"] = "default"  # of A; B starts at zero
 
 
 def lora_parts(section: Ranked, site: Site) -> dict[str, Part]:
@@ -72,7 +78,7 @@ def lora_parts(section: Ranked, site: Site) -> dict[str, Part]:
     }
 
 
-def fresh(section: Any, site: Site, seed: int) -> Start:
+def fresh(section: Drawn, site: Site, seed: int) -> Start:
     """The adapters' first values as PEFT draws them, so that every product is zero.
 
     Linear: b = 0 and a uniform in +-1/sqrt(in), or normal with deviation 1/rank ("gaussian"). Embedding: a = 0

@@ -134,7 +134,7 @@ def _check_derived(source: FilePath, file: AdapterFile, tensors: Callable[[Tree]
 def _bottom(leaf: Any) -> Any:
     """The array under the leaves; None where it has another form, in which nothing can be compared."""
     while isinstance(leaf, Leaf):
-        leaf = getattr(leaf, "base", None)
+        leaf = None if leaf.REBASED else getattr(leaf, "base", None)
     return leaf
 
 

@@ -7,7 +7,7 @@ s (B A - B0 A0) = s [B, -B0] [A; A0], where A0 and B0 are the first values.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ class PissaSection(Ranked):
 class Principal(LowRank):
     """A low-rank leaf over what it left of the weight. first_a, first_b: a and b as they started; they stay."""
 
+    REBASED: ClassVar[bool] = True
+
     first_a: jax.Array = field(kw_only=True)
     first_b: jax.Array = field(kw_only=True)
 
@@ -42,25 +44,31 @@ class Principal(LowRank):
 
 
 def pissa_parts(section: PissaSection, site: Site) -> dict[str, Part]:
-    """As LoRA's, twice.
-
-    Raises:
-        AdapterError: a rank that no weight of this size has.
-    """
-    if site.rank > min(site.in_out):
-        raise AdapterError(
-            f"tune.rank {site.rank}: {site.modules[0]} is {site.in_out[1]} x {site.in_out[0]} and has only "
-            f"{min(site.in_out)} singular values; take a lower rank for it"
-        )
+    """As LoRA's, twice."""
     parts = lora_parts(section, site)
     return {**parts, "first_a": parts["a"], "first_b": parts["b"]}
 
 
 def pissa_start(section: PissaSection, site: Site, seed: int) -> Start:
-    """The same numbers on any number of devices, whatever the seed."""
+    """The same numbers on any number of devices, whatever the seed.
+
+    Raises:
+        AdapterError: a rank that no weight of this size has.
+    """
+    check_rank(site)
     arrays = np.array(site.ranks), np.array(site.scales, np.float32)
     settings = {"width": site.rank, "stacked": site.weight.layers is not None}
     return Start(_principal, arrays, settings, of_base=True, rebases=True)
+
+
+def check_rank(site: Site) -> None:
+    """Raises AdapterError where a weight has fewer singular values than the rank."""
+    out_size, in_size = site.weight.shape
+    if site.rank > min(site.weight.shape):
+        raise AdapterError(
+            f"tune.rank {site.rank}: {site.modules[0]} is {out_size} x {in_size} and has only "
+            f"{min(out_size, in_size)} singular values; take a lower rank for it"
+        )
 
 
 def _principal(base, ranks, scales, *, width: int, stacked: bool) -> dict[str, jax.Array]:

@@ -220,13 +220,13 @@ def entries(section: TokensSection, weights: Tree) -> list[Entry]:
 
 
 def read(tree: dict[str, Any], where: Path) -> dict[str, Any]:
-    listed = tree.get("target_modules")
-    targets = [name for name in TABLES if listed is None or names.is_named(FULL_NAMES[name], listed)]
+    listed = tree.get("target_modules") or []
+    targets = [name for name in TABLES if names.is_named(FULL_NAMES[name], listed)]
     if not targets:
         raise AdapterError(f"{where}: target_modules {listed!r} names neither embed_tokens nor lm_head")
     if not tree.get("token_indices"):
         raise AdapterError(f"{where}: token_indices is empty")
-    return {"targets": ["embed_tokens"] if listed is None else targets}
+    return {"targets": targets}
 
 
 def write(section: TokensSection, weights: Tree) -> dict[str, Any]:

@@ -202,7 +202,7 @@ REFUSED = [
     ({"attention_dropout": 0.1}, "attention_dropout", "allowed: 0"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "allowed: 1"),
     ({"pretraining_tp": 2}, "pretraining_tp", "allowed: 1"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config", "full-precision"),
+    ({"quantization_config": "nf4"}, "quantization_config", "expected an object"),
     ({"attention_multiplier": 0.1}, "attention_multiplier", "not supported"),
     ({"no_such_field": False}, "no_such_field", "not supported"),
     ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "auto_map", "never run"),

@@ -115,8 +115,9 @@ ATTENTION = 12 * 4 * 8 * TIME  # of a layer and token
 
 def asked(section, config=CONFIG):
     config, stacks = tune.layout(section, config)
-    weights = Model.create(config, stacks).weights
-    params = map_tree(lambda weight: jax.ShapeDtypeStruct(weight.full_shape, jnp.float32), weights)
+    shape = lambda weight: jax.ShapeDtypeStruct(weight.full_shape, jnp.float32)  # noqa: E731
+    params = map_tree(shape, Model.create(config, stacks).weights)
+    weights = Model.create(config, stacks, hooks=tune.hooks(section, config)).weights
     shapes, mask = tune.apply(section, params, weights, 0)
     return model_flops(config, weights, mask, shapes, TOKENS, TIME)
 
@@ -134,6 +135,11 @@ def test_lora_is_four_for_frozen_and_six_for_trained():
 def test_layers_below_the_first_that_trains_are_forward_only():
     section = tune_section(method="freeze", freeze_embedding=True, freeze_first=1)
     assert asked(section) == TOKENS * (2 * LAYER + 6 * (LAYER + HEAD) + ATTENTION / 3 + ATTENTION)
+
+
+@pytest.mark.parametrize("options", [{"method": "p_tuning"}, {"method": "prefix", "prefix_projection": True}], ids=str)
+def test_an_encoder_of_virtual_tokens_multiplies_no_token(options):
+    assert asked(tune_section(**options)) == TOKENS * (4 * (2 * LAYER + HEAD) + 2 * ATTENTION)
 
 
 @pytest.mark.parametrize("tied", [False, True])

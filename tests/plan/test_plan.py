@@ -23,6 +23,7 @@ LORA = {"method": "lora", "rank": 4, "targets": "all-linear"}
 CONFIGS = {
     "one-device": {"mesh": {"fsdp": 1}},
     "fsdp": {"tune": FULL, "mesh": {"fsdp": 8}},
+    "virtual-tokens": {"tune": {"method": "prefix", "prefix_projection": True}, "mesh": {"fsdp": 2}},
     "hybrid": {"tune": FULL, "mesh": {"data": 2, "fsdp": 4}},
     "zero-1": {"tune": FULL, "mesh": {"fsdp": 4, "zero": 1}},
     "zero-2-micro-batches": {"tune": FULL, "mesh": {"fsdp": 2, "zero": 2}, "train": {"micro_batches": 4}},

@@ -25,6 +25,21 @@ def words(rows: np.ndarray, bits: int) -> np.ndarray:
     return np.stack(result)
 
 
+def numbers(rows: np.ndarray, bits: int) -> np.ndarray:
+    """int32 [R, m] -> the whole numbers [R, 32 * m / bits] that `words` packed."""
+    top = 2**bits - 1
+    values = [int.from_bytes(np.ascontiguousarray(row).astype("<i4").tobytes(), "little") for row in rows]
+    return np.array([[value >> (bits * i) & top for i in range(rows.shape[1] * 32 // bits)] for value in values])
+
+
+def dequantised(tensors: dict[str, np.ndarray], bits: int, version: int) -> np.ndarray:
+    """The float32 weight [out, in] of a GPTQ layer's tensors."""
+    codes, zeros = numbers(tensors["qweight"].T, bits), numbers(tensors["qzeros"], bits).T
+    zeros = (zeros + 1) % 2**bits if version == 1 else zeros
+    groups = tensors["g_idx"]
+    return tensors["scales"].T.astype(np.float32)[:, groups] * (codes - zeros[:, groups]).astype(np.float32)
+
+
 def draw(shape: tuple[int, int], bits: int, size: int, seed: int, act_order: bool, symmetric: bool):
     """(codes [out, in], scales [out, G], zeros [out, G], groups [in])."""
     rng = np.random.default_rng(seed)

@@ -31,9 +31,8 @@ def quantized(config, model: ModelConfig = CONFIG, init: str = "random"):
 
 
 def configuration(quantize=None, double=False, **sections):
-    own = defaults({"tune": LORA, "train": {"batch_size": 16}, **sections})
-    model = {"path": "-", "quantize": quantize, "double_quant": double}
-    return make_config({"model": model, "data": {"path": "-"}, **own})
+    own = defaults({"tune": LORA, "train": {"batch_size": 16}, "data": {"path": "-"}, **sections})
+    return make_config({"model": {"path": "-", "quantize": quantize, "double_quant": double}, **own})
 
 
 class QuantStepper(Stepper):

@@ -1,7 +1,7 @@
 """Ready-made GPTQ and AWQ checkpoints: their logits are those of the dense model that they stand for.
 
 The reference is the dense model, and the packing of tests/quant/checkpoints.py, which test_tool_files.py's tools agree
-with (test_the_reference_packs_as_the_tools_do).
+with (test_the_reference_packs_and_reads_as_the_tools_do).
 """
 
 import json
@@ -192,21 +192,11 @@ def test_lora_over_a_gptq_base_has_the_dense_models_losses_on_one_device_and_on_
 
 @pytest.mark.parametrize("file", GPTQ)
 @pytest.mark.parametrize("case", ["b3_act_order", "b4_act_order"])
-def test_the_reference_packs_as_the_tools_do(file, case):
+def test_the_reference_packs_and_reads_as_the_tools_do(file, case):
     found, bits = tensors(file, case), int(case[1])
-    unpacked = lambda rows: [  # noqa: E731
-        [
-            int.from_bytes(row.tobytes(), "little") >> (bits * place) & (2**bits - 1)
-            for place in range(row.size * 32 // bits)
-        ]
-        for row in rows
-    ]
-    np.testing.assert_array_equal(checkpoints.words(np.array(unpacked(found["qzeros"])), bits), found["qzeros"])
-    codes = np.array(unpacked(np.ascontiguousarray(found["qweight"].T)))
-    np.testing.assert_array_equal(checkpoints.words(codes, bits).T, found["qweight"])
-    zeros = np.array(unpacked(found["qzeros"])).T + (GPTQ[file] == 1)
-    steps = codes - zeros[:, found["g_idx"]]
-    dense = found["scales"].T.astype(np.float32)[:, found["g_idx"]] * steps
+    for array in (found["qweight"].T, found["qzeros"]):
+        np.testing.assert_array_equal(checkpoints.words(checkpoints.numbers(array, bits), bits), array)
+    dense = checkpoints.dequantised(found, bits, GPTQ[file])
     np.testing.assert_array_equal(dense.astype(np.float16).T, found["weight"])
 
 

@@ -88,9 +88,8 @@ def test_the_penalty_is_part_of_the_loss(tmp_path):
 
 
 def test_the_budget_falls_with_the_third_power():
-    made = section(tinit=2, tfinal=3)
     expected = [24, 24, 24, *(int(12 * (1 - (step - 2) / 5) ** 3 + 12) for step in range(3, 8))]
-    assert budgets(made, 24, 12).tolist() == expected and expected[-1] == 12
+    assert budgets(24, 12, 2, 7).tolist() == expected and expected[-1] == 12
 
 
 def test_an_adapter_with_triplets_taken_out_is_read(tmp_path):
@@ -126,17 +125,17 @@ def test_a_resumed_run_goes_on_bit_for_bit():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"tinit": 6, "tfinal": 4}, "leave none of 10 steps"),
-        ({"target_r": 5}, "target_r 5 is above init_r 4"),
+        ({"total_step": 10}, r"tune.total_step 10: the run has only 9 steps"),
+        ({"total_step": None, "tinit": 6, "tfinal": 3}, r"tune.tinit 6 and tune.tfinal 3 leave none of 9 steps"),
     ],
     ids=str,
 )
-def test_a_schedule_that_shares_out_nothing_is_refused(settings, words):
-    with pytest.raises(ValueError, match=words):
-        section(**settings)
-
-
-def test_a_run_shorter_than_the_schedule_is_refused():
-    made = tuned(section(), **QWEN2)
-    with pytest.raises(ConfigError, match=r"tune.total_step 10: the run has only 9 steps"):
+def test_a_schedule_that_does_not_fit_the_run_is_refused(settings, words):
+    made = tuned(section(**settings), **QWEN2)
+    with pytest.raises(ConfigError, match=words):
         course(made.section, made.model.weights, 9)
+
+
+def test_ranks_do_not_grow():
+    with pytest.raises(ValueError, match="target_r 5 is above init_r 4"):
+        section(target_r=5)

@@ -56,7 +56,7 @@ def test_the_start_is_peft_s(monkeypatch, times):
             return self
 
     plain = torch.Tensor.to
-    here = lambda self, *args, device=None, **rest: plain(self, **rest) if device or args else self  # noqa: E731
+    here = lambda self, *args, device=None, **rest: plain(self, **rest) if rest else self  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "to", here)
     monkeypatch.setattr(bnb.nn, "Params4bit", OnCpu)
     monkeypatch.setattr(loftq_utils, "is_bnb_available", lambda: True)

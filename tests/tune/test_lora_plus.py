@@ -45,5 +45,5 @@ def test_each_number_has_the_rate_of_its_group():
 
 
 def test_a_rate_of_the_embedding_without_lora_plus_does_nothing_and_is_refused():
-    with pytest.raises((ConfigError, ValueError), match="loraplus_lr_embedding does nothing without loraplus_lr_ratio"):
+    with pytest.raises((ConfigError, ValueError), match="loraplus_lr_embedding would do nothing without"):
         make_tune({"method": "lora", "loraplus_lr_embedding": 1e-5})

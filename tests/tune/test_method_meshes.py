@@ -40,6 +40,8 @@ METHODS = {
     "vera": {"method": "vera", "targets": "all-linear", "rank": 8, "dropout": 0.1},
     "layernorm": {"method": "layernorm", "exclude": ["model.layers.2.input_layernorm"]},
     "bitfit": {"method": "bitfit"},
+    "houlsby": {"method": "houlsby", "scaling": "learned", "dropout": 0.1, "leave_out": [1]},
+    "parallel": {"method": "parallel", "reduction_factor": 5},
     "trainable tokens": {"method": "trainable_tokens", "token_indices": [3, 300, 511, 17]},
     "loha": {"method": "loha", "targets": "all-linear", "rank": 2},
     "lokr": {"method": "lokr", "targets": "all-linear", "rank": 2},

@@ -57,7 +57,7 @@ def test_the_start_is_peft_s():
             a, b = (getattr(module, part)["default"].weight.detach().numpy() for part in ("lora_A", "lora_B"))
             np.testing.assert_allclose(ours.base[layer], module.base_layer.weight.detach(), atol=1e-5)
             np.testing.assert_allclose((ours.a[layer] @ ours.b[layer]).T, b @ a, atol=1e-5)
-            np.testing.assert_allclose(np.abs(ours.a[layer].T), np.abs(a), atol=1e-5)
+            np.testing.assert_allclose(np.abs(ours.a[layer].T), np.abs(a), atol=1e-4)
 
 
 def test_ten_steps_follow_peft_s():

@@ -16,7 +16,7 @@ import jaxtune
 from jaxtune import tune
 from jaxtune.assemble import Source, assemble
 from jaxtune.config import ModelSection, make_config, tune_section
-from jaxtune.errors import AdapterError, ConfigError, ModelError
+from jaxtune.errors import AdapterError, ConfigError, DataError, ModelError
 from jaxtune.export import export_run
 from jaxtune.float8 import Watch
 from jaxtune.mesh import single_device_mesh
@@ -54,17 +54,18 @@ def peft_model(made):
     return get_peft_model(peer_model(), PeftConfig.from_peft_type(**settings))
 
 
+@pytest.fixture(scope="module")
+def start(tiny_model):
+    def start(seed=0, **options):
+        section = tune_section(**PROMPT, **options)
+        source = Source.open(ModelSection(path=str(tiny_model("qwen2"))))
+        params = assemble(source, section, single_device_mesh(), seed=seed).params
+        return np.asarray(params[HOOKS]["prompt"]), np.asarray(params["embed"]["weight"])
+
+    return start
+
+
 class TestStarts:
-    @pytest.fixture(scope="class")
-    def start(self, tiny_model):
-        def start(seed=0, **options):
-            section = tune_section(**PROMPT, **options)
-            source = Source.open(ModelSection(path=str(tiny_model("qwen2"))))
-            params = assemble(source, section, single_device_mesh(), seed=seed).params
-            return np.asarray(params[HOOKS]["prompt"]), np.asarray(params["embed"]["weight"])
-
-        return start
-
     @pytest.mark.parametrize("text", [TEXT, "Count."], ids=["cut", "repeated"])
     def test_a_text_gives_the_embeddings_that_it_gives_in_peft(self, start, tiny_model, text):
         from peft import PromptTuningConfig, get_peft_model
@@ -261,24 +262,25 @@ RUNS = {
 }
 
 
+@pytest.fixture(scope="module")
+def made(tiny_model, tmp_path_factory):
+    """made(name) -> (run directory, rows of its metrics): four steps."""
+    found = {}
+
+    def make(name):
+        if name not in found:
+            home = tmp_path_factory.mktemp(name)
+            tree = sections(tiny_model("qwen2"), home, tune=RUNS[name], eval={"fraction": 0.2})
+            found[name] = home, jaxtune.train(tree)
+        return found[name]
+
+    return make
+
+
 @pytest.mark.parametrize("name", RUNS)
 class TestRuns:
-    @pytest.fixture(scope="class")
-    def made(self, tiny_model, tmp_path_factory):
-        """made(name) -> (run directory, rows of its metrics): four steps."""
-        found = {}
-
-        def make(name):
-            if name not in found:
-                home = tmp_path_factory.mktemp(name)
-                tree = sections(tiny_model("qwen2"), home, tune=RUNS[name], eval={"fraction": 0.2})
-                found[name] = home, jaxtune.train(tree)
-            return found[name]
-
-        return make
-
     def test_it_learns_and_its_tokens_are_the_real_ones(self, made, name, tiny_model):
-        _, rows = made(name)
+        rows = made(name)[1]
         losses = [row["loss"] for row in rows if "loss" in row]
         assert losses[-1] < losses[0]
         assert rows[-1]["eval_loss"] > 0
@@ -317,6 +319,8 @@ class TestRuns:
         with pytest.raises(ModelError, match=f"the model has {positions - VIRTUAL} positions"):
             model._generator.tokens(model.params, [[1] * (positions - VIRTUAL)], 2)
         assert model.logits([[1] * (positions - VIRTUAL)]).shape[1] == positions - VIRTUAL
+        with pytest.raises(DataError, match="384 is outside the vocabulary"):
+            model.logits([[model._model.virtual_ids[0]]])
 
     def test_it_goes_on_bit_for_bit_from_a_checkpoint(self, made, name, tiny_model, tmp_path):
         tree = sections(tiny_model("qwen2"), tmp_path, tune=RUNS[name], eval={"fraction": 0.2}, steps=2)
