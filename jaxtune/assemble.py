@@ -104,16 +104,17 @@ def assemble(
     homes = shardings(mesh, config, stored, *places)
     sharding_of = axes_sharding(mesh, config, *places)
     quantizer = Quantizer(source.scheme, sharding_of, tune.quantized(section, model.weights))
-    params: Tree
-    if init == "shapes":
-        shape = partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
-        make = lambda weight, home: quantizer.shape(weight, shape(weight.full_shape, sharding=home))  # noqa: E731
-        params = map_tree(make, stored, homes)
-    elif init == "random":
+    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
+    make = lambda weight, home: quantizer.shape(weight, shape(weight.full_shape, sharding=home))  # noqa: E731
+    wrap = lambda params: tune.apply(section, params, model.weights, seed, sharding_of, source.tokenizer)  # noqa: E731
+    params: Tree = map_tree(make, stored, homes)
+    if init != "shapes":
+        wrap(params)  # what does not fit is said before any weight is read
+    if init == "random":
         params = init_params(stored, homes, seed, config.init_std, jnp.dtype(dtype), quantizer.loaded)
-    else:
+    elif init == "pretrained":
         params = load_params(open_source(source.path), stored, homes, jnp.dtype(dtype), progress, quantizer)
-    params, mask = tune.apply(section, params, model.weights, seed, sharding_of, source.tokenizer)
+    params, mask = wrap(params)
     return Assembled(model, params, mask, mesh, source)
 
 

@@ -73,6 +73,9 @@ PARALLELISM = {
         fits(mesh={"tensor": 4, **SEQUENCE}, data={"max_length": 62}),
         lambda: check_length(62, 2),
     ],
+    "`tune.method: oft`": [
+        fits(tune={"method": "oft", "targets": ["down_proj"], "oft_block_size": 32}, mesh={"tensor": 8})
+    ],
     "`context_attention: ulysses`": [
         fits(mesh={"context": 3, "context_attention": "ulysses"}, data={"max_length": 66})
     ],

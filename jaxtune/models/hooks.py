@@ -28,6 +28,11 @@ class Hooks:
         """How many stand before every document."""
         return 0
 
+    @property
+    def merges(self) -> bool:
+        """Whether weights into which the leaves are merged need nothing of it any more."""
+        return type(self) is Hooks
+
     def shared(self, config: ModelConfig) -> Tree:
         """Declarations of weights that there are once. They lie under "hooks" of the tree."""
         return {}

@@ -86,6 +86,8 @@ def _update_fwd(*inputs):
 
 
 def _update_bwd(inputs, d_TO):
+    # The barrier keeps XLA from sharing what the forward pass has made, and holding it until here.
+    inputs, d_TO = jax.lax.optimization_barrier((inputs, d_TO))
     return jax.vjp(_update, *inputs)[1](d_TO)
 
 
