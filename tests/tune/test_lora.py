@@ -14,8 +14,8 @@ from jaxtune.leaves import combine, count, partition
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import Model
 from jaxtune.optim import descend, make_optimizer
+from jaxtune.tune.lora import LORA
 from jaxtune.tune.low_rank import LowRank
-from jaxtune.tune.peft_tensors import entries
 from jaxtune.tune.plan import make_plan
 from tests.tune.support import TOKENS, base_params, logits, model_config, randomised, settings_id, tuned
 
@@ -31,11 +31,10 @@ def test_the_seed_recipe_has_96_tensors_and_540_672_numbers():
     section = tune_section(rank=8, alpha=32, targets=["q_proj", "v_proj"])
     config, stacks = tune.layout(section, QWEN2_5_0_5B)
     weights = Model.create(config, stacks).weights
-    plan = make_plan(section, weights)
-    tensors = entries(plan, weights)
+    tensors = LORA.files.entries(section, weights)
     assert len(tensors) == 96
     assert sum(int(np.prod(entry.shape)) for entry in tensors) == 540_672
-    assert {scale for site in plan.sites.values() for scale in site.scales} == {4.0}
+    assert {scale for site in make_plan(section, weights).sites.values() for scale in site.scales} == {4.0}
     assert tensors[0].key == "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
