@@ -51,7 +51,7 @@ def write_result(
         words = assembled.source.tokenizer if assembled.source.adds_words else None
         save_adapter(directory, section, assembled.model.weights, params, base_model, words)
     else:
-        _write_model(directory, assembled, params, dtype)
+        _write_model(directory, assembled, merged(params), dtype)  # a base may be quantised
     return directory
 
 

@@ -19,9 +19,9 @@ from jaxtune.console import warn
 from jaxtune.drift import fingerprint
 from jaxtune.errors import AdapterError, CheckpointError, ConfigError, MeshError, ModelError
 from jaxtune.files import read_json
-from jaxtune.leaves import combine, partition
+from jaxtune.leaves import Leaf, combine, fields_of, partition
 from jaxtune.mesh import complete, make_mesh, single_device_mesh
-from jaxtune.models.weights import Tree
+from jaxtune.models.weights import Tree, map_tree
 from jaxtune.rundir import CHECKPOINTS, CONFIG, RECORD
 from jaxtune.section import TuneSection
 from jaxtune.tune.peft_config import CONFIG_NAME, read_config
@@ -192,4 +192,12 @@ def _restored(directory: Path, config: Config, step: int, dtype: str, mesh: Mesh
 
 
 def _cast(params: Tree, dtype: str) -> Tree:
-    return jax.tree.map(lambda array: array.astype(dtype), params)
+    return map_tree(lambda leaf: _cast_leaf(leaf, dtype), params)
+
+
+def _cast_leaf(leaf: Any, dtype: str) -> Any:
+    """The leaf with its parts in this type, but for those that keep theirs, such as a quantised weight's."""
+    if not isinstance(leaf, Leaf):
+        return None if leaf is None else leaf.astype(dtype)
+    parts = {name: _cast_leaf(getattr(leaf, name), dtype) for name in fields_of(leaf) if name not in leaf.EXACT}
+    return replace(leaf, **parts)  # type: ignore[type-var]

@@ -1,15 +1,19 @@
 """LayerNorm tuning and BitFit: what trains, what is refused, and PEFT's files of the former. The peer is peft 0.21."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
+import jaxtune
 from jaxtune import tune
 from jaxtune.errors import AdapterError
 from jaxtune.models.decoder import Model
 from jaxtune.models.weights import leaves_with_path
 from jaxtune.tune.peft_io import load_adapter, save_adapter
 from jaxtune.tune.selective import BitFitSection, LayerNormSection, target_norms
+from tests.runs import sections, unfinish
 from tests.tune.support import (
     base_params,
     difference,
@@ -20,6 +24,8 @@ from tests.tune.support import (
     randomised,
     tuned,
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:::transformers")
 
 CASES = {
     "default": ("qwen2", {}),
@@ -95,7 +101,7 @@ def test_layers_that_an_adapter_leaves_alone_stay_as_they_were_in_one_stack(tmp_
     ("options", "message"),
     [
         ({"targets": ["input_layernrom"]}, "did you mean"),
-        ({"targets": ["q_proj"]}, "no norm; norms are input_layernorm"),
+        ({"targets": ["q_proj"]}, "no norm; norms are norm, input_layernorm"),
         ({"exclude": ["input_layernorm", "post_attention_layernorm", "norm"]}, "leaves no norm"),
         ({"exclude": ["layernorm"]}, "tune.exclude"),
         ({"targets": "["}, "regular expression"),
@@ -124,3 +130,17 @@ def test_what_trains_is_float32_over_a_narrow_base(section):
     params, mask = tune.apply(section, base_params(model.weights, dtype="bfloat16"), model.weights, 0)
     for array, trains in zip(jax.tree.leaves(params), jax.tree.leaves(mask)):
         assert array.dtype == ("float32" if trains else "bfloat16")
+
+
+def test_biases_train_over_a_quantised_base_which_stays_as_it_is(tiny_model, tmp_path):
+    narrow = {"precision": {"params": "bfloat16"}, "mesh": {"fsdp": 1, "data": 8}}
+    tree = sections(tiny_model("qwen2"), tmp_path, steps=2, tune={"method": "bitfit"}, **narrow)
+    tree["model"]["quantize"] = "nf4"
+    rows, run = jaxtune.train(tree), tmp_path / "run"
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    tokens = np.arange(12)[None]
+    finished = jaxtune.load_model(run).logits(tokens)  # of model/, in bfloat16
+    assert all("quantization" not in key for key in json.loads((run / "model" / "config.json").read_text()))
+    unfinish(run)
+    from_checkpoint = jaxtune.load_model(run).logits(tokens)
+    assert difference(finished, from_checkpoint) < 5e-2

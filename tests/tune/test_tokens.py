@@ -170,6 +170,9 @@ def test_a_run_with_new_tokens_from_its_start_to_its_exports(tiny_model, tmp_pat
     assert difference(with_adapter.logits(tokens), expected) < 1e-5
     assert isinstance(with_adapter.generate("It is number", max_new_tokens=4), str)
 
+    with pytest.raises(AdapterError, match="tokens that the model's tokenizer lacks"):
+        jaxtune.load_model(base).add_adapter("new", run / "adapter")
+
     export_run(run, tmp_path / "hf", "hf")
     peer = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     assert peer.config.vocab_size == 386
