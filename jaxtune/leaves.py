@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from jaxtune.models.weights import Tree
 
@@ -52,6 +51,10 @@ class Leaf:
     def dense(self, is_table: bool) -> Any:
         """The weight that it stands for, as one float32 array, of all layers: for files that know no leaves."""
         raise NotImplementedError
+
+    def size(self) -> int:
+        """Numbers of the weight and of what lies beside it; of parts that are None, none."""
+        return sum(count(getattr(self, name)) for name in fields_of(self))
 
 
 def dim_of(axes: Axes, name: str) -> int | None:
@@ -115,6 +118,7 @@ def combine(trainable: Tree, frozen: Tree) -> Tree:
     return jax.tree.map(pick, trainable, frozen, is_leaf=lambda value: value is None)
 
 
-def count(tree: Tree) -> int:
-    """Numbers in the arrays of a tree."""
-    return sum(jnp.size(array) for array in jax.tree.leaves(tree))
+def count(tree: Any) -> int:
+    """Numbers in a tree, those that quantised weights stand for included."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda value: isinstance(value, Leaf))
+    return sum(leaf.size() if isinstance(leaf, Leaf) else leaf.size for leaf in leaves)

@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune.config import MeshSection
 from jaxtune.errors import MeshError
-from jaxtune.mesh import check_batch, check_model, make_mesh
+from jaxtune.leaves import dim_of
+from jaxtune.mesh import axes_sharding, check_batch, check_model, make_mesh, rules_of, shards_of, spec
 from jaxtune.models.config import ModelConfig
 from jaxtune.parallel.layout import check_sharded
 from tests.programs import FULL, HIDDEN, LAYERS, LORA, ROWS, TIME, VOCAB, Stepper
@@ -118,3 +119,22 @@ def test_heads_that_the_tensor_axis_does_not_divide_are_refused_with_what_would_
 def test_batch_that_does_not_fit_the_mesh_is_refused(size, micro):
     with pytest.raises(MeshError, match=r"train\.batch_size"):
         check_batch(mesh_of(8, 1, 1), size, micro)
+
+
+def test_a_dimension_may_lie_along_several_axes():
+    mesh = make_mesh(MeshSection(fsdp=4, tensor=2))
+    config = ModelConfig("qwen2", VOCAB, HIDDEN, 128, LAYERS, 8, 3, 8, 256)  # 3 KV heads stay whole
+    axes, rules = ("layers", ("heads", "embed"), None), rules_of(mesh, config)
+    assert spec(axes, rules)[1] == ("tensor", "fsdp")
+    assert shards_of(spec(axes, rules), mesh.shape, 3) == [1, 8, 1]
+    assert spec((("kv_heads", "embed"),), rules)[0] in ("fsdp", ("fsdp",))
+    assert spec((("heads", "embed"),), rules_of(mesh, config, zero=1))[0] in ("tensor", ("tensor",))
+    assert (dim_of(axes, "embed"), dim_of(axes, "layers"), dim_of(axes, "mlp")) == (1, 0, None)
+
+
+def test_before_a_pipeline_what_divides_lies_along_pipe_too():
+    mesh = make_mesh(MeshSection(pipe=2, fsdp=4, tensor=1))
+    place = axes_sharding(mesh, ModelConfig("qwen2", VOCAB, HIDDEN, 128, LAYERS, 8, 2, 8, 256))
+    shards = lambda shape, axes: shards_of(place(shape, axes).spec, mesh.shape, len(shape))  # noqa: E731
+    assert shards((LAYERS, 128, 64), ("layers", "mlp", "embed")) == [1, 1, 8]
+    assert shards((LAYERS, 128, 36), ("layers", "mlp", "embed")) == [1, 1, 4]

@@ -34,6 +34,9 @@ class Quantized(Leaf):
     def dense(self, is_table: bool) -> Any:
         return jax.lax.map(lambda layer: layer.weight(jnp.float32), self)
 
+    def size(self) -> int:
+        return jax.eval_shape(lambda leaf: leaf.dense(False), self).size if parts_of(self) else 0
+
 
 def row_axis(out_axis: Axis, in_axis: Axis) -> Axis:
     """The axis of the rows of a part that is not split along `in`: it lies along fsdp where the weight's `in` would.

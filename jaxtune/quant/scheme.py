@@ -1,7 +1,7 @@
 """How a model's linear maps are quantised, if they are: as they are loaded, or by the checkpoint that they are in."""
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -39,6 +39,12 @@ def _quantized(w: jax.Array, kind: str, double: bool) -> Quantized:
         blocks, size = four_bit.quantize_int4(w), four_bit.piece_of(w.shape[1], four_bit.GROUP)
         return four_bit.from_blocks(blocks, w.shape, kind, size)
     return four_bit.from_blocks(four_bit.quantize(w, kind, double), w.shape, kind)
+
+
+@lru_cache(64)
+def _maker(scheme: AtLoad, where: Quantized) -> Any:
+    """`quantized` under jit; weights of one shape that lie alike are compiled for once."""
+    return jax.jit(scheme.quantized, out_shardings=where)
 
 
 Scheme = AtLoad | Format
@@ -107,7 +113,7 @@ class Quantizer:
             return array
         leaf = shapes_of(self.scheme, weight, array.dtype)
         where = replace(leaf, **homes(leaf, weight, self.sharding_of))
-        made = jax.jit(self.scheme.quantized, out_shardings=where)(array)
+        made = _maker(self.scheme, where)(array)
         jax.block_until_ready(made)
         array.delete()
         return made

@@ -106,6 +106,13 @@ def test_a_plan_counts_the_codes():
     assert held.bytes < 0.6 * Facts(make_step(plain, CONFIG, step.mesh)).held(dict(step.mesh.shape), 3).bytes
 
 
+def test_a_quantised_model_has_as_many_parameters_as_before():
+    ours, plain = (quantized(configuration(kind), init="shapes") for kind in ("nf4", None))
+    assert leaves.count(ours.params) == leaves.count(plain.params)
+    trainable, frozen = leaves.partition(ours.params, ours.mask)
+    assert leaves.count(trainable) + leaves.count(frozen) == leaves.count(ours.params)
+
+
 @pytest.mark.slow
 def test_qlora_takes_at_most_0_45_of_lora_s_bytes():
     """Qwen2.5-0.5B's shape, bfloat16, 4 sequences of 384 tokens.

@@ -64,6 +64,7 @@ def test_a_run_does_not_go_on_over_another_quantisation(run):
 
 
 def test_a_run_that_would_train_a_quantised_weight_ends_before_anything_is_read(tiny_model, tmp_path):
-    tree = sections(tiny_model(), tmp_path, tune={"method": "full"}, model={"quantize": "int8"})
+    tree = sections(tiny_model(), tmp_path, tune={"method": "full"})
+    tree["model"]["quantize"] = "int8"
     with pytest.raises(ConfigError, match=r"tune\.method full over model\.quantize: int8 would train"):
         jaxtune.train(tree)
