@@ -15,9 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 import jaxtune
 from jaxtune.assemble import Source, assemble
-from jaxtune.config import make_config
+from jaxtune.config import ModelSection, make_config
 from jaxtune.errors import ModelError
+from jaxtune.hf_io import open_source
 from jaxtune.mesh import make_mesh
+from jaxtune.models.decoder import Model
 from jaxtune.models.execution import Execution
 from jaxtune.program import build
 from tests.programs import Stepper, defaults
@@ -210,3 +212,14 @@ def test_the_reference_packs_as_autoawq_does():
     codes = np.round(found["weight"].T.astype(np.float32) / spread(scales)).astype(int) + spread(zeros)
     for name, array in checkpoints.awq_tensors(codes, found["scales"].T, zeros).items():
         np.testing.assert_array_equal(array, found[name])
+
+
+@pytest.mark.parametrize("case", ["gptq act-order", "gptq 3 bits, one group", "awq"])
+def test_the_plan_knows_the_weights_from_the_settings_alone(write, case):
+    method, settings, options = CASES[case]
+    packed, _ = write(method, settings, **options)
+    source = Source.open(ModelSection(path=str(packed)))
+    weights = Model.create(source.config).weights["stacks"]["0"]
+    for weight in (weights["attention"]["k_proj"]["weight"], weights["mlp"]["down_proj"]["weight"]):
+        known, found = (source.scheme.stored(weight, tensors).leaf for tensors in (None, open_source(packed)))
+        assert known == found
