@@ -326,7 +326,19 @@ class TestRuns:
             assert difference(model.logits(tokens), expected) < 1e-4
         spread = jaxtune.load_model(run, mesh={"fsdp": 2, "tensor": 4})  # which does not divide the key/value heads
         assert difference(spread.logits(tokens), expected) < 1e-4
-        assert difference(jaxtune.load_model(base).logits(tokens), expected) > 0.01
+
+    def test_it_is_one_of_several_adapters_on_a_model(self, made, name, tiny_model):
+        run, tokens = made(name)[0] / "run", np.arange(40).reshape(2, 20)
+        model = jaxtune.load_model(tiny_model("qwen2"))
+        plain = model.logits(tokens)
+        model.add_adapter("run", run / "adapter")
+        np.testing.assert_array_equal(model.logits(tokens), plain)
+        model.use_adapter("run")
+        assert difference(model.logits(tokens), plain) > 0.01
+        np.testing.assert_array_equal(model.logits(tokens), jaxtune.load_model(run).logits(tokens))
+        assert model.generate("What is 7?", 5) == jaxtune.load_model(run).generate("What is 7?", 5)
+        model.use_adapter(None)
+        np.testing.assert_array_equal(model.logits(tokens), plain)
 
     def test_generation_is_what_the_logits_say(self, made, name):
         model = jaxtune.load_model(made(name)[0] / "run")
