@@ -19,7 +19,6 @@ from jaxtune.hf_write import write_model
 from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, open_run, require_run
 from jaxtune.mesh import single_device_mesh
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.hooks import NO_HOOKS
 from jaxtune.models.weights import HOOKS, Tree
 from jaxtune.section import TuneSection
 from jaxtune.tokenizer import load_tokenizer
@@ -87,7 +86,7 @@ def export_run(run_dir: str | Path, out: str | Path, format: str, dtype: str = "
     if format == "peft" and not tune.has_adapter(opened.section):
         raise ConfigError(f"{run_dir}: trained with tune.method {method}, so it has no adapter; take the format hf")
     model = opened.assembled.model
-    if format == "hf" and model.hooks != NO_HOOKS:
+    if format == "hf" and model.hooks.computes:
         raise ConfigError(
             f"{run_dir}: what tune.method {method} trains is no part of the model's weights and cannot be merged into "
             "them; take the format peft"

@@ -28,6 +28,13 @@ class Hooks:
         """How many stand before every document."""
         return 0
 
+    @property
+    def computes(self) -> bool:
+        """Whether they have a part in the forward pass, which no merge into the weights takes up. Those that do not
+        only hold what leaves share."""
+        places = ("embedded", "keys_values", "attention_output", "mlp_output")
+        return any(getattr(type(self), place) is not getattr(Hooks, place) for place in places)
+
     def shared(self, config: ModelConfig) -> Tree:
         """Declarations of weights that there are once. They lie under "hooks" of the tree."""
         return {}
