@@ -17,6 +17,7 @@ METHODS = {
     "lora": LORA,
     "untied": {**LORA, "targets": ["q_proj", "embed_tokens", "lm_head"]},
     "full": {"method": "full"},
+    "vera": {"method": "vera", "rank": 8, "targets": ["q_proj", "down_proj"]},
 }
 
 

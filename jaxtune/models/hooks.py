@@ -30,8 +30,10 @@ class Hooks:
 
     @property
     def merges(self) -> bool:
-        """Whether weights into which the leaves are merged need nothing of it any more."""
-        return type(self) is Hooks
+        """Whether weights into which the leaves are merged need nothing of it any more: it only holds what they share,
+        and has no part of its own in the forward pass."""
+        places = ("embedded", "keys_values", "attention_output", "mlp_output")
+        return all(getattr(type(self), place) is getattr(Hooks, place) for place in places)
 
     def shared(self, config: ModelConfig) -> Tree:
         """Declarations of weights that there are once. They lie under "hooks" of the tree."""

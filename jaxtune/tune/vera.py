@@ -52,10 +52,6 @@ class Projections(Hooks):
     inputs: int
     outputs: int
 
-    @property
-    def merges(self) -> bool:
-        return True
-
     def shared(self, config: ModelConfig) -> Tree:
         shapes = {A: (self.rank, self.inputs), B: (self.outputs, self.rank)}
         return {name: Weight(shape, (None, None), name) for name, shape in shapes.items()}

@@ -195,6 +195,10 @@ def test_a_run_ends_in_adapterhub_s_files_which_load_and_do_not_merge(tiny_model
     plain, adapted, of_run = (model.logits(tokens) for model in models)
     np.testing.assert_array_equal(adapted, of_run)
     assert difference(plain, adapted) > 1e-3
+    ids = list(range(5, 12))
+    for _ in range(3):  # with a cache, and computed anew for each token
+        ids.append(int(models[1].logits(np.array([ids]))[0, -1].argmax()))
+    assert models[1]._generator.tokens(models[1].params, [ids[:7]], 3) == [ids[7:]]
     with pytest.raises(ConfigError, match="cannot be merged"):
         export_run(run, tmp_path / "out", "hf")
     assert export_run(run, tmp_path / "again", "peft").difference == 0.0

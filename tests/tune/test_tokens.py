@@ -10,10 +10,11 @@ import pytest
 import jaxtune
 from jaxtune import tune
 from jaxtune.assemble import Source, assemble
-from jaxtune.config import ModelSection, tune_section
+from jaxtune.config import ModelSection, make_config, tune_section
 from jaxtune.errors import AdapterError, ConfigError, MeshError
 from jaxtune.export import export_run
-from jaxtune.mesh import make_mesh
+from jaxtune.mesh import make_mesh, single_device_mesh
+from jaxtune.plan.program import make_step
 from jaxtune.section import TuneSection
 from jaxtune.tune.merge import merged
 from jaxtune.tune.peft_config import read_config
@@ -149,6 +150,14 @@ def test_a_mesh_that_does_not_divide_the_grown_vocabulary_says_how_many_tokens_a
     mesh = make_mesh(jaxtune.config.MeshSection(tensor=2, fsdp=4))
     with pytest.raises(MeshError, match=r"384, but not the 387 .* name 1 more"):
         assemble(source, source.tuning, mesh)
+
+
+def test_a_plan_knows_of_new_tokens_without_a_tokenizer():
+    tree = {"model": {"path": "-"}, "data": {"path": "-", "max_length": 64}, "train": {"batch_size": 2}}
+    config = make_config({**tree, "tune": {"method": "trainable_tokens", "new_tokens": NEW}, "mesh": {"fsdp": 1}})
+    step = make_step(config, model_config(), single_device_mesh())
+    table = step.assembled.params["embed"]["weight"]
+    assert (table.base.shape, table.rows_NE.shape, table.ids) == ((VOCAB + 3, 32), (3, 32), (48, 49, 50))
 
 
 def test_a_run_with_new_tokens_from_its_start_to_its_exports(tiny_model, tmp_path):
