@@ -96,7 +96,7 @@ class GroupedFormat:
             part(outputs, groups, dtype=np.uint8),
             part(inputs, dtype=np.int32) if is_ordered else None,
             bits=self.bits,
-            size=size,
+            group=size,
             inputs_in_all=inputs,
         )
         keys = {f"{module}.{suffix}": shape for module in modules for suffix, shape in shapes.items()}
