@@ -24,7 +24,8 @@ class Grouped(Quantized):
     codes: uint8 [out, in * bits / 8], the stream of bits of packing.py; scales: [out, groups]; zeros: uint8
     [out, groups]. groups: int32 [in], the group of each input, where they do not follow one another: GPTQ's act-order.
     No input moves for it, so that `in` may be split like any other: scales and zeros are whole along it, and each
-    device takes those of its own inputs. size: inputs of a group. inputs: all of them, over all devices.
+    device takes those of its own inputs. group: how many inputs share a scale. inputs_in_all: of the
+    whole weight, over all devices.
     """
 
     EXACT: ClassVar[frozenset[str]] = frozenset({"codes", "scales", "zeros", "groups"})
@@ -34,7 +35,7 @@ class Grouped(Quantized):
     zeros: Any
     groups: Any = None
     bits: int = field(default=4, metadata={"static": True})
-    size: int = field(default=128, metadata={"static": True})
+    group: int = field(default=128, metadata={"static": True})
     inputs_in_all: int = field(default=0, metadata={"static": True})
 
     def axes(self, axes: Axes, is_table: bool) -> dict[str, Axes]:
@@ -53,10 +54,10 @@ class Grouped(Quantized):
             return jnp.take(of_groups, self.groups, axis=1)
         if inputs < self.inputs_in_all:
             first = local.index("tensor") * inputs
-            if inputs % self.size:
-                return jnp.take(of_groups, (first + jnp.arange(inputs)) // self.size, axis=1)
-            of_groups = jax.lax.dynamic_slice_in_dim(of_groups, first // self.size, inputs // self.size, axis=1)
-        return jnp.repeat(of_groups, self.size, axis=1)[:, :inputs]
+            if inputs % self.group:
+                return jnp.take(of_groups, (first + jnp.arange(inputs)) // self.group, axis=1)
+            of_groups = jax.lax.dynamic_slice_in_dim(of_groups, first // self.group, inputs // self.group, axis=1)
+        return jnp.repeat(of_groups, self.group, axis=1)[:, :inputs]
 
 
 class Fit(NamedTuple):

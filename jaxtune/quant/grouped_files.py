@@ -96,7 +96,7 @@ class GroupedFormat:
             part(outputs, groups, dtype=np.uint8),
             part(inputs, dtype=np.int32) if is_ordered else None,
             bits=self.bits,
-            size=size,
+            group=size,
             inputs_in_all=inputs,
         )
         keys = {f"{module}.{suffix}": shape for module in modules for suffix, shape in shapes.items()}
@@ -137,9 +137,8 @@ class GroupedFormat:
         if part == "groups":
             if f"{module}.g_idx" in tensors.shapes:
                 return tensors.read(f"{module}.g_idx", index)
-            return (
-                np.arange(*index[0].indices(tensors.shapes[f"{module}.qweight"][0] * WORD // self.bits))
-            ) // self.size
+            inputs = tensors.shapes[f"{module}.qweight"][0] * WORD // self.bits
+            return np.arange(*index[0].indices(inputs)) // (inputs if self.size == -1 else self.size)
         read = self.codes if part == "codes" else self.zeros
         return np.ascontiguousarray(read(tensors, module, index))
 

@@ -37,7 +37,7 @@ def leaf_of(found: dict[str, np.ndarray], bits: int, version: int) -> Grouped:
         jnp.asarray(gptq_format.zeros_of(found["qzeros"], bits, version)),
         jnp.asarray(found["g_idx"]),
         bits=bits,
-        size=32,
+        group=32,
         inputs_in_all=INPUTS,
     )
 
@@ -80,7 +80,7 @@ def test_autoawqs_weight_dequantises_to_the_very_same_numbers_and_packs_to_its_w
     found = load_file(FILES / "autoawq.safetensors")
     codes, zeros = awq_format.by_output(found["qweight"]), awq_format.by_output(found["qzeros"])
     parts = pack(codes, 4), found["scales"].T, zeros
-    leaf = Grouped(*map(jnp.asarray, parts), size=32, inputs_in_all=INPUTS)
+    leaf = Grouped(*map(jnp.asarray, parts), group=32, inputs_in_all=INPUTS)
     np.testing.assert_array_equal(np.asarray(leaf.weight(jnp.float32)).astype(np.float16).T, found["weight"])
     np.testing.assert_array_equal(awq_format.to_file(codes), found["qweight"])
     np.testing.assert_array_equal(awq_format.to_file(zeros), found["qzeros"])
