@@ -155,9 +155,7 @@ def make_train_step(
             loss, grads = loss_scale.unscaled(loss, grads, factor)
         before = {name: fetched(state[name], homes[name]) for name in ("trainable", "optimizer")}
         before["trainable"] = layout.pinned(before["trainable"])
-        if course is not None:
-            penalty, more = jax.value_and_grad(course.penalty)(before["trainable"])
-            loss, grads = loss + penalty, jax.tree.map(lambda x, own: x + own.astype(x.dtype), grads, more)
+        loss, grads = penalised(course, before["trainable"], loss, grads)
         grads = gated(grads, gates)
         norm = global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -165,22 +163,35 @@ def make_train_step(
         direction, moved = optimizer.update(grads, before["optimizer"], before["trainable"])
         direction, lr = rated(gated(direction, gates), rates), schedule(step)
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-        after, own = descend(before["trainable"], direction, lr), {}
-        if course is not None:
-            kept, after = course.after(state["method"], after, grads, step)
-            own = {"method": jax.tree.map(keep, kept, state["method"])}
+        own, after = followed(course, state, descend(before["trainable"], direction, lr), grads, step)
         guard = loss_scale.advance(state["guard"], finite, scale_window)
         new = {
             "trainable": jax.tree.map(keep, after, before["trainable"]),
             "optimizer": jax.tree.map(keep, moved, before["optimizer"]),
             "guard": guard,
             "float8": jax.tree.map(keep, float8.remember(state["float8"], sizes), state["float8"]),
-            **own,
+            **{name: jax.tree.map(keep, tree, state[name]) for name, tree in own.items()},
         }
         new = stored(new, homes)
         return new, {"loss": loss, "grad_norm": norm, "lr": lr, **guard}
 
     return train_step
+
+
+def penalised(course: Course | None, trained: Tree, loss: jax.Array, grads: Tree) -> tuple[jax.Array, Tree]:
+    """Loss and gradients with the tuning method's penalty in them."""
+    if course is None:
+        return loss, grads
+    penalty, more = jax.value_and_grad(course.penalty)(trained)
+    return loss + penalty, jax.tree.map(lambda x, own: x + own.astype(x.dtype), grads, more)
+
+
+def followed(course: Course | None, state: Tree, trained: Tree, grads: Tree, step: jax.Array) -> tuple[Tree, Tree]:
+    """(what of the state is the tuning method's own, what trains), after the optimiser's step."""
+    if course is None:
+        return {}, trained
+    kept, trained = course.after(state["method"], trained, grads, step)
+    return {"method": kept}, trained
 
 
 def gated(tree: Tree, gates: dict[Path, jax.Array] | None) -> Tree:

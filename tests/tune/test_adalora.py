@@ -50,7 +50,7 @@ def our_run(made):
     program = build(config, made.model, single_device_mesh(), made.params, made.mask, STEPS)
     state, losses = program.state, []
     for step in range(1, STEPS + 1):
-        state, metrics = program.train_step(state, program.frozen, our_batch(step), jnp.int32(step))
+        state, metrics = program.train_step(state, program.frozen, our_batch(step, made.model), jnp.int32(step))
         losses.append(float(metrics["loss"]))
     return losses, state
 

@@ -11,7 +11,7 @@ METHODS = {
     "adalora": {
         "method": "adalora",
         "init_r": 4,
-        "target_r": 2,
+        "target_r": 3,
         "tfinal": 7,
         "total_step": 10,
         "targets": ["q_proj", "o_proj", "up_proj"],
