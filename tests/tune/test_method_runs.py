@@ -29,22 +29,23 @@ METHODS = {
 IDS = np.random.default_rng(1).integers(0, 384, (2, 20))
 
 
+@pytest.fixture(scope="module")
+def made(tiny_model, tmp_path_factory):
+    """made(method) -> (home of a run of four steps, its losses)."""
+    found = {}
+
+    def make(method):
+        if method not in found:
+            home = tmp_path_factory.mktemp(method)
+            rows = jaxtune.train(sections(tiny_model("qwen2"), home, tune=METHODS[method], optim={"lr": 0.05}))
+            found[method] = home, [row["loss"] for row in rows if "loss" in row]
+        return found[method]
+
+    return make
+
+
 @pytest.mark.parametrize("method", METHODS)
 class TestRuns:
-    @pytest.fixture(scope="class")
-    def made(self, tiny_model, tmp_path_factory):
-        """made(method) -> (home of a run of four steps, its losses)."""
-        found = {}
-
-        def make(method):
-            if method not in found:
-                home = tmp_path_factory.mktemp(method)
-                rows = jaxtune.train(sections(tiny_model("qwen2"), home, tune=METHODS[method], optim={"lr": 0.05}))
-                found[method] = home, [row["loss"] for row in rows if "loss" in row]
-            return found[method]
-
-        return make
-
     def test_it_learns_and_goes_on_bit_for_bit_from_a_checkpoint(self, made, method, tiny_model, tmp_path):
         home, losses = made(method)
         assert losses[-1] < losses[0]
