@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from jaxtune.errors import ConfigError, listing, nearest
 from jaxtune.section import Fraction, NonNegative, Positive, Section, TuneSection
@@ -172,6 +172,7 @@ class MeshSection(Section):
         return self
 
 
+REMAT_POLICIES = ("none", "dots", "block", "full")
 REMAT_NAMES = ("query", "key", "value", "attended", "after_attention", "gate", "up", "down")
 
 
@@ -193,12 +194,29 @@ class MemorySection(Section):
         "float32"  # type that they are summed up in, over devices and micro-batches
     )
 
+    @field_validator("remat", mode="before")
+    @classmethod
+    def _known(cls, found: Any) -> Any:
+        names = found if isinstance(found, list) else [found]
+        known = REMAT_NAMES if isinstance(found, list) else REMAT_POLICIES
+        if names and all(isinstance(name, str) and name in known for name in names):
+            return found
+        policies, every = ", ".join(REMAT_POLICIES), (*REMAT_POLICIES, *REMAT_NAMES)
+        unknown = next((name for name in names if name not in known), found)
+        close = (
+            f"; write [{found}]" if isinstance(found, str) and found in REMAT_NAMES else nearest(f"{unknown}", every)
+        )
+        raise ValueError(f"allowed: {policies}, or a list of names of {', '.join(REMAT_NAMES)}{close}")
+
+    @field_validator("offload", mode="before")
+    @classmethod
+    def _listed(cls, found: Any) -> Any:
+        if isinstance(found, str):
+            raise ValueError(f"it is a list: write [{found}]")
+        return found
+
     @model_validator(mode="after")
-    def _known(self):
-        if isinstance(self.remat, list):
-            unknown = [name for name in self.remat if name not in REMAT_NAMES]
-            if unknown or not self.remat:
-                raise ValueError(f"remat: allowed are none, dots, block, full, or names of {', '.join(REMAT_NAMES)}")
+    def _fitting(self):
         if len(set(self.offload)) < len(self.offload):
             raise ValueError("offload: a name stands twice")
         if "activations" in self.offload and not isinstance(self.remat, list):

@@ -24,6 +24,7 @@ from jaxtune.models.execution import Execution
 from jaxtune.models.weights import Tree
 from jaxtune.parallel.checks import check_fit
 from jaxtune.parallel.layout import check_sharded
+from jaxtune.parallel.schedule import bubble
 from jaxtune.program import Program, build
 from jaxtune.rundir import Run, open_run
 from jaxtune.signals import StopSignal
@@ -93,6 +94,8 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
     trained, total = count(partition(assembled.params, assembled.mask)[0]), count(assembled.params)
     program = build(config, assembled.model, mesh, assembled.params, assembled.mask, data.train.steps)
     say(f"Training {trained:,} of {total:,} parameters ({trained / total:.3%}) on {_devices(mesh)}")
+    if program.pipeline is not None:
+        say(f"The pipeline's schedule leaves a stage waiting for {bubble(program.pipeline.schedule):.0%} of a step")
     if config.precision.matmul == "float8" and not float8.has_units(mesh.devices.flat[0]):
         warn(f"{mesh.devices.flat[0].device_kind} has no float8 units: its matmuls are computed in wider types, slower")
     check_sharded(program.state["trainable"], program.homes["trainable"])

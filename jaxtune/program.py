@@ -39,7 +39,12 @@ class Program:
     homes: Tree
     train_step: Any  # jitted: (state, frozen, batch, step) -> (state, metrics); the state is given up
     eval_step: Any  # jitted: (trainable, frozen, batch) -> (sum of losses, tokens)
-    stages: Stages | None  # of a pipeline
+    pipeline: Pipeline | None
+
+    @property
+    def stages(self) -> Stages | None:
+        """Of the pipeline."""
+        return None if self.pipeline is None else self.pipeline.stages
 
     @property
     def rows(self) -> NamedSharding:
@@ -123,7 +128,7 @@ def build(config: Config, model: Model, mesh: Mesh, params: Tree, mask: Tree, to
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(homes, None))
     eval_step = jax.jit(make_eval_step(model, layout, dtype, pipeline))
-    return Program(layout, state, frozen, homes, jitted, eval_step, stages)
+    return Program(layout, state, frozen, homes, jitted, eval_step, pipeline)
 
 
 def _stages(config: Config, mesh: Mesh, model: Model) -> Stages | None:

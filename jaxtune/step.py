@@ -1,6 +1,7 @@
 """One optimiser step, and one evaluation step: pure functions of state and batch, to be jitted by the loop."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,13 +15,14 @@ from jaxtune.loss import cross_entropy
 from jaxtune.models.decoder import Model
 from jaxtune.models.weights import Path, Tree
 from jaxtune.ops import Noise, split_noise
-from jaxtune.optim import clip, descend, global_norm
+from jaxtune.optim import clip, global_norm
 from jaxtune.parallel import local
 from jaxtune.parallel.layout import Layout
 from jaxtune.parallel.offload import fetched, stored
 from jaxtune.parallel.pipeline import Pipeline
 from jaxtune.parallel.zigzag import positions_of
 from jaxtune.tune.method import Course
+from jaxtune.update import gated, make_update
 
 Batch = dict[str, jax.Array]  # tokens, targets, mask, positions, segments: each [micro-batches, rows, time]
 EVERYWHERE = PartitionSpec()
@@ -146,6 +148,7 @@ def make_train_step(
     A loss or gradient that is not finite leaves params and optimiser as they were, bit for bit.
     """
     gradients = make_gradients(model, layout, dtype, seed, pipeline)
+    update = make_update(optimizer, layout, homes, gates or {}, rates, course)
 
     def train_step(state: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[Tree, dict[str, jax.Array]]:
         factor = jnp.float32(1) if scale_window is None else state["guard"]["loss_scale"]
@@ -153,60 +156,20 @@ def make_train_step(
         loss, grads, sizes = gradients(state["trainable"], frozen, batch, step, factor, scales)
         if scale_window is not None:
             loss, grads = loss_scale.unscaled(loss, grads, factor)
-        before = {name: fetched(state[name], homes[name]) for name in ("trainable", "optimizer")}
-        before["trainable"] = layout.pinned(before["trainable"])
-        loss, grads = penalised(course, before["trainable"], loss, grads)
-        grads = gated(grads, gates)
+        if course is not None:
+            trains = layout.pinned(fetched(state["trainable"], homes["trainable"]))
+            penalty, more = jax.value_and_grad(course.penalty)(trains)
+            loss, grads = loss + penalty, jax.tree.map(lambda x, own: x + own.astype(x.dtype), grads, more)
+        grads = gated(grads, gates or {})
         norm = global_norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite, lr = jnp.isfinite(loss) & jnp.isfinite(norm), schedule(step)
         grads = layout.pinned(clip(grads, norm, clip_norm))
-        direction, moved = optimizer.update(grads, before["optimizer"], before["trainable"])
-        direction, lr = rated(gated(direction, gates), rates), schedule(step)
-        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-        own, after = followed(course, state, descend(before["trainable"], direction, lr), grads, step)
         guard = loss_scale.advance(state["guard"], finite, scale_window)
-        new = {
-            "trainable": jax.tree.map(keep, after, before["trainable"]),
-            "optimizer": jax.tree.map(keep, moved, before["optimizer"]),
-            "guard": guard,
-            "float8": jax.tree.map(keep, float8.remember(state["float8"], sizes), state["float8"]),
-            **{name: jax.tree.map(keep, tree, state[name]) for name, tree in own.items()},
-        }
-        new = stored(new, homes)
+        seen = jax.tree.map(partial(jnp.where, finite), float8.remember(state["float8"], sizes), state["float8"])
+        new = stored({**update(state, grads, lr, finite, step), "guard": guard, "float8": seen}, homes)
         return new, {"loss": loss, "grad_norm": norm, "lr": lr, **guard}
 
     return train_step
-
-
-def penalised(course: Course | None, trained: Tree, loss: jax.Array, grads: Tree) -> tuple[jax.Array, Tree]:
-    """Loss and gradients with the tuning method's penalty in them."""
-    if course is None:
-        return loss, grads
-    penalty, more = jax.value_and_grad(course.penalty)(trained)
-    return loss + penalty, jax.tree.map(lambda x, own: x + own.astype(x.dtype), grads, more)
-
-
-def followed(course: Course | None, state: Tree, trained: Tree, grads: Tree, step: jax.Array) -> tuple[Tree, Tree]:
-    """(what of the state is the tuning method's own, what trains), after the optimiser's step."""
-    if course is None:
-        return {}, trained
-    kept, trained = course.after(state["method"], trained, grads, step)
-    return {"method": kept}, trained
-
-
-def gated(tree: Tree, gates: dict[Path, jax.Array] | None) -> Tree:
-    """The tree with zeros for the layers that do not train: neither gradients nor weight decay move them."""
-
-    def gate(path: tuple, x: jax.Array) -> jax.Array:
-        own = (gates or {}).get(tuple(part.key for part in path if hasattr(part, "key")))
-        return x if own is None else x * own.reshape(-1, *[1] * (x.ndim - 1))
-
-    return jax.tree_util.tree_map_with_path(gate, tree)
-
-
-def rated(tree: Tree, rates: Tree | None) -> Tree:
-    """The tree with every array multiplied by its factor."""
-    return tree if rates is None else jax.tree.map(lambda x, rate: x if rate == 1 else x * rate, tree, rates)
 
 
 def make_eval_step(

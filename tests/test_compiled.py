@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import Counter
 from functools import cache
 from itertools import pairwise
 
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from jaxtune.parallel.schedule import bubble, make_schedule
+from jaxtune.plan.hlo import collectives
 from jaxtune.plan.memory import tree_bytes
 from jaxtune.step import make_gradients
-from tests.programs import CONFIG, FULL, HIDDEN, LAYERS, TIME, VOCAB, Stepper
+from tests.programs import CONFIG, FULL, HIDDEN, LAYERS, ROWS, TIME, VOCAB, Stepper
 
 DEVICES = 8
 DEEP = dataclasses.replace(CONFIG, num_layers=25)
@@ -40,6 +42,15 @@ def held(stepper, name):
     homes = stepper.compiled.input_shardings[0][0][name]
     pairs = zip(jax.tree.leaves(stepper.state[name]), jax.tree.leaves(homes), strict=True)
     return sum(x.dtype.itemsize * int(np.prod(home.shard_shape(x.shape))) for x, home in pairs)
+
+
+def times(stepper, kind):
+    """bytes of a buffer -> how often the compiled step runs collectives of this kind with such a buffer."""
+    count = Counter()
+    for one in collectives(stepper.hlo, dict(stepper.mesh.shape)):
+        if one.kind == kind:
+            count[one.bytes] += one.times
+    return count
 
 
 def gradients_of(stepper, dtype=np.float32):
@@ -96,6 +107,15 @@ def test_zero_2_scatters_gradients_and_gathers_new_weights():
     assert not stack & arrays_moved(zero(2), "all-reduce")
 
 
+def test_zero_2_scatters_after_each_micro_batch_and_keeps_the_parts():
+    whole, parts = (Stepper(mesh={"fsdp": DEVICES, "zero": n}, train={"micro_batches": 2}) for n in (1, 2))
+    gate = LAYERS * 128 * HIDDEN * 4  # bytes of one of its gradients; the table is as large
+    assert times(parts, "reduce-scatter")[gate] == 4 * 2, "gate, up, down and the table, after each micro-batch"
+    assert not times(whole, "reduce-scatter")
+    gradients = held(zero(0), "trainable")
+    assert whole.memory.temp_size_in_bytes - parts.memory.temp_size_in_bytes > 0.8 * gradients
+
+
 def test_zero_3_gathers_a_layer_at_a_time_and_scatters_its_gradient():
     one_layer = matrices((128, HIDDEN), (HIDDEN, 128))
     assert one_layer <= arrays_moved(zero(3), "all-gather")
@@ -103,6 +123,8 @@ def test_zero_3_gathers_a_layer_at_a_time_and_scatters_its_gradient():
     assert not any(
         shape.startswith(f"{LAYERS},") for shape in arrays_moved(zero(3), "all-gather") if shape.count(",") == 2
     )
+    gate = 128 * HIDDEN * 4  # bytes, of one layer
+    assert times(zero(3), "all-gather")[gate] >= 3 * 2 * LAYERS, "gate, up and down, forward and backward"
 
 
 def test_vocabulary_parallel_loss_gathers_no_logits():
@@ -139,6 +161,21 @@ def test_memory_of_1f1b_does_not_grow_with_the_micro_batches_and_gpipe_s_does():
 
 def test_interleaved_has_a_smaller_bubble_at_the_same_micro_batches():
     assert bubble(make_schedule("interleaved", 4, 8, 2)) < 0.75 * bubble(make_schedule("1f1b", 4, 8))
+
+
+def test_what_is_compiled_has_the_ticks_of_its_schedule():
+    """Two sends a tick, one up and one down."""
+    for name, virtual in (("1f1b", 1), ("interleaved", 2)):
+        mesh = {"pipe": 2, "schedule": name, "virtual_stages": virtual}
+        stepper = Stepper(mesh=mesh, train={"micro_batches": 4, "batch_size": ROWS})
+        sends = times(stepper, "collective-permute")[ROWS // 4 * TIME * HIDDEN * 4]
+        assert sends == 2 * make_schedule(name, 2, 4, virtual).ticks
+
+
+def test_the_whole_state_is_given_up_to_the_step():
+    for level in range(4):
+        state = sum(held(zero(level), name) for name in ("trainable", "optimizer"))
+        assert zero(level).memory.alias_size_in_bytes == pytest.approx(state, rel=0.001)
 
 
 def test_gradients_are_summed_up_in_the_type_that_is_asked_for():

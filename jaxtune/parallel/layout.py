@@ -100,9 +100,12 @@ class Layout:
                 result[place] = array
         return result
 
-    def pinned(self, tree: Tree) -> Tree:
-        """A tree as trainable, split as the optimiser's moments are: each device updates what it has moments of."""
-        return jax.lax.with_sharding_constraint(tree, self.homes(self.moments))
+    def pinned(self, tree: Tree, part: Callable[[Tree], Tree] = lambda tree: tree) -> Tree:
+        """A tree as trainable, split as the optimiser's moments are: each device updates what it has moments of.
+
+        part: makes of a tree as trainable what `tree` is of it.
+        """
+        return jax.lax.with_sharding_constraint(tree, part(self.homes(self.moments)))
 
 
 def _scattered(grad: jax.Array, whole: PartitionSpec, split: PartitionSpec) -> jax.Array:

@@ -18,13 +18,14 @@ def on_host(homes: Any) -> Any:
 def fetched(tree: Any, homes: Any) -> Any:
     """Inside jit: the arrays on their devices. homes: where they lie now."""
     device = lambda home: home.with_memory_kind(DEVICE)  # noqa: E731
-    return jax.tree.map(lambda x, home: jax.device_put(x, device(home)) if _is_away(home) else x, tree, homes)
+    return jax.tree.map(lambda x, home: jax.device_put(x, device(home)) if is_away(home) else x, tree, homes)
 
 
 def stored(tree: Any, homes: Any) -> Any:
     """Inside jit: the arrays back where they lie between steps."""
-    return jax.tree.map(lambda x, home: jax.device_put(x, home) if _is_away(home) else x, tree, homes)
+    return jax.tree.map(lambda x, home: jax.device_put(x, home) if is_away(home) else x, tree, homes)
 
 
-def _is_away(home: Sharding) -> bool:
+def is_away(home: Sharding) -> bool:
+    """Whether an array lies on the host between steps."""
     return home.memory_kind == HOST

@@ -1,0 +1,71 @@
+"""What the optimiser makes of a step's gradients: new parameters, and what it keeps. Not the gradients themselves."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtune.models.weights import Path, Tree
+from jaxtune.optim import descend
+from jaxtune.parallel.layout import Layout
+from jaxtune.parallel.offload import fetched
+from jaxtune.parallel.streamed import any_away, streamed
+from jaxtune.tune.method import Course
+
+Gates = dict[Path, jax.Array]
+
+
+def make_update(
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    homes: Tree,
+    gates: Gates,
+    rates: Tree | None,
+    course: Course | None,
+) -> Callable[[Tree, Tree, jax.Array, jax.Array, jax.Array], Tree]:
+    """(state, clipped gradients, learning rate, whether all is finite, step) -> the parts of the state that it moves.
+
+    Where it is not finite they are as they were, bit for bit. gates, rates, course, homes: as in make_train_step.
+    What lies on the host is moved piece by piece, but with a course, which wants to see all that trains at once.
+    """
+    names = ("trainable", "optimizer")
+    lie = homes["trainable"], homes["optimizer"]
+
+    def move(params: Tree, moments: Any, grads: Tree, gates: Gates, part: Any, lr: jax.Array) -> tuple[Tree, Any]:
+        params = layout.pinned(params, part)
+        direction, moved = optimizer.update(grads, moments, params)
+        return descend(params, rated(gated(direction, gates), part(rates)), lr), moved
+
+    def update(state: Tree, grads: Tree, lr: jax.Array, finite: jax.Array, step: jax.Array) -> Tree:
+        before = state["trainable"], state["optimizer"]
+        if course is None and any_away(*lie):
+            return dict(zip(names, streamed(partial(move, lr=lr), before, lie, grads, gates, finite), strict=True))
+        params, moments = fetched(before, lie)
+        before = params, moments
+        params, moments = move(params, moments, grads, gates, lambda tree: tree, lr)
+        new, old = {}, dict(zip(names, before, strict=True))
+        if course is not None:
+            new["method"], params = course.after(state["method"], params, grads, step)
+            old["method"] = state["method"]
+        new |= {"trainable": params, "optimizer": moments}
+        return {name: jax.tree.map(partial(jnp.where, finite), new[name], old[name]) for name in old}
+
+    return update
+
+
+def gated(tree: Tree, gates: Gates) -> Tree:
+    """The tree with zeros for the layers that do not train: neither gradients nor weight decay move them."""
+
+    def gate(path: tuple, x: jax.Array) -> jax.Array:
+        own = gates.get(tuple(part.key for part in path if hasattr(part, "key")))
+        return x if own is None else x * own.reshape(-1, *[1] * (x.ndim - 1))
+
+    return jax.tree_util.tree_map_with_path(gate, tree)
+
+
+def rated(tree: Tree, rates: Tree | None) -> Tree:
+    """The tree with every array multiplied by its factor."""
+    return tree if rates is None else jax.tree.map(lambda x, rate: x if rate == 1 else x * rate, tree, rates)
