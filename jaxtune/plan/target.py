@@ -87,12 +87,12 @@ def choose(name: str | None, count: int | None) -> Target:
 
 def _pretend(count: int) -> list[Any]:
     """`count` devices of the CPU."""
-    if "jax" not in sys.modules:
-        flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
-        os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
+    # Both are read when JAX first looks for devices, which importing it does not; after that they do nothing.
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
+    jax.config.update("jax_platforms", "cpu")
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise MeshError(
