@@ -80,9 +80,8 @@ class LoadedModel:
         if self._opened.section.method != "full":
             raise AdapterError("this model has an adapter already; load its base model, and add all adapters to it")
         if not name or name in self._loaded:
-            raise AdapterError(
-                f"adapter {name!r}: choose a name that is not one of {listing(self.adapters) or 'these'}"
-            )
+            taken = listing(self.adapters) or "none"
+            raise AdapterError(f"adapter {name!r}: give a name that is not taken; taken are {taken}")
         active = self._active
         self._take(name, adapted(base, read_config(Path(directory))))
         self.use_adapter(active)

@@ -132,7 +132,11 @@ REST = {
 }
 PAGES = {"parallelism.md": PARALLELISM, "precision.md": PRECISION, "config.md": REST}
 # Values that are wrong by themselves, and need no row.
-VALUES = [lambda: check_numbers("2f2b", 2, 4, 1), lambda: check_numbers("1f1b", 2, 0, 1)]
+VALUES = [
+    lambda: check_numbers("2f2b", 2, 4, 1),
+    lambda: check_numbers("1f1b", 2, 0, 1),
+    says(memory={"offload": "optimizer"}),
+]
 # Where combinations are judged: all of a file, or these functions of it. config.py has its judges in classes.
 JUDGES = {
     "assemble.py": {"open"},
