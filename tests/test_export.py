@@ -150,9 +150,9 @@ def test_a_wrong_export_never_gets_its_name(run_of, tmp_path, monkeypatch, forma
         norm = {"weight": params["norm"]["weight"] * 1.01}
         return write(directory, assembled, {**params, "norm": norm}, *rest)
 
-    def spoiled_adapter(directory, section, weights, params, base):
+    def spoiled_adapter(directory, section, weights, params, *rest):
         params["stacks"]["0"]["attention"]["q_proj"]["weight"] = half_of(params)
-        return save(directory, section, weights, params, base)
+        return save(directory, section, weights, params, *rest)
 
     def half_of(params):
         import dataclasses
