@@ -176,6 +176,7 @@ class OverFiles(Stepper):
         mesh = make_mesh(self.config.mesh, jax.devices()[: math.prod(mesh.values())])
         made = assemble(source, self.config.tune, mesh, execution=Execution.of(self.config, np.float32))
         self.rows, self.time, self.vocab = 16, 32, source.config.vocab_size
+        self.model = made.model
         self.program = build(self.config, made.model, made.mesh, made.params, made.mask, 3)
         self.state, self.frozen = self.program.state, self.program.frozen
 

@@ -90,7 +90,6 @@ def test_a_whole_alpha_is_written_as_an_integer(alpha, kind):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"use_dora": True},
         {"lora_bias": True},
         {"fan_in_fan_out": True},
         {"layer_replication": [[0, 2]]},
