@@ -1,5 +1,6 @@
 """Tiny transformers models as our trees, and random adapters on them. The peer is peft, on top of torch."""
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple
@@ -60,7 +61,7 @@ def peer_model(family: str = "qwen2", tied: bool = True, **settings):
     from transformers import AutoModelForCausalLM
 
     config, state = peer_state(family, tied, **settings)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(deepcopy(config))  # a merge may untie the head, in the config too
     model.load_state_dict(state)
     return model.eval()
 
