@@ -23,6 +23,7 @@ CONFIG_NAME = "adapter_config.json"
 # Of no effect on what the adapter computes, whatever they hold.
 HARMLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 READ_HERE = {"peft_type", "layers_pattern"}
+OFF_AT_ZERO = {"module_dropout", "rank_dropout"}  # PEFT's, written by methods whose dropout here is another
 
 
 def resolve(section: TuneSection) -> TuneSection:
@@ -134,13 +135,16 @@ def _refuse_options(tree: dict, where: Path, files: Any) -> None:
     if tree.get("layers_pattern") not in (None, [], "", "layers", ["layers"]):
         raise AdapterError(f"{where}: layers_pattern {tree['layers_pattern']!r}; allowed is 'layers'")
     known = files.settings.keys() | files.fixed.keys() | files.harmless | HARMLESS | READ_HERE
-    on = [f"{key} = {value!r:.60}" for key, value in sorted(tree.items()) if key not in known and _is_on(value)]
+    on = [f"{key} = {value!r:.60}" for key, value in sorted(tree.items()) if key not in known and _is_on(key, value)]
     if on:
         raise AdapterError(f"{where}: options that jaxtune does not have: {'; '.join(on)}")
 
 
-def _is_on(value: Any) -> bool:
-    return value not in (None, False, 0, "", [], {})
+def _is_on(key: str, value: Any) -> bool:
+    # False is told from 0 by what it is: of an option that we do not know, 0 may be the strongest setting.
+    if value is None or value is False or value in ("", [], {}):
+        return False
+    return key not in OFF_AT_ZERO or value != 0
 
 
 def to_peft(section: TuneSection, weights: Tree, base_model_name: str | None) -> dict[str, Any]:

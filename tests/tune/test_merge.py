@@ -94,17 +94,16 @@ np.save(directory + "/merged.npy", np.asarray(w))
 
 
 @pytest.mark.slow
-def test_first_values_files_and_merges_are_the_same_on_every_mesh(run_python, tmp_path):
-    for sizes in ("1x1x1", "2x2x2", "1x8x1"):
+def test_first_values_files_and_merges_are_the_same_on_a_mesh(run_python, tmp_path):
+    for sizes in ("1x1x1", "2x2x2"):
         (tmp_path / sizes).mkdir()
         done = run_python(MESHED, tmp_path / sizes, sizes, devices=8)
         assert done.returncode == 0, done.stderr
-    one, *others = (tmp_path / sizes for sizes in ("1x1x1", "2x2x2", "1x8x1"))
-    for other in others:
-        for name in ("fresh", "moved", "again"):
-            file = f"{name}/adapter_model.safetensors"
-            assert (one / file).read_bytes() == (other / file).read_bytes(), (other.name, name)
-        np.testing.assert_allclose(np.load(one / "merged.npy"), np.load(other / "merged.npy"), atol=1e-6)
+    one, other = tmp_path / "1x1x1", tmp_path / "2x2x2"
+    for name in ("fresh", "moved", "again"):
+        file = f"{name}/adapter_model.safetensors"
+        assert (one / file).read_bytes() == (other / file).read_bytes(), name
+    np.testing.assert_allclose(np.load(one / "merged.npy"), np.load(other / "merged.npy"), atol=1e-6)
     assert (one / "moved/adapter_model.safetensors").read_bytes() == (
         one / "again/adapter_model.safetensors"
     ).read_bytes()

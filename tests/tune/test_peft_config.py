@@ -102,6 +102,7 @@ def test_a_whole_alpha_is_written_as_an_integer(alpha, kind):
         {"arrow_config": {"x": 1}},
         {"ensure_weight_tying": True},
         {"kasa_config": {"beta": 1e-4}},
+        {"a_key_of_tomorrow": 0},
         {"a_key_of_tomorrow": 0.5},
     ],
     ids=str,

@@ -98,12 +98,16 @@ class TestStarts:
 
     @pytest.mark.parametrize("options", [MLP, LSTM, PROJECTED], ids=["MLP", "LSTM", "projection"])
     def test_an_encoder_has_peft_s_weights_of_peft_s_sizes(self, tmp_path, options):
+        import torch
+
+        torch.manual_seed(0)
         made = tuned(tune_section(**options))
         ours = load_file(saved(made, tmp_path / "adapter") / ENCODER_FILE)
         theirs = {k: v.detach().numpy() for k, v in peft_model(made).prompt_encoder["default"].state_dict().items()}
         assert {name: x.shape for name, x in ours.items()} == {name: x.shape for name, x in theirs.items()}
         for name, array in ours.items():
-            assert array.std() == pytest.approx(theirs[name].std(), rel=0.4), name
+            apart = 0.4 if array.size > 100 else 0.8  # a bias is a few numbers
+            assert array.std() == pytest.approx(theirs[name].std(), rel=apart), name
             assert abs(array.mean()) < theirs[name].std(), name
 
     def test_a_prefix_may_start_at_zero(self):
