@@ -2,7 +2,7 @@
 # .venv, made once, and what pip installs into it. `make demo PYTHON=/path/to/python` names an interpreter.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test thorough check bench clean
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -14,7 +14,8 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
 help:
 	@echo "make demo    fine-tune a small chat model on this machine and talk to it (CPU, some ten minutes in all)"
-	@echo "make test    the whole test suite"
+	@echo "make test    the test suite"
+	@echo "make thorough  what the suite leaves out: every row of the tables in docs/ (an hour or so)"
 	@echo "make check   format, lint, types and the fast tests: what to run before a commit"
 	@echo "make bench   tokens per second on this machine"
 	@echo "make clean   remove the virtual environment and the caches; runs/ stays"
@@ -25,11 +26,14 @@ demo: $(VENV)/.package
 test: $(VENV)/.test
 	$(RUN) -m pytest -n 2 --dist worksteal
 
+thorough: $(VENV)/.test
+	$(RUN) -m pytest -n 2 --dist worksteal -m thorough
+
 check: $(VENV)/.test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest -n 2 --dist worksteal -q -m "not slow and not real"
+	$(RUN) -m pytest -n 2 --dist worksteal -q -m "not slow and not real and not thorough"
 
 bench: $(VENV)/.test
 	$(RUN) tools/get_demo_model.py

@@ -95,3 +95,32 @@ ROWS = {
     "tensor 2, offload all, LoRA": row(LORA, tensor=2, memory={"offload": ["params", "optimizer", "activations"]}),
     "fsdp 8, zero 2, Adafactor": row(fsdp=8, zero=2, optim={"name": "adafactor"}),
 }
+
+# Those of every run of the suite: each axis, schedule and option at least once, mixed as much as can be.
+OFTEN = {
+    "fsdp 8, zero 1",
+    "fsdp 8, zero 2, 2 micro-batches",
+    "fsdp 8, zero 3, LoRA",
+    "tensor 8",
+    "tensor 4, sequence parallel, LoRA",
+    "context 8, ring, LoRA",
+    "context 4, ulysses",
+    "pipe 4, gpipe",
+    "pipe 4, 1f1b, LoRA",
+    "pipe 2, interleaved",
+    "pipe 2, 1f1b, first 2 layers frozen",
+    "data 2, fsdp 4, zero 2, 2 micro-batches",
+    "fsdp 2, pipe 4, zero 1",
+    "tensor 2, context 2, ulysses, sequence parallel",
+    "context 2, pipe 3, ring, 4 layers",
+    "data 2, fsdp 2, context 2",
+    "fsdp 2, tensor 2, pipe 2, interleaved, LoRA",
+    "tensor 2, context 2, pipe 2, LoRA",
+    "remat full",
+    "fsdp 4, remat none",
+    "pipe 2, fsdp 2, remat block",
+    "fsdp 4, offload optimizer",
+    "fsdp 4, offload activations",
+    "fsdp 2, pipe 2, offload all",
+    "fsdp 8, zero 2, Adafactor",
+}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import CACHE
-from tests.parallel_rows import ROWS
+from tests.parallel_rows import OFTEN, ROWS
 from tests.programs import Stepper
 
 STEPS = 5
@@ -38,7 +38,9 @@ def one_device(sections):
     return _expected[key]
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.thorough) for name in ROWS]
+)
 def test_row(name):
     losses, weights = after_steps(ROWS[name])
     expected_losses, expected = one_device(ROWS[name])

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write what tests/test_parallel_table.py found into the table of docs/parallelism.md.
 
-usage: python -m pytest tests/test_parallel_table.py && python tools/parallel_docs.py
+usage: python -m pytest -m "" tests/test_parallel_table.py && python tools/parallel_docs.py
 """
 
 import json
