@@ -67,7 +67,7 @@ def _pieces(params: Tree, homes: Tree) -> Iterator[tuple[set[int], int]]:
     stacks: dict[tuple, tuple[set[int], int]] = {}
     places = jax.tree_util.tree_leaves_with_path(params)
     for number, ((path, array), home) in enumerate(zip(places, jax.tree.leaves(homes), strict=True)):
-        together = path[0].key == "stacks" and (*home.spec, None)[0] is None
+        together = path[0].key == "stacks" and home.shard_shape(array.shape)[0] == array.shape[0]
         name = (path[1].key,) if together else path
         stacks.setdefault(name, (set(), array.shape[0] if together else 0))[0].add(number)
     yield from stacks.values()

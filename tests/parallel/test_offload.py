@@ -1,10 +1,13 @@
 """What is offloaded lies in the host's memory between steps, and comes to the device no sooner than it is used."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from jaxtune.models.execution import HOST
+from tests.plan.shapes import LARGE
 from tests.programs import Stepper
 
 
@@ -28,3 +31,54 @@ def test_offloaded_state_is_taken_from_the_hosts_memory_and_from_no_other(plain,
     assert moved == pytest.approx(parts * params / 4, rel=0.02)  # norms are whole on every device
     assert argument_bytes(plain, HOST) == 0
     assert argument_bytes(plain, "device") - argument_bytes(away, "device") == moved
+
+
+# Steps that do not fit: libtpu then says what they would take, and spares itself the minutes of making their code.
+PLANS = """
+import json, sys
+from jaxtune.config import make_config
+from jaxtune.plan.command import plan
+from jaxtune.plan.target import choose
+
+target, found = choose("v5e:2x2", None), {}
+for name, memory in json.loads(sys.argv[2]).items():
+    tree = {"model": {"path": sys.argv[1]}, "tune": {"method": "full"}, "data": {"path": "-", "max_length": 1024}}
+    tree |= {"train": {"batch_size": 16}, "mesh": {"fsdp": 4}, "memory": memory}
+    made = plan(make_config(tree), target, None)
+    assert made.refused
+    found[name] = made.memory.peak, made.memory.host
+print(json.dumps(found))
+"""
+KEPT = ["query", "key", "value", "after_attention", "gate", "up"]
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_each_offload_takes_its_bytes_from_a_tpus_peak(run_python, libtpu, tmp_path):
+    layers = 24
+    (tmp_path / "config.json").write_text(json.dumps({**LARGE, "num_hidden_layers": layers, "vocab_size": 512}))
+    ways = {
+        "nothing": {"remat": "block"},
+        "optimizer": {"remat": "block", "offload": ["optimizer"]},
+        "params": {"remat": "block", "offload": ["params"]},
+        "both": {"remat": "block", "offload": ["params", "optimizer"]},
+        "names kept": {"remat": KEPT},
+        "activations": {"remat": KEPT, "offload": ["activations"]},
+    }
+    done = run_python(PLANS, tmp_path, json.dumps(ways), env=libtpu, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    peak, host = ({name: numbers[number] for name, numbers in found.items()} for number in (0, 1))
+    hidden, inner, heads = LARGE["hidden_size"], LARGE["intermediate_size"], LARGE["num_key_value_heads"] * 128
+    params = layers * (2 * hidden * (hidden + heads) + 3 * hidden * inner)  # bytes: four each, on four devices
+    assert host["nothing"] == 0
+    assert host["optimizer"] == pytest.approx(2 * params, rel=0.01)
+    assert host["params"] == pytest.approx(params, rel=0.01)
+    assert host["both"] == pytest.approx(3 * params, rel=0.01)
+    # A layer's share comes back for its own update, or its own pass, and with offloaded weights their gradients.
+    assert peak["nothing"] - peak["optimizer"] > 0.75 * 2 * params
+    assert peak["nothing"] - peak["params"] > 0.25 * params
+    assert peak["nothing"] - peak["both"] > 0.7 * 3 * params
+    assert peak["both"] < peak["optimizer"]
+    named = layers * 4 * 1024 * (2 * hidden + 2 * heads + 2 * inner) * 2  # bytes, of four rows in bfloat16
+    assert peak["names kept"] - peak["activations"] > 0.75 * named
