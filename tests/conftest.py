@@ -20,9 +20,11 @@ CACHE = REPOSITORY / ".cache"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Nothing here is large: what counts is how long a program takes to compile, and the CPU's code is half of that.
-QUICK_COMPILER = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {QUICK_COMPILER}")
+# Compiling is most of what a test with a tiny model takes. A process of its own may run a real one, and has its loops
+# optimised, which pays there.
+QUICK_COMPILER = "--xla_cpu_use_fusion_emitters=false"
+FLAGS = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILER} --xla_backend_optimization_level=0"
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
