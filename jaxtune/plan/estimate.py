@@ -187,7 +187,8 @@ def estimate(facts: Facts, config: Config, sizes: Sizes, chip: Chip) -> Estimate
     grads = held.grads * _sum_bytes(facts, config)
     cast = held.weights * facts.compute_bytes * (facts.compute_bytes < held.bytes / held.weights)
     backward = grads * _sums(shares) + cast + _activations(facts, shares) + _working(facts, shares)
-    temporaries = max(backward, grads + moments * ("optimizer" in offload))
+    streamed = (moments * ("optimizer" in offload) + held.bytes * ("params" in offload)) / facts.model.num_layers
+    temporaries = max(backward, grads + streamed)  # the update of what lies on the host goes layer by layer
     away = 2 * moments * ("optimizer" in offload) + 3 * micro * held.bytes * ("params" in offload)
     if "activations" in offload:
         named = sum(shares.widths[name] for name in config.memory.remat)
