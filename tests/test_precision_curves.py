@@ -85,7 +85,7 @@ def test_the_page_is_the_tools(tool, docs):
     assert text.startswith(before) and between in text and text.endswith(after)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_all_variants_train_and_are_drawn(repository, tiny_model, tmp_path):
     pytest.importorskip("matplotlib")
     data = tmp_path / "data.json"

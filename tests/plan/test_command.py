@@ -128,16 +128,6 @@ def test_what_libtpu_says_of_a_step_that_does_not_fit(message, is_known):
 
 
 @pytest.mark.real
-@pytest.mark.slow
-def test_what_is_offloaded_lies_on_the_host_of_a_tpu(write, plan, libtpu):
-    file = write(SMALL, mesh={"fsdp": 4}, memory={"offload": ["optimizer"]})
-    done = plan("--config", file, "--target", "v5e:2x2", **TPU, env=libtpu)
-    assert done.returncode == 0, done.stderr
-    rows = {line.split("  ")[0]: line for line in done.stdout.splitlines()}
-    assert "host" in rows["memory"] and not rows["in all"].endswith(" 0 B")
-
-
-@pytest.mark.real
 def test_a_slice_that_does_not_exist_is_refused(write, plan, libtpu):
     done = plan("--config", write(SMALL), "--target", "v5e:3x3", env=libtpu)
     assert done.returncode == 2 and "--target v5e:3x3" in done.stderr and "Traceback" not in done.stderr
