@@ -15,16 +15,20 @@ from jaxtune.assemble import Source, assemble
 from jaxtune.config import dump_config, load_config, make_config
 from jaxtune.errors import ConfigError, DataError, ModelError
 from jaxtune.export import export_run
-from jaxtune.loading import open_run
+from jaxtune.hf_io import open_source
+from jaxtune.loading import open_model, open_run
 from jaxtune.mesh import single_device_mesh
+from jaxtune.quant.again import makers_of, write_quantized
 from jaxtune.quant.gptq import round_to_nearest
+from jaxtune.quant.grouped import Grouped
 from jaxtune.quant.packing import unpack
 from jaxtune.quant.scheme import AtLoad
 from jaxtune.sample_loss import sample_of
 from jaxtune.tune.merge import merged
 from jaxtune.tune.peft_io import save_adapter
 from tests.quant.checkpoints import write
-from tests.quant.support import dequantized_logits, write_quantized
+from tests.quant.support import dequantized_logits
+from tests.quant.support import write_quantized as quantised_by_transformers
 from tests.runs import sections, unfinish
 from tests.tune.support import Tuned, difference, randomised
 
@@ -90,24 +94,33 @@ def of_layer(params, layer, module):
     return params["stacks"]["0"][block][name]["weight"], layer
 
 
-def test_the_default_is_the_original_weights_and_b_a(trained, base, tmp_path):
-    done = export_run(trained[0], tmp_path / "out", "hf")
-    assert done.onto == f"the original weights of {base}"
-    found, expected = load_file(tmp_path / "out" / "model.safetensors"), added(trained[0], base)
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    """What that run's export gives by default."""
+    return export_run(trained[0], tmp_path_factory.mktemp("exported") / "out", "hf")
+
+
+def assert_alike(directory, expected):
+    found = load_file(directory / "model.safetensors")
     assert found.keys() == expected.keys()
     for key, weight in found.items():
         np.testing.assert_allclose(weight, expected[key], atol=1e-6, err_msg=key)
+
+
+def test_the_default_is_the_original_weights_and_b_a(trained, exported, base):
+    assert exported.onto == f"the original weights of {base}"
+    assert_alike(exported.directory, added(trained[0], base))
     key = NAME.format(0, "mlp.down_proj")
-    assert np.abs(expected[key] - load_file(base / "model.safetensors")[key]).max() > 1e-3
+    assert np.abs(added(trained[0], base)[key] - load_file(base / "model.safetensors")[key]).max() > 1e-3
 
 
-def test_the_losses_are_those_of_the_run_and_of_what_was_written(trained, tmp_path):
+def test_the_losses_are_those_of_the_run_and_of_what_was_written(trained, exported):
     """The run's own evaluation, and the logits of the written model on each row."""
     run, evaluated = trained
-    losses = export_run(run, tmp_path / "out", "hf").losses
+    losses = exported.losses
     assert losses.data == "held-out data"
     assert losses.run == pytest.approx(evaluated, rel=1e-5)
-    model = jaxtune.load_model(tmp_path / "out")
+    model = jaxtune.load_model(exported.directory)
     rows = sample_of(load_config(run / "config.yaml"), model.tokenizer).batch
     batch = {name: array[:, 0] for name, array in rows.items()}
     logits = model.logits(batch["tokens"]).astype(np.float64)
@@ -117,21 +130,42 @@ def test_the_losses_are_those_of_the_run_and_of_what_was_written(trained, tmp_pa
     assert abs(losses.written - losses.run) > 1e-5
 
 
-def test_the_dequantised_weights_compute_what_the_run_does(trained, tmp_path):
-    done = export_run(trained[0], tmp_path / "out", "hf", onto="dequantized")
-    assert done.losses is None and "nf4" in done.onto
+def test_the_command_prints_the_losses_in_one_line(exported, monkeypatch, capsys):
+    from jaxtune import cli, export
+
+    def stand_in(run, out, format, dtype, onto, base):
+        assert (format, dtype, onto, base) == ("hf", "float32", "original", "there")
+        return exported
+
+    monkeypatch.setattr(export, "export_run", stand_in)
+    options = ["--run", "r", "--out", "o", "--format", "hf", "--onto", "original", "--base", "there"]
+    with pytest.raises(SystemExit) as left:
+        cli.main(["export", *options])
+    assert not left.value.code
+    out, losses = " ".join(capsys.readouterr().out.split()), exported.losses
+    assert f"Merged into {exported.onto}" in out
     assert (
-        difference(jaxtune.load_model(tmp_path / "out").logits(IDS), jaxtune.load_model(trained[0]).logits(IDS)) < 1e-4
-    )
+        f"Mean loss on {losses.tokens} tokens of the held-out data: {losses.run:.4f} of the run, "
+        f"{losses.written:.4f} of what was written, a difference of {losses.written - losses.run:+.4f}"
+    ) in out
+
+
+def test_the_dequantised_weights_are_the_run_s_own(trained, base, tmp_path):
+    done = export_run(trained[0], tmp_path / "out", "hf", onto="dequantized")
+    assert done.losses is None and "dequantised" in done.onto
+    assert done.difference < 1e-4 * done.largest
+    found, first = (load_file(directory / "model.safetensors") for directory in (tmp_path / "out", base))
+    key = NAME.format(0, "mlp.up_proj")  # which has no adapter
+    weight = AtLoad("nf4", True).layer(jnp.asarray(first[key])).weight(jnp.float32)
+    np.testing.assert_allclose(found[key], weight, atol=1e-6)
+    assert np.abs(found[key] - first[key]).max() > 1e-3
 
 
 def test_a_run_that_goes_on_is_merged_from_its_checkpoint(trained, base, tmp_path):
     shutil.copytree(trained[0], tmp_path / "run")
     unfinish(tmp_path / "run")
     assert export_run(tmp_path / "run", tmp_path / "out", "hf").step == 4
-    found, expected = load_file(tmp_path / "out" / "model.safetensors"), added(trained[0], base)
-    for key, weight in found.items():
-        np.testing.assert_allclose(weight, expected[key], atol=1e-6, err_msg=key)
+    assert_alike(tmp_path / "out", added(trained[0], base))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -166,43 +200,54 @@ def leaves(tree):
     return leaves_with_path(tree)
 
 
+def same_codes(leaf, row, direct):
+    """The two sums of W and B A may differ in a last bit, and so may a code whose number lies halfway."""
+    own = unpack(leaf.codes[row], leaf.bits) if isinstance(leaf, Grouped) else leaf.codes[row]
+    np.testing.assert_allclose(leaf.scales[row].astype(float), direct.scales.astype(float), rtol=1e-3)
+    return np.mean(np.asarray(own) != np.asarray(direct.codes)) < 1e-3
+
+
 @pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("fp4", False), ("int8", False), ("int4", False)])
-def test_quantised_again_has_the_codes_of_the_merged_weights(base, tmp_path, kind, double):
-    run = pretended(base, tmp_path, quantize=kind, double_quant=double)
-    done = export_run(run, tmp_path / "out", "hf", onto="quantized")
-    assert done.losses is not None and "quantised again" in done.onto
-    params, expected = jaxtune.load_model(tmp_path / "out").params, added(run, base)
+def test_quantised_again_has_the_codes_of_quantising_what_is_merged(trained, exported, base, tmp_path, kind, double):
+    opened = open_model(exported.directory)
+    model, scheme = opened.assembled.model, AtLoad(kind, double)
+    makers = makers_of(scheme, {}, model.weights, open_source(exported.directory))
+    about = model.weights, model.config, exported.directory, "float32", makers, {}
+    values = write_quantized(tmp_path / "out", opened.assembled.params, *about)
+    params, expected = open_model(tmp_path / "out").assembled.params, added(trained[0], base)
     for layer, module in [*MODULES, (1, "mlp.up_proj")]:
         weight = jnp.asarray(expected[NAME.format(layer, module)])
         leaf, row = of_layer(params, layer, module)
-        if kind == "int4":
-            direct = round_to_nearest(weight, bits=4, group=32)  # of 64 and 96 inputs
-            codes, scales = unpack(leaf.codes[row], 4), direct.scales
-        else:
-            direct = AtLoad(kind, double).layer(weight)
-            codes, scales = leaf.codes[row], direct.scales
-        # The two sums of W and B A may differ in a last bit, and so may a code whose number lies halfway.
-        assert np.mean(np.asarray(codes) != np.asarray(direct.codes)) < 1e-3
-        np.testing.assert_allclose(leaf.scales[row].astype(float), scales.astype(float), rtol=1e-3)
-    if kind in ("nf4", "int8"):
-        ours, theirs = jaxtune.load_model(tmp_path / "out").logits(IDS), dequantized_logits(tmp_path / "out", IDS)
-        assert difference(ours, theirs) < 1e-4
+        direct = round_to_nearest(weight, bits=4, group=32) if kind == "int4" else scheme.layer(weight)
+        assert same_codes(leaf, row, direct)
+        np.testing.assert_allclose(leaf.dense(False)[row], of_layer(values, layer, module)[0][row], atol=1e-6)
+
+
+def test_bitsandbytes_reads_what_is_quantised_again(trained, exported, base, tmp_path):
+    """transformers, with the weights that bitsandbytes dequantises."""
+    done = export_run(trained[0], tmp_path / "out", "hf", onto="quantized")
+    assert done.onto == "the original weights of its base and quantised again (model.quantize: nf4)"
+    assert done.losses is not None and done.losses.run == exported.losses.run
+    ours = jaxtune.load_model(tmp_path / "out")
+    weight = jnp.asarray(added(trained[0], base)[NAME.format(0, "self_attn.q_proj")])
+    assert same_codes(*of_layer(ours.params, 0, "self_attn.q_proj"), AtLoad("nf4", True).layer(weight))
+    assert difference(ours.logits(IDS), dequantized_logits(tmp_path / "out", IDS)) < 1e-4
 
 
 def test_a_gptq_base_is_rounded_to_its_own_kind_of_grid(base, tmp_path):
     settings = {"bits": 4, "group_size": 32, "sym": False, "desc_act": True, "checkpoint_format": "gptq_v2"}
     packed, dense = write(base, tmp_path, "gptq", settings, version=2, act_order=True, symmetric=False)
     run = pretended(packed, tmp_path)
-    assert "dequantised" in export_run(run, tmp_path / "plain", "hf").onto
     done = export_run(run, tmp_path / "out", "hf", onto="quantized")
     assert "the dequantised weights of its base and quantised again" in done.onto
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (config["bits"], config["group_size"], config["sym"], config["desc_act"]) == (4, 32, False, False)
     params, expected = jaxtune.load_model(tmp_path / "out").params, added(run, dense)
     for layer, module in MODULES:
-        direct = round_to_nearest(jnp.asarray(expected[NAME.format(layer, module)]), bits=4, group=32, symmetric=False)
+        weight = jnp.asarray(expected[NAME.format(layer, module)])
+        direct = round_to_nearest(weight, bits=4, group=32, symmetric=False)
         leaf, row = of_layer(params, layer, module)
-        assert np.mean(np.asarray(unpack(leaf.codes[row], 4)) != np.asarray(direct.codes)) < 1e-3
+        assert same_codes(leaf, row, direct)
         np.testing.assert_array_equal(leaf.zeros[row], direct.zeros)
 
 
@@ -210,15 +255,14 @@ def test_a_gptq_base_is_rounded_to_its_own_kind_of_grid(base, tmp_path):
 def ready_made(base, tmp_path_factory):
     """A run over a checkpoint of bitsandbytes, made of `base`."""
     home = tmp_path_factory.mktemp("ready")
-    return pretended(write_quantized(base, home / "base", load_in_4bit=True, bnb_4bit_quant_type="nf4"), home)
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    return pretended(quantised_by_transformers(base, home / "base", **settings), home)
 
 
 def test_a_ready_made_base_s_original_is_the_one_that_is_named(ready_made, base, tmp_path):
     done = export_run(ready_made, tmp_path / "out", "hf", base=str(base))
     assert done.onto == f"the original weights of {base}"
-    found, expected = load_file(tmp_path / "out" / "model.safetensors"), added(ready_made, base)
-    for key, weight in found.items():
-        np.testing.assert_allclose(weight, expected[key], atol=1e-6, err_msg=key)
+    assert_alike(tmp_path / "out", added(ready_made, base))
 
 
 def test_another_model_s_weights_are_found_out_by_the_loss(ready_made, base, tmp_path):
@@ -231,18 +275,17 @@ def test_another_model_s_weights_are_found_out_by_the_loss(ready_made, base, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
-def test_biases_go_onto_the_original_weights(tiny_model, base, tmp_path):
-    """A method that ends in a whole model, whose linear maps were dequantised."""
-    jaxtune.train(sections(base, tmp_path, tune={"method": "bitfit"}, steps=2, model={"quantize": "int8"}))
+def test_biases_go_onto_the_original_weights(base, tmp_path):
+    """A method that ends in a whole model, here one of random weights: the biases alone are the run's."""
+    config = make_config(sections(base, tmp_path, tune={"method": "bitfit"}, model={"quantize": "int8"}))
+    shutil.copytree(base, tmp_path / "run" / "model")
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
+    first, rng = load_file(base / "model.safetensors"), np.random.default_rng(0)
+    ended = {key: weight + rng.normal(size=weight.shape).astype("f4") * 0.01 for key, weight in first.items()}
+    save_file(ended, tmp_path / "run" / "model" / "model.safetensors", metadata={"format": "pt"})
     export_run(tmp_path / "run", tmp_path / "out", "hf")
-    first, ended, found = (
-        load_file(directory / "model.safetensors") for directory in (base, tmp_path / "run" / "model", tmp_path / "out")
-    )
-    for key, weight in found.items():
-        np.testing.assert_array_equal(weight, (ended if key.endswith(".bias") else first)[key], err_msg=key)
-    key = "model.layers.0.self_attn.q_proj.{}"
-    assert np.abs(ended[key.format("weight")] - first[key.format("weight")]).max() > 1e-4
-    assert np.abs(ended[key.format("bias")] - first[key.format("bias")]).max() > 1e-3
+    assert any(key.endswith(".bias") for key in first)
+    assert_alike(tmp_path / "out", {key: (ended if key.endswith(".bias") else first)[key] for key in first})
 
 
 def test_loftq_is_merged_into_what_it_was_trained_on(base, tmp_path):
@@ -292,16 +335,3 @@ def test_what_has_no_writer_says_what_has_one(base, tmp_path):
         ConfigError, match=r"the base is AWQ, and such checkpoints are not written; those that are: nf4"
     ):
         export_run(pretended(packed, tmp_path, {"method": "layernorm"}), tmp_path / "out", "hf", onto="quantized")
-
-
-def test_the_command_prints_the_losses_in_one_line(trained, tmp_path, capsys):
-    from jaxtune import cli
-
-    options = ["--run", str(trained[0]), "--out", str(tmp_path / "out"), "--format", "hf", "--onto", "quantized"]
-    with pytest.raises(SystemExit) as left:
-        cli.main(["export", *options])
-    assert not left.value.code
-    out = " ".join(capsys.readouterr().out.split())
-    assert "quantised again (model.quantize: nf4)" in out
-    assert "tokens of the held-out data: " in out
-    assert " of the run, " in out and " of what was written, a difference of " in out
