@@ -176,6 +176,18 @@ def export(
     out: Annotated[Path, typer.Option(help="Directory to make.")],
     format: Annotated[str, typer.Option(help="peft: the adapter; hf: a whole model, merged.", metavar="peft|hf")],
     dtype: Annotated[str, typer.Option(help="Of a merged model: float32, bfloat16 or float16.")] = "float32",
+    onto: Annotated[
+        str | None,
+        typer.Option(
+            help="What a run over a quantised base is merged into. original: the weights that the base was made from, "
+            "the default where they are to be had; dequantized: those that it stands for, as in the run; quantized: "
+            "the first of these that is there, quantised again as the base is.",
+            metavar="original|dequantized|quantized",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The model that a quantised checkpoint was made from.", metavar="MODEL")
+    ] = None,
 ) -> None:
     """Write a run's model as files that others read, and compare them with the run."""
     with _one_line_errors():
@@ -183,13 +195,22 @@ def export(
         from jaxtune.console import say
         from jaxtune.export import export_run
 
-        done = export_run(run, out, format, dtype)
+        done = export_run(run, out, format, dtype, onto, base)
         if done.step is not None:
             say(f"The run has not finished; this is its checkpoint of step {done.step}")
+        if done.onto:
+            say(f"Merged into {done.onto}")
         say(
-            f"{done.directory}: the largest logit difference against the run is {done.difference:.2e} "
+            f"{done.directory}: the largest logit difference against "
+            f"{'the run' if done.losses is None else 'these weights in memory'} is {done.difference:.2e} "
             f"(allowed: {done.tolerance:g} of the largest logit, {done.largest:.2f})"
         )
+        if done.losses is not None:
+            found = done.losses
+            say(
+                f"Mean loss on {found.tokens} tokens of the {found.data}: {found.run:.4f} of the run, "
+                f"{found.written:.4f} of what was written, a difference of {found.written - found.run:+.4f}"
+            )
 
 
 @app.command()

@@ -4,7 +4,7 @@ File formats are peft_io.py's and hf_write.py's; merging is tune/merge.py's.
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,18 @@ import numpy as np
 
 from jaxtune import tune
 from jaxtune.api import LoadedModel
-from jaxtune.assemble import Assembled, Source
+from jaxtune.assemble import FULL, Assembled, Source
 from jaxtune.console import stage
-from jaxtune.errors import ConfigError, ModelError
+from jaxtune.errors import ConfigError, DataError, ModelError
 from jaxtune.hf_write import write_model
 from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, open_run, require_run
 from jaxtune.mesh import single_device_mesh
 from jaxtune.models.config import ModelConfig
+from jaxtune.models.decoder import Model
 from jaxtune.models.weights import HOOKS, Tree
+from jaxtune.onto import ALLOWED, Onto, choose
+from jaxtune.quant.again import write_quantized
+from jaxtune.sample_loss import Sample, mean_loss, sample_of
 from jaxtune.section import TuneSection
 from jaxtune.tokenizer import load_tokenizer
 from jaxtune.tune.merge import merged
@@ -56,57 +60,106 @@ def write_result(
 
 
 @dataclass(frozen=True)
+class Losses:
+    """Mean losses over a sample of the run's own data."""
+
+    run: float
+    written: float
+    data: str  # held-out data | training data
+    tokens: int  # supervised ones
+
+
+@dataclass(frozen=True)
 class Exported:
-    """What was written, and how far its logits are from the run's."""
+    """What was written, and how far its logits are from what was to be written."""
 
     directory: Path
     difference: float  # the largest one
-    largest: float  # logit of the run, by size
+    largest: float  # logit, by size
     tolerance: float  # share of `largest` that `difference` may be
     step: int | None  # of the checkpoint that it was made from; None: the run has finished
+    onto: str = ""  # the weights that a run over a quantised base was merged into
+    losses: Losses | None = None  # where these make it another model than the run's
 
 
-def export_run(run_dir: str | Path, out: str | Path, format: str, dtype: str = "float32") -> Exported:
+def export_run(
+    run_dir: str | Path,
+    out: str | Path,
+    format: str,
+    dtype: str = "float32",
+    onto: str | None = None,
+    base: str | None = None,
+) -> Exported:
     """Write the model of a run to the new directory `out`, as a PEFT adapter or as a merged Hugging Face model.
 
     dtype: float32 | bfloat16 | float16, of a merged model's weights; an adapter is float32. What was written is
     read again and compared with the run; only then does it get its name. A run that has not finished gives the
     model of its last valid checkpoint.
 
+    onto: original | dequantized | quantized: what a run over a quantised base is merged into (onto.py). The first and
+    the last are other models than the run's: then the mean losses of both are measured as well. base: the model that
+    a quantised checkpoint was made from.
+
     Raises:
-        ConfigError: an unknown format or dtype, or peft for a run that trained no adapter.
-        ModelError: `out` is there already, or what was written gives other logits than the run.
+        ConfigError: an unknown format or dtype, peft for a run that trained no adapter, or an `onto` that is not to be
+            had.
+        DataError: the data that losses are measured on cannot be read.
+        ModelError: `out` is there already, or what was written gives other logits than it should or too high a loss.
     """
     out = Path(out).expanduser()
-    _check_request(out, format, dtype)
+    _check_request(out, format, dtype, onto, base)
     require_run(run_dir)
     stage(f"Reading the run {run_dir}")
     opened = open_run(run_dir, "float32", single_device_mesh())
-    config, step, method = opened.run, opened.step, opened.section.method
-    if format == "peft" and not tune.has_adapter(opened.section):
-        raise ConfigError(f"{run_dir}: trained with tune.method {method}, so it has no adapter; take the format hf")
-    model = opened.assembled.model
-    if format == "hf" and not model.hooks.merges:
-        raise ConfigError(
-            f"{run_dir}: what tune.method {method} trains is no part of the model's weights and cannot be merged into "
-            "them; take the format peft"
-        )
-    probe = probe_tokens(model.config, model.hooks.virtual_tokens)
-    expected = LoadedModel(opened).logits(probe)
+    _check_run(run_dir, opened, format)
+    target = choose(opened, onto, base) if format == "hf" else Onto()
+    sample = None if target.is_exact else _sample(opened)
+    before = 0.0 if sample is None else mean_loss(opened.assembled, sample)
+    if target.base is not None:
+        stage(f"Reading {target.base.path}")
+        del opened  # never both
+        opened = open_run(run_dir, "float32", single_device_mesh(), target.base)
     unchecked = out.parent / f".{out.name}.unchecked"
     shutil.rmtree(unchecked, ignore_errors=True)
     try:
         stage(f"Writing {out}")
-        _write(unchecked, opened, format, dtype)
+        config, step = opened.run, opened.step
+        probe, expected = _write(unchecked, opened, format, dtype, target)
         del opened
         stage("Reading it again")
         again = open_adapter(config, unchecked, "float32") if format == "peft" else open_model(unchecked)
         found = LoadedModel(again).logits(probe)
         report = _compare(out, expected, found, TOLERANCE["float32" if format == "peft" else dtype], step)
+        if sample is not None:
+            losses = Losses(before, mean_loss(again.assembled, sample), sample.name, sample.tokens)
+            report = replace(report, losses=_checked(out, losses))
         unchecked.rename(out)
     finally:
         shutil.rmtree(unchecked, ignore_errors=True)
-    return report
+    return replace(report, onto=target.words)
+
+
+def _check_run(run_dir: str | Path, opened: Opened, format: str) -> None:
+    """Whether the run's model can be written so."""
+    method = opened.section.method
+    if format == "peft" and not tune.has_adapter(opened.section):
+        raise ConfigError(f"{run_dir}: trained with tune.method {method}, so it has no adapter; take the format hf")
+    if format == "hf" and not opened.assembled.model.hooks.merges:
+        raise ConfigError(
+            f"{run_dir}: what tune.method {method} trains is no part of the model's weights and cannot be merged into "
+            "them; take the format peft"
+        )
+
+
+def _sample(opened: Opened) -> Sample:
+    """What to measure losses on."""
+    try:
+        return sample_of(opened.run, opened.assembled.source.tokenizer)
+    except DataError as error:
+        raise DataError(
+            f"{error}\nThe loss of what is written would be measured on it; bring the data back, or take onto "
+            "dequantized, which computes what the run does and needs none"
+        ) from None
 
 
 def probe_tokens(config: ModelConfig, virtual: int = 0) -> np.ndarray:
@@ -118,29 +171,56 @@ def probe_tokens(config: ModelConfig, virtual: int = 0) -> np.ndarray:
     return np.random.default_rng(0).integers(0, config.vocab_size, (PROBE_ROWS, length))
 
 
-def _check_request(out: Path, format: str, dtype: str) -> None:
-    for name, value, allowed in (("format", format, FORMATS), ("dtype", dtype, TOLERANCE)):
+def _check_request(out: Path, format: str, dtype: str, onto: str | None, base: str | None) -> None:
+    for name, value, allowed in (
+        ("format", format, FORMATS),
+        ("dtype", dtype, TOLERANCE),
+        ("onto", onto, (None, *ALLOWED)),
+    ):
         if value not in allowed:
-            raise ConfigError(f"{name} {value!r}; allowed: {', '.join(allowed)}")
+            raise ConfigError(f"{name} {value!r}; allowed: {', '.join(filter(None, allowed))}")
     if format == "peft" and dtype != "float32":
         raise ConfigError(f"dtype {dtype} is of a merged model; an adapter is float32")
+    if format == "peft" and (onto or base):
+        raise ConfigError(f"{f'onto {onto}' if onto else f'base {base}'}: is of a merged model; take the format hf")
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise ModelError(f"{out}: is there already; give a new directory, or remove it")
 
 
-def _write(directory: Path, opened: Opened, format: str, dtype: str) -> None:
+def _write(directory: Path, opened: Opened, format: str, dtype: str, target: Onto) -> tuple[np.ndarray, np.ndarray]:
+    """Write, and give token ids and the logits that what was written should have for them."""
     assembled = opened.assembled
+    model = assembled.model
+    probe = probe_tokens(model.config, model.hooks.virtual_tokens)
+    if target.makers:
+        return probe, _write_quantized(directory, assembled, merged(assembled.params), dtype, target).logits(probe)
+    expected = LoadedModel(opened).logits(probe)
     if format == "peft":
         base, words = opened.run.model.path, assembled.source.tokenizer if assembled.source.adds_words else None
-        save_adapter(directory, opened.section, assembled.model.weights, assembled.params, base, words)
+        save_adapter(directory, opened.section, model.weights, assembled.params, base, words)
     else:
         _write_model(directory, assembled, merged(assembled.params), dtype)
+    return probe, expected
 
 
 def _write_model(directory: Path, assembled: Assembled, params: Tree, dtype: str) -> None:
     model, source = assembled.model, assembled.source
-    weights = {name: part for name, part in model.weights.items() if name != HOOKS}
-    write_model(directory, params, weights, model.config, source.path, dtype, tokenizer=_own_tokenizer(source))
+    tokenizer = _own_tokenizer(source)
+    write_model(directory, params, _own_weights(assembled), model.config, source.path, dtype, tokenizer=tokenizer)
+
+
+def _write_quantized(directory: Path, assembled: Assembled, params: Tree, dtype: str, target: Onto) -> LoadedModel:
+    """Write, and give the model that what was written stands for."""
+    config, source, weights = assembled.model.config, assembled.source, _own_weights(assembled)
+    how = dtype, target.makers, target.settings, _own_tokenizer(source)
+    values = write_quantized(directory, params, weights, config, source.path, *how)
+    plain = replace(assembled, model=Model.create(config, assembled.model.stacks), params=values)
+    return LoadedModel(Opened(plain, FULL, np.dtype("float32")))
+
+
+def _own_weights(assembled: Assembled) -> Tree:
+    """The declarations without a tuning method's."""
+    return {name: part for name, part in assembled.model.weights.items() if name != HOOKS}
 
 
 def _own_tokenizer(source: Source) -> Any:
@@ -164,3 +244,21 @@ def _compare(out: Path, expected: np.ndarray, found: np.ndarray, tolerance: floa
             f"allowed {tolerance:g} of the largest logit, {largest:.3g}; nothing was kept"
         )
     return Exported(out, difference, largest, tolerance, step)
+
+
+def _checked(out: Path, losses: Losses) -> Losses:
+    """Refuse a broken model. Rounding sound weights otherwise costs some tenths of a nat at 4 bits. Twice the loss,
+    that is the square of the perplexity, or a nat more where it is below one, is what wrong weights cost, such as those
+    of another model.
+
+    Raises:
+        ModelError: the loss is not finite, or more than that.
+    """
+    allowed = losses.run + max(losses.run, 1.0)
+    if not losses.written <= allowed:
+        raise ModelError(
+            f"{out}: the mean loss of what was written is {losses.written:.4f} on {losses.data}, the run's is "
+            f"{losses.run:.4f}, allowed {allowed:.4f}: these are not the weights that the adapter was trained on, or "
+            "too few bits for them; nothing was kept. Take onto dequantized"
+        )
+    return losses

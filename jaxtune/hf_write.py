@@ -65,7 +65,7 @@ def write_model(
             _make_room(directory, partial, sum(t.num_bytes for t in _tensors(weights, jnp.dtype(dtype).itemsize)))
         _write_weights(partial if first else None, params, weights, jnp.dtype(dtype), max_shard_bytes)
         if first:
-            write_json(partial / "config.json", _config(config, jnp.dtype(dtype).name))
+            write_json(partial / "config.json", config_json(config, jnp.dtype(dtype).name))
             _write_tokenizer(partial, source, tokenizer)
             _write_generation(partial, source, config)
             _put_in_place(partial, directory)
@@ -79,12 +79,12 @@ def write_model(
 
 @contextmanager
 def new_directory(
-    directory: Path, source: Path, config: ModelConfig, hf: dict[str, Any], num_bytes: int
+    directory: Path, source: Path, config: ModelConfig, hf: dict[str, Any], num_bytes: int, tokenizer: Any = None
 ) -> Iterator[Path]:
     """A directory under a temporary name, for a model's weights. Without an error it then gets `hf` as its config.json,
     the source's tokenizer and generation config, and its name. For one process.
 
-    num_bytes: that the disk must have free.
+    num_bytes: that the disk must have free. tokenizer: written in place of the source's own.
 
     Raises:
         ModelError: as `write_model`.
@@ -95,7 +95,7 @@ def new_directory(
         _make_room(directory, partial, num_bytes)
         yield partial
         write_json(partial / "config.json", hf)
-        _write_tokenizer(partial, source, None)
+        _write_tokenizer(partial, source, tokenizer)
         _write_generation(partial, source, config)
         _put_in_place(partial, directory)
     except (OSError, SafetensorError) as problem:
@@ -127,7 +127,7 @@ def _is_marked(file: Path) -> bool:
         return False
 
 
-def _config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """config.json, which says the dtype under the name that the original used; older readers know torch_dtype."""
     hf = to_hf(config)
     name = "dtype" if "dtype" in hf and "torch_dtype" not in hf else "torch_dtype"

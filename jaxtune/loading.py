@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from pydantic import ValidationError
 
@@ -21,7 +22,7 @@ from jaxtune.errors import AdapterError, CheckpointError, ConfigError, MeshError
 from jaxtune.files import read_json
 from jaxtune.leaves import Leaf, combine, fields_of, partition
 from jaxtune.mesh import complete, make_mesh, single_device_mesh
-from jaxtune.models.weights import Tree, map_tree
+from jaxtune.models.weights import Tree, Weight, map_tree
 from jaxtune.rundir import CHECKPOINTS, CONFIG, RECORD
 from jaxtune.section import TuneSection
 from jaxtune.tune.peft_config import CONFIG_NAME, read_config
@@ -116,27 +117,35 @@ def require_run(path: str | Path) -> Path:
     return Path(path).expanduser()
 
 
-def open_run(path: str | Path, dtype: str, mesh: Mesh) -> Opened:
+def open_run(path: str | Path, dtype: str, mesh: Mesh, base: ModelSection | None = None) -> Opened:
     """The model of a run: what it ended with or, while it has not ended, its last valid checkpoint, which is said.
+
+    base: a model to put what the run trained on, in place of the run's own.
 
     Raises:
         CheckpointError: not a run, or one that has saved nothing yet.
     """
     directory = require_run(path)
-    config = load_config(directory / CONFIG)
+    config, prints = load_config(directory / CONFIG), _fingerprints(directory)
+    if base is not None:
+        prints = prints if base.path == config.model.path else {}
+        config = config.model_copy(update={"model": base})
     if _is_finished(directory, config):
         if tune.has_adapter(config.tune):
-            return open_adapter(config, directory / ADAPTER, dtype, mesh, _fingerprints(directory))
-        source = Source.open(ModelSection(path=str(directory / MODEL)))
-        return Opened(assemble(source, FULL, mesh, dtype=dtype), FULL, jnp.dtype(dtype), config)
+            return open_adapter(config, directory / ADAPTER, dtype, mesh, prints)
+        made = assemble(Source.open(ModelSection(path=str(directory / MODEL))), FULL, mesh, dtype=dtype)
+        if base is not None:
+            made = _with_trained(made, _assemble(config, FULL, dtype, mesh, prints), config.tune)
+        return Opened(made, FULL, jnp.dtype(dtype), config)
     step = checkpoint.latest_valid(directory / CHECKPOINTS)
     if step is None:
         raise CheckpointError(
             f"{path}: this run has not finished and has no checkpoint yet; let it train, or take its base model, "
             f"{config.model.path}"
         )
-    warn(f"{path}: this run has not finished; this is its checkpoint of step {step}")
-    assembled = _restored(directory, config, step, dtype, mesh)
+    if base is None:
+        warn(f"{path}: this run has not finished; this is its checkpoint of step {step}")
+    assembled = _restored(directory, config, step, dtype, mesh, prints)
     return Opened(assembled, assembled.source.tuning, jnp.dtype(dtype), config, step)
 
 
@@ -179,11 +188,24 @@ def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh, prin
     return assemble(source, source.tuning, mesh, init=config.model.init, dtype=dtype, seed=config.train.seed)
 
 
-def _restored(directory: Path, config: Config, step: int, dtype: str, mesh: Mesh) -> Assembled:
+def _with_trained(made: Assembled, base: Assembled, section: TuneSection) -> Assembled:
+    """A run's whole model with the base's weights where the run trained none. Neither has an adapter."""
+    trained = tune.METHODS[section.method].trained(tune.resolve(section), base.model.weights)
+
+    def pick(weight: Weight, mine: jax.Array, other: jax.Array) -> jax.Array:
+        flags = np.array([key in trained for key in weight.keys])
+        return jnp.where(
+            flags.reshape(-1, *[1] * len(weight.shape)) if weight.layers is not None else flags, mine, other
+        )
+
+    return replace(made, params=map_tree(pick, base.model.weights, made.params, base.params))
+
+
+def _restored(directory: Path, config: Config, step: int, dtype: str, mesh: Mesh, prints: dict[str, str]) -> Assembled:
     """The run's model with what a checkpoint holds in place of the first values."""
     # What trains has the type that the checkpoint has it in: an adapter float32, a whole model the run's own.
     loaded = dtype if tune.has_adapter(config.tune) else config.precision.params
-    assembled = _assemble(config, config.tune, loaded, mesh, _fingerprints(directory))
+    assembled = _assemble(config, config.tune, loaded, mesh, prints)
     trainable, frozen = partition(assembled.params, assembled.mask)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainable)
     saved = checkpoint.restore(directory / CHECKPOINTS, step, {"trainable": shapes}, partial=True)

@@ -7,7 +7,7 @@ ROWS = [{"instruction": f"What is {i}?", "output": f"It is number {i}."} for i i
 LORA = {"method": "lora", "rank": 4, "targets": "all-linear"}
 
 
-def sections(model: Path, home: Path, *, steps: int = 4, tune: dict | None = None, **more) -> dict:
+def sections(model: Path, home: Path, /, *, steps: int = 4, tune: dict | None = None, **more) -> dict:
     """The configuration of a run in `home`/run on data that is written to `home`. more: keys of other sections."""
     home.mkdir(parents=True, exist_ok=True)
     data = home / "data.json"

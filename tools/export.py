@@ -1,4 +1,5 @@
-"""python tools/export.py --run RUN --out DIR --format peft|hf [--dtype float32]: the same as `jaxtune export`."""
+"""python tools/export.py --run RUN --out DIR --format peft|hf [--dtype float32]
+[--onto original|dequantized|quantized] [--base MODEL]: the same as `jaxtune export`."""
 
 import sys
 from pathlib import Path

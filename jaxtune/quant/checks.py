@@ -36,9 +36,9 @@ def check_quantized(config: Config, mesh: Mesh, model: ModelConfig) -> None:
     rules = rules_of(mesh, model, config.mesh.zero)
     for key, name, shape, axes in _parts(scheme, model):
         check_split(key, name, shape[1:], spec(axes[1:], rules), mesh.shape)
-    weights = _declared(model)
     section = tune.resolve(config.tune)
-    linear = {key for _, weight in leaves_with_path(weights) if weight.is_linear for key in weight.keys}
+    linear = {key for _, weight in leaves_with_path(_declared(model)) if weight.is_linear for key in weight.keys}
+    weights = Model.create(model, hooks=tune.hooks(section, model)).weights  # with the method's own, never quantised
     trained = sorted(linear & tune.METHODS[section.method].trained(section, weights))
     if trained:
         raise ConfigError(

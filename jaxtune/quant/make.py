@@ -53,7 +53,8 @@ def quantize_model(path: str, out: str | Path, maker: Maker, calibration: Calibr
     model, tensors = Model.create(source.config), open_source(source.path)
     _check_model(model, source, maker)
     check_weights(tensors, model.weights)
-    with checkpoint_directory(out, source, maker.settings(), _bytes(model.weights)) as directory:
+    about = source.path, source.config, source.config.hf, maker.settings()
+    with checkpoint_directory(out, *about, num_bytes=_bytes(model.weights)) as directory:
         stage("Reading the data")
         streams = _streams(calibration, source)
         writer = ShardWriter(directory)

@@ -61,7 +61,7 @@ class GroupedMaker:
         if outputs % per or inputs % per:
             raise ModelError(
                 f"{key}: [{outputs}, {inputs}] does not fill whole words with {self.bits} bits: both must be divisible "
-                f"by {per}; take other --bits"
+                f"by {per}; take another number of bits"
             )
         if self.group != -1 and inputs % self.group:
             fit = [size for size in (16, 32, 64, 128, 256, 512, 1024) if inputs % size == 0]
@@ -106,18 +106,20 @@ class GroupedMaker:
 
 @dataclass(frozen=True)
 class FourBitMaker:
-    """bitsandbytes' files in 4 bits, of the normal float (NF4). double: its scales are quantised too."""
+    """bitsandbytes' files in 4 bits. double: the scales are quantised too. kind: nf4 | fp4. block: numbers that share
+    a scale."""
 
     double: bool
     kind: str = "nf4"
+    block: int = four_bit.BLOCK
     needs_inputs: bool = False
 
     def check(self, key: str, shape: tuple[int, ...]) -> None:
         four_bit.check_shape(shape, key)
 
     def make(self, key: str, weight: jax.Array, gram: jax.Array | None) -> tuple[dict[str, np.ndarray], jax.Array]:
-        blocks, values = _four_bits(weight, self.kind, self.double)
-        state: dict[str, Any] = {"quant_type": self.kind, "blocksize": four_bit.BLOCK, "dtype": "float32"}
+        blocks, values = _four_bits(weight, self.kind, self.double, self.block)
+        state: dict[str, Any] = {"quant_type": self.kind, "blocksize": self.block, "dtype": "float32"}
         state["shape"] = list(weight.shape)
         tensors = {"absmax": np.asarray(blocks.absmax), "quant_map": four_bit.CODES[self.kind]}
         if self.double:
@@ -158,10 +160,10 @@ class Int8Maker:
         return {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0}
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _four_bits(weight: jax.Array, kind: str, double: bool) -> tuple[four_bit.Blocks, jax.Array]:
-    blocks = four_bit.quantize(weight, kind, double)
-    return blocks, four_bit.from_blocks(blocks, weight.shape, kind).weight(jnp.float32)
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _four_bits(weight: jax.Array, kind: str, double: bool, block: int) -> tuple[four_bit.Blocks, jax.Array]:
+    blocks = four_bit.quantize(weight, kind, double, block)
+    return blocks, four_bit.from_blocks(blocks, weight.shape, kind, block).weight(jnp.float32)
 
 
 @jax.jit

@@ -8,21 +8,31 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxtune.assemble import Source
 from jaxtune.hf_write import MARK, new_directory, write_json
+from jaxtune.models.config import ModelConfig
 from jaxtune.models.families import QUANTIZE_CONFIG
 from jaxtune.safetensors_io import INDEX, SINGLE
 
 
 @contextmanager
-def checkpoint_directory(out: Path, source: Source, settings: dict[str, Any], num_bytes: int) -> Iterator[Path]:
+def checkpoint_directory(
+    out: Path,
+    source: Path,
+    config: ModelConfig,
+    hf: dict[str, Any],
+    settings: dict[str, Any],
+    num_bytes: int,
+    tokenizer: Any = None,
+) -> Iterator[Path]:
     """A directory to put weights into. It becomes `out`, with the model's other files, when all went well.
+
+    hf: config.json without its quantization_config, which is `settings`. The others are new_directory's.
 
     Raises:
         ModelError: `out` holds something else, or cannot be written.
     """
-    config = {**source.config.hf, "quantization_config": settings}
-    with new_directory(out, source.path, source.config, config, num_bytes) as directory:
+    whole = {**hf, "quantization_config": settings}
+    with new_directory(out, source, config, whole, num_bytes, tokenizer) as directory:
         if settings["quant_method"] == "gptq":
             write_json(directory / QUANTIZE_CONFIG, settings)
         yield directory

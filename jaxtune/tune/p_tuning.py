@@ -14,7 +14,6 @@ from pydantic import model_validator
 
 from jaxtune import ops
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.hooks import Hooks
 from jaxtune.models.weights import HOOKS, Tree
 from jaxtune.ops import Noise
 from jaxtune.section import Fraction, Positive
@@ -26,6 +25,7 @@ from jaxtune.tune.virtual import (
     HARMLESS,
     SETTINGS,
     Virtual,
+    VirtualHooks,
     linear,
     linear_bounds,
     linear_weights,
@@ -67,18 +67,13 @@ class PTuningSection(Virtual):
 
 
 @dataclass(frozen=True)
-class Encoder(Hooks):
+class Encoder(VirtualHooks):
     """PEFT's PromptEncoder: an embedding [V, E], then three linear layers, or an LSTM and two."""
 
-    count: int
     kind: str
     size: int  # H
     layers: int = 2  # of the LSTM
     dropout: float = 0.0
-
-    @property
-    def virtual_tokens(self) -> int:
-        return self.count
 
     def shared(self, config: ModelConfig) -> Tree:
         hidden, size = config.hidden_size, self.size

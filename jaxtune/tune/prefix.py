@@ -17,7 +17,6 @@ from pydantic import model_validator
 
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import own_kv_heads
-from jaxtune.models.hooks import Hooks
 from jaxtune.models.weights import HOOKS, Tree, Weight
 from jaxtune.section import Positive
 from jaxtune.tune.method import Method, ShardingOf
@@ -28,6 +27,7 @@ from jaxtune.tune.virtual import (
     HARMLESS,
     SETTINGS,
     Virtual,
+    VirtualHooks,
     has_encoder,
     linear,
     linear_bounds,
@@ -68,16 +68,11 @@ class PrefixSection(Virtual):
 
 
 @dataclass(frozen=True)
-class PrefixHooks(Hooks):
+class PrefixHooks(VirtualHooks):
     """Keys and values of the virtual tokens, [V, K, D] each in every layer; or, with a projection, what gives them."""
 
     config: ModelConfig
-    count: int
     size: int | None = None  # H; None: no projection
-
-    @property
-    def virtual_tokens(self) -> int:
-        return self.count
 
     def shared(self, config: ModelConfig) -> Tree:
         if self.size is None:
@@ -119,7 +114,7 @@ def keys_values(own: Tree, shared: Tree) -> list[jax.Array]:
 
 def hooks(section: PrefixSection, config: ModelConfig) -> PrefixHooks:
     size = section.encoder_hidden_size or config.num_kv_heads * config.head_dim
-    return PrefixHooks(config, section.num_virtual_tokens, size if section.prefix_projection else None)
+    return PrefixHooks(section.num_virtual_tokens, config, size if section.prefix_projection else None)
 
 
 def wrap(section: PrefixSection, params: Tree, weights: Tree, seed: int, sharding_of: ShardingOf | None) -> Tree:

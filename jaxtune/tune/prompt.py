@@ -12,7 +12,6 @@ from pydantic import model_validator
 from jaxtune import ops
 from jaxtune.errors import ConfigError
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.hooks import Hooks
 from jaxtune.models.weights import HOOKS, Tree, Weight, path_key
 from jaxtune.ops import Noise
 from jaxtune.tune.method import EMBEDDING, Method, ShardingOf, get_path, is_abstract, make
@@ -22,6 +21,7 @@ from jaxtune.tune.virtual import (
     HARMLESS,
     SETTINGS,
     Virtual,
+    VirtualHooks,
     number_of_layers,
     own_entries,
     own_keys,
@@ -56,14 +56,8 @@ class PromptSection(Virtual):
 
 
 @dataclass(frozen=True)
-class PromptHooks(Hooks):
+class PromptHooks(VirtualHooks):
     """The embeddings as they are, [V, E]."""
-
-    count: int
-
-    @property
-    def virtual_tokens(self) -> int:
-        return self.count
 
     def shared(self, config: ModelConfig) -> Tree:
         return {PROMPT[1]: Weight((self.count, config.hidden_size), (None, "embed"), EMBEDDINGS)}

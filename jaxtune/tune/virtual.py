@@ -4,6 +4,7 @@ model's, and the encoders that some of them make their tokens with.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.errors import AdapterError
+from jaxtune.models.hooks import Hooks
 from jaxtune.models.weights import HOOKS, Path, Tree, Weight, map_tree, path_key, set_path
 from jaxtune.section import Adapting, Positive
 from jaxtune.tune.method import ShardingOf, declared, is_abstract, make
@@ -24,6 +26,17 @@ class Virtual(Adapting):
     """Options of the methods that train tokens which stand before every conversation."""
 
     num_virtual_tokens: Positive = 20  # they count in data.max_length, and in the model's positions
+
+
+@dataclass(frozen=True)
+class VirtualHooks(Hooks):
+    """What these methods add to the decoder. count: of the virtual tokens."""
+
+    count: int
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self.count
 
 
 def own_weights(weights: Tree) -> list[tuple[Path, Weight]]:

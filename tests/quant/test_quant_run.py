@@ -50,7 +50,8 @@ def test_peft_over_bitsandbytes_computes_the_adapter_s_logits(run):
 
 def test_a_merged_export_is_a_plain_model_with_the_run_s_logits(run, tmp_path):
     _, directory = run
-    export_run(directory, tmp_path / "merged", "hf")
+    done = export_run(directory, tmp_path / "merged", "hf")
+    assert done.onto == "the dequantised weights of its base (bitsandbytes nf4)" and done.losses is None
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     ours = jaxtune.load_model(directory).logits(TOKENS)
     np.testing.assert_allclose(jaxtune.load_model(tmp_path / "merged").logits(TOKENS), ours, atol=1e-4)

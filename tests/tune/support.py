@@ -173,15 +173,19 @@ def peer_logits(model, tokens: np.ndarray = TOKENS) -> np.ndarray:
 
 def peer_adapter(section: TuneSection, family: str = "qwen2", tied: bool = True, **settings):
     """peft's model for a section, with random numbers in everything that it trains."""
-    import torch
     from peft import LoraConfig, get_peft_model
 
     values = {theirs: getattr(section, ours) for theirs, ours in SETTINGS.items()}
     values["modules_to_save"] = values["modules_to_save"] or None
     start = {"default": True, "gaussian": "gaussian"}[section.init]
-    model = get_peft_model(
-        peer_model(family, tied, **settings), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=start, **values)
-    )
+    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=start, **values)
+    return shaken(get_peft_model(peer_model(family, tied, **settings), config))
+
+
+def shaken(model):
+    """A torch model with random numbers in everything that trains."""
+    import torch
+
     torch.manual_seed(2)
     with torch.no_grad():
         for weight in model.parameters():

@@ -4,20 +4,17 @@ Files and merging are compared with peft in test_peft_methods.py, meshes with on
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune.config import make_config, tune_section
+from jaxtune.config import tune_section
 from jaxtune.errors import ConfigError
-from jaxtune.mesh import single_device_mesh
-from jaxtune.program import build
 from jaxtune.tune import course
 from jaxtune.tune.adalora import budgets
 from jaxtune.tune.peft_io import save_adapter
 from tests.programs import Stepper
 from tests.tune.support import difference, logits, peer_logits, tuned
-from tests.tune.test_peft_methods import LR, QWEN2, STEPS, batch, loaded, our_batch
+from tests.tune.test_peft_methods import LR, QWEN2, STEPS, batch, loaded, our_run
 
 OPTIONS = {"method": "adalora", "init_r": 4, "target_r": 2, "alpha": 16, "targets": ["q_proj", "down_proj"]}
 SCHEDULE = {"tinit": 2, "tfinal": 3, "total_step": STEPS}
@@ -42,17 +39,6 @@ def peer_run(model, until=STEPS):
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
-
-
-def our_run(made):
-    optim = {"lr": LR, "schedule": "constant", "warmup": 0, "clip_norm": None}
-    config = make_config({"model": {"path": "-"}, "data": {"path": "-"}, "tune": made.section, "optim": optim})
-    program = build(config, made.model, single_device_mesh(), made.params, made.mask, STEPS)
-    state, losses = program.state, []
-    for step in range(1, STEPS + 1):
-        state, metrics = program.train_step(state, program.frozen, our_batch(step, made.model), jnp.int32(step))
-        losses.append(float(metrics["loss"]))
-    return losses, state
 
 
 def started(tmp_path, **options):

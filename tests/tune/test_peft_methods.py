@@ -17,7 +17,17 @@ from jaxtune.tune.peft_config import read_config, to_peft
 from jaxtune.tune.peft_io import save_adapter
 from jaxtune.tune.peft_tensors import TENSORS_NAME
 from jaxtune.tune.virtual import EMBEDDINGS, ENCODER_FILE
-from tests.tune.support import SIZES, after_virtual, difference, logits, peer_logits, peer_model, randomised, tuned
+from tests.tune.support import (
+    SIZES,
+    after_virtual,
+    difference,
+    logits,
+    peer_logits,
+    peer_model,
+    randomised,
+    shaken,
+    tuned,
+)
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:::transformers")
@@ -191,18 +201,6 @@ def trains(made):
     return {**to_peft(made.section, made.model.weights, None), "inference_mode": False}
 
 
-def shaken(model):
-    """Random numbers in everything that trains."""
-    import torch
-
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight += torch.randn_like(weight) * 0.2
-    return model.eval()
-
-
 def loaded(directory, base, **options):
     from peft import PeftModel
 
@@ -262,7 +260,8 @@ def our_batch(step, model):
     return {name: jnp.asarray(array)[None] for name, array in arrays.items()}
 
 
-def our_losses(made, lr=LR):
+def our_run(made, lr=LR):
+    """(losses, the last state) of a run of STEPS steps."""
     optim = {"lr": lr, "schedule": "constant", "warmup": 0, "clip_norm": None}
     config = make_config({"model": {"path": "-"}, "data": {"path": "-"}, "tune": made.section, "optim": optim})
     program = build(config, made.model, single_device_mesh(), made.params, made.mask, STEPS)
@@ -270,7 +269,11 @@ def our_losses(made, lr=LR):
     for step in range(1, STEPS + 1):
         state, metrics = program.train_step(state, program.frozen, our_batch(step, made.model), jnp.int32(step))
         losses.append(float(metrics["loss"]))
-    return losses
+    return losses, state
+
+
+def our_losses(made, lr=LR):
+    return our_run(made, lr)[0]
 
 
 def peer_losses(model, optimizer=None):
