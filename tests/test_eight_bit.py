@@ -123,7 +123,8 @@ class TestAgainstBitsandbytes:
             theirs = theirs * (1 - 1e-2 * 0.1)
             denominator = v.sqrt() / (1 - beta2**count) ** 0.5 + 1e-8
             theirs = theirs - 1e-2 / (1 - beta1**count) * m / denominator
-            np.testing.assert_allclose(params["head"]["weight"], theirs.numpy(), rtol=1e-5, atol=1e-6)
+            # A step is about 1e-2, and another code in it 1e-4 and more; rounding depends on how a compiler contracts.
+            np.testing.assert_allclose(params["head"]["weight"], theirs.numpy(), rtol=1e-5, atol=4e-6)
             ours = (state[0].mu["head"]["weight"], True), (state[0].nu["head"]["weight"], False)
             apart += [codes_apart(moment, x, peer_quantize, s) for (moment, s), x in zip(ours, (m, v), strict=True)]
             m, v = (peer_numbers(functional, moment, s) for moment, s in ours)
