@@ -4,6 +4,7 @@ There are eight fake CPU devices in every test process; arrays lie on the first 
 A process of its own, with `run_cli` or `run_python`, has as many as the test asks for: one by default.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -30,6 +31,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # torch would start a thread for each core in each worker.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# A process may have 65,530 (Linux's vm.max_map_count), of which each compiled program takes some; beyond, XLA aborts.
+MAPPINGS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """What was compiled for the modules before is given up, once it is much."""
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
