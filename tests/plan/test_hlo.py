@@ -125,10 +125,20 @@ def test_nothing_is_sent_within_groups_of_one():
         ("replica_groups=[2,2]<=[2,2]T(1,0), x", [[0, 2], [1, 3]]),
         ("replica_groups=[2,4]<=[2,2,2]T(1,0,2), x", [[0, 1, 4, 5], [2, 3, 6, 7]]),
         ("replica_groups={}, x", [[0, 1, 2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'b'}, x", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}, x", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ("replica_groups=mesh['a'=4] {'a':(2)2}, x", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}, x", [[0, 2], [1, 3]]),
     ],
 )
 def test_groups_are_read_in_every_form(text, groups):
     assert replica_groups(text, 4) == groups
+
+
+def test_groups_in_a_form_that_is_not_known_are_no_guess():
+    with pytest.raises(ValueError, match="not known"):
+        replica_groups("replica_groups=mesh_of_meshes[2], x", 4)
 
 
 def test_groups_that_no_set_of_axes_gives_have_none():
