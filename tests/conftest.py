@@ -22,8 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Compiling is most of what a test with a tiny model takes. A process of its own may run a real one, and has its loops
-# optimised, which pays there.
-# XLA ends a process that names a flag which it does not know, and jaxlib 0.11 no longer knows this one.
+# optimised, which pays there. XLA ends a process that names a flag which it does not know, as jaxlib 0.11 this one.
 QUICK_COMPILER = "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
 FLAGS = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILER} --xla_backend_optimization_level=0"
 os.environ.setdefault("XLA_FLAGS", FLAGS)

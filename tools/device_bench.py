@@ -20,21 +20,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 HOME = REPOSITORY / ".cache" / "device_bench"
 sys.path.insert(0, str(REPOSITORY))
 
-SMALL = {
-    "model_type": "qwen2",
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 151936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1000000.0,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-}
-LARGE = SMALL | {
+from tools.bench import SHAPE  # noqa: E402
+
+LARGE = SHAPE | {
     "vocab_size": 152064,
     "hidden_size": 3584,
     "intermediate_size": 18944,
@@ -43,7 +31,7 @@ LARGE = SMALL | {
     "num_key_value_heads": 4,
     "tie_word_embeddings": False,
 }
-SHAPES = {"0.5B": SMALL, "7B": LARGE}
+SHAPES = {"0.5B": SHAPE, "7B": LARGE}
 LORA = {"method": "lora", "rank": 8, "alpha": 32, "targets": ["q_proj", "v_proj"]}
 FULL = {"method": "full"}
 NARROW = {"params": "bfloat16", "compute": "bfloat16"}
@@ -148,15 +136,15 @@ def measure(path: str, steps: str) -> dict:
     started = time.monotonic()
     job = loop.prepare(config, source, data, mesh)
     ready = time.monotonic() - started
-    losses, marks, tokens = [], [], 0
+    losses, begun, tokens = [], started, 0
     for number, batch in zip(range(1, WARM + int(steps) + 1), data.train.batches(1)):
         placed = job.program.put(batch.arrays())
         job.state, metrics = job.train_step(job.state, job.program.frozen, placed, jax.numpy.int32(number))
         losses.append(metrics["loss"])
-        if number >= WARM:
-            marks.append((number, time.monotonic() if number > WARM else synced(metrics)))
-            tokens += batch.num_tokens if number > WARM else 0
-    seconds = synced(metrics) - marks[0][1]
+        tokens += batch.num_tokens
+        if number == WARM:
+            begun, tokens = synced(metrics), 0
+    seconds = synced(metrics) - begun
     memory = job.train_step.memory_analysis()
     assembled, count = job.assembled, data.train.shape[-1] * config.train.batch_size
     asked = model_flops(
