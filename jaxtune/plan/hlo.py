@@ -20,7 +20,7 @@ _CALLED = re.compile(
     r"(calls|to_apply|body|condition|branch_computations|called_computations|\w+_computation)=([^,{]+|\{[^}]*\})"
 )
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_AXES = re.compile(r"mesh\[([^\]]*)\] \{([^}]*)\}")
+_AXES = re.compile(r"mesh\[([^\]]*)\](?:, device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\))? \{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
 
 
@@ -224,26 +224,40 @@ def _bytes(dtype: str, dims: str) -> int:
 
 
 def replica_groups(attributes: str, devices: int) -> list[list[int]]:
-    """The groups in `replica_groups={{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)` or, since jaxlib 0.11,
-    `mesh['a'=2,'b'=2] {'b'}`; none named: one of all.
+    """The groups in `replica_groups={{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)` or, by the axes of a mesh,
+    `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}`; none named: one of all.
 
     Raises:
         ValueError: they are written in yet another way.
     """
     after = attributes.partition("replica_groups=")[2]
     if match := _AXES.match(after):
-        return _groups_along(*match.groups())
+        mesh, source, order, ids, axes = match.groups()
+        return _groups_along(mesh, axes, _numbers(ids) if ids else _iota(source, order))
     if after.startswith("mesh"):
         raise ValueError(f"replica groups of a kind that is not known: {after[:100]}")
     if match := _IOTA.match(after):
-        shape, source, order = ([int(n) for n in part.split(",")] if part else [] for part in match.groups())
-        ids = np.arange(math.prod(source)).reshape(source)
-        return (ids.transpose(order) if order else ids).reshape(shape).tolist()
+        shape, source, order = match.groups()
+        return _iota(source, order).reshape(_numbers(shape)).tolist()
     return _list_of_lists(attributes, "replica_groups") or [list(range(devices))]
 
 
-def _groups_along(mesh: str, axes: str) -> list[list[int]]:
-    """Of `'a'=2,'b'=4` and `'a','b':(2)2`: along a whole axis, or along a part of one, of that size, after `(2)`."""
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def _iota(source: str | None, order: str | None) -> np.ndarray:
+    """The device ids of `[2,4]T(1,0)`, flat: counted in the first shape, then transposed; nothing: no ids."""
+    dims = _numbers(source) if source else []
+    ids = np.arange(math.prod(dims) if source else 0).reshape(dims or [0])
+    return (ids.transpose(_numbers(order)) if order else ids).reshape(-1)
+
+
+def _groups_along(mesh: str, axes: str, ids: Sequence[int] | np.ndarray) -> list[list[int]]:
+    """Of `'a'=2,'b'=4` and `'a','b':(2)2`: along a whole axis, or along a part of one, of that size, after `(2)`.
+
+    ids: the devices in the mesh's order; empty: counted.
+    """
     shape: list[int] = []
     along: list[int] = []
     parts = {name: cut for name, *cut in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
@@ -254,8 +268,9 @@ def _groups_along(mesh: str, axes: str) -> list[list[int]]:
         before, size = (int(part) for part in parts[name]) if all(parts[name]) else (1, int(count))
         along.append(len(shape) + 1)
         shape += [before, size, int(count) // (before * size)]
-    ids = np.moveaxis(np.arange(math.prod(shape)).reshape(shape), along, range(-len(along), 0))
-    return ids.reshape(-1, math.prod(shape[dim] for dim in along)).tolist()
+    counted = np.array(ids) if len(ids) else np.arange(math.prod(shape))
+    groups = np.moveaxis(counted.reshape(shape), along, range(-len(along), 0))
+    return groups.reshape(-1, math.prod(shape[dim] for dim in along)).tolist()
 
 
 def _list_of_lists(attributes: str, name: str) -> list[list[int]]:
