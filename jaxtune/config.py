@@ -56,13 +56,40 @@ DATA_COLUMNS = {
 }
 
 
-class DataSection(Section):
-    """What it learns from."""
+class SourceSection(Section):
+    """Files whose rows are alike, and what stands in them."""
 
-    path: str | list[str]  # .json or .jsonl, or several
+    path: str | list[str] = []  # .json or .jsonl, or several
     format: Literal["alpaca", "sharegpt", "messages", "text"] = "alpaca"  # of the rows
     columns: Columns = Columns()
     system: str | None = None  # first message of every conversation that has none
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
+
+    @model_validator(mode="after")
+    def _only_this_format(self):
+        if self.format == "text" and self.system is not None:
+            raise ValueError("system is for conversations and would do nothing with format text")
+        for name, field in Columns.model_fields.items():
+            if name not in DATA_COLUMNS[self.format] and getattr(self.columns, name) != field.default:
+                allowed = ", ".join(DATA_COLUMNS[self.format])
+                raise ValueError(f"columns.{name} is not read by format {self.format}, which reads {allowed}")
+        return self
+
+
+class MixedSource(SourceSection):
+    """One of several sources."""
+
+    path: str | list[str]  # .json or .jsonl, or several
+    name: str | None = None  # in reports and metrics; absent: its path
+
+
+class DataSection(SourceSection):
+    """What it learns from."""
+
+    sources: list[MixedSource] = []  # in place of path: several sources, each with a format of its own
     template: str | None = None  # file of a Jinja chat template in place of the tokenizer's own
     max_length: Annotated[int, Field(gt=1)] = 1024  # tokens of one sequence or pack
     too_long: Literal["drop", "truncate", "error"] = "truncate"  # what happens to a conversation past max_length
@@ -70,15 +97,23 @@ class DataSection(Section):
     packing: bool = True  # several conversations in one sequence, each seeing only itself
     shuffle: bool = True  # anew in each epoch, by seed and epoch alone
 
+    @property
+    def parts(self) -> list[SourceSection]:
+        """The sources; of one alone, this section itself."""
+        return [*self.sources] or [self]
+
     @model_validator(mode="after")
-    def _only_this_format(self):
-        for name in ("system", "template", "train_on_prompt"):
-            if self.format == "text" and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is for conversations and would do nothing with format text")
-        for name, field in Columns.model_fields.items():
-            if name not in DATA_COLUMNS[self.format] and getattr(self.columns, name) != field.default:
-                allowed = ", ".join(DATA_COLUMNS[self.format])
-                raise ValueError(f"columns.{name} is not read by format {self.format}, which reads {allowed}")
+    def _one_way_to_name_files(self):
+        if self.sources:
+            for name, field in SourceSection.model_fields.items():
+                if getattr(self, name) != field.default:
+                    raise ValueError(f"{name} is for a single source; with sources, each has its own")
+        elif not self.paths:
+            raise ValueError("path is missing: name a file, several, or sources with a path each")
+        if all(part.format == "text" for part in self.parts):
+            for name in ("template", "train_on_prompt"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is for conversations and would do nothing with format text")
         return self
 
 

@@ -27,6 +27,7 @@ RULES = {
     "model.quantize": REFUSE,
     "model.double_quant": REFUSE,
     "data.path": REFUSE,
+    "data.sources": REFUSE,
     "data.format": REFUSE,
     "data.columns": REFUSE,
     "data.system": REFUSE,

@@ -294,4 +294,4 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _paths(config: Config) -> list[str]:
-    return [config.data.path] if isinstance(config.data.path, str) else config.data.path
+    return [path for part in config.data.parts for path in part.paths]

@@ -34,9 +34,9 @@ One YAML file describes a run; `section.key=value` on the command line goes over
 python -m jaxtune.train --config configs/demo.yaml train.epochs=2 optim.lr=5e-4
 ```
 
-Only `model.path` and `data.path` have no default. A key that is not below is an error, and so is a value of
-another type, or a key that the chosen method, format or optimiser would not use. The file is plain YAML without
-aliases. The run directory holds the configuration as it was resolved, in `config.yaml`.
+Only `model.path` and `data.path` (or `data.sources`) have no default. A key that is not below is an error, and so is
+a value of another type, or a key that the chosen method, format or optimiser would not use. The file is plain YAML
+without aliases. The run directory holds the configuration as it was resolved, in `config.yaml`.
 
 This page is made from `jaxtune/config.py` and the methods in `jaxtune/tune/` by `python tools/config_docs.py`.
 
@@ -46,6 +46,7 @@ This page is made from `jaxtune/config.py` and the methods in `jaxtune/tune/` by
 |---|---|
 | a key of `tune` that belongs to another method | it would do nothing |
 | `data.system`, `template` or `train_on_prompt` with format text; a column that the format does not read | likewise |
+| `data.sources` beside `path`, `format`, `columns` or `system` | each source has its own |
 | a key of `optim` that belongs to another optimiser or schedule | likewise |
 | `optim.warmup` or `decay` of 1 or more that is no whole number; with wsd, more steps of both than the run has | they \
 are a share below 1, or a number of steps |
@@ -101,9 +102,12 @@ def _own(kind: type) -> list[str]:
     return [name for name in kind.__annotations__ if name in kind.model_fields]
 
 
-def section(name: str, model: type[source.Section]) -> str:
-    """A heading, the docstring, a table for each group of fields, and then the sections inside this one."""
-    comments = read_comments(model)
+def section(name: str, model: type[source.Section], shown: dict[type, str] | None = None) -> str:
+    """A heading, the docstring, a table for each group of fields, and then the sections inside this one.
+
+    shown: the names under which sections inside others stand already; each kind stands once.
+    """
+    comments, shown = read_comments(model), {} if shown is None else shown
     lines = [f"## {name}", "", inspect.getdoc(model) or "", ""]
     inner = []
     for index, (key, field) in enumerate(model.model_fields.items()):
@@ -111,12 +115,17 @@ def section(name: str, model: type[source.Section]) -> str:
             lines += ["", f"*{comments.heading[key]}*", ""]
         if index == 0 or key in comments.heading:
             lines += ["| key | value | default | |", "|---|---|---|---|"]
-        if _is_section(field.annotation):
-            inner.append((f"{name}.{key}", field.annotation))
-            lines.append(f"| `{key}` | section | | see [{name}.{key}](#{name}{key}) |")
+        kind = section_of(field.annotation)
+        if kind is not None:
+            if kind not in shown:
+                shown[kind] = f"{name}.{key}"
+                inner.append((shown[kind], kind))
+            word, comment = "section" if kind is field.annotation else "list of sections", comments.beside.get(key, "")
+            place = f"see [{shown[kind]}](#{shown[kind].replace('.', '')})"
+            lines.append(f"| `{key}` | {word} | | {f'{comment}; ' if comment else ''}{place} |")
         else:
             lines.append(row(key, field, comments.beside.get(key, "")))
-    lines += [""] + [section(*item) for item in inner]
+    lines += [""] + [section(*item, shown) for item in inner]
     return "\n".join(lines)
 
 
@@ -148,7 +157,17 @@ def describe(annotation: Any, metadata: typing.Iterable = ()) -> str:
 
 
 def read_comments(model: type) -> Comments:
-    """The comments in the source of a class, found with Python's own tokenizer."""
+    """The comments in the source of a class and of those that it is made from, found with Python's own tokenizer."""
+    found = Comments({}, {})
+    for kind in reversed(model.__mro__):
+        if issubclass(kind, source.Section) and kind is not source.Section:
+            own = _comments_of(kind)
+            found.beside |= own.beside
+            found.heading |= own.heading
+    return found
+
+
+def _comments_of(model: type) -> Comments:
     text = inspect.getsource(model)
     fields = {node.lineno: node.target.id for node in ast.parse(text).body[0].body if isinstance(node, ast.AnnAssign)}
     result, waiting = Comments({}, {}), []
@@ -163,8 +182,10 @@ def read_comments(model: type) -> Comments:
     return result
 
 
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, source.Section)
+def section_of(annotation: Any) -> type | None:
+    """The section that a field holds, or holds a list of; None: neither."""
+    kind = typing.get_args(annotation)[0] if typing.get_origin(annotation) is list else annotation
+    return kind if isinstance(kind, type) and issubclass(kind, source.Section) else None
 
 
 def _yaml(value: Any) -> str:

@@ -51,6 +51,16 @@ def join(parts: list[tuple[np.ndarray, np.ndarray]]) -> Examples:
     return Examples(tokens, np.concatenate([np.zeros(0, bool), *(mask for _, mask in parts)]), starts.astype(np.int64))
 
 
+def concatenate(parts: list[Examples]) -> Examples:
+    """The examples of all parts, one part after another."""
+    if len(parts) == 1:
+        return parts[0]
+    before = np.cumsum([0, *(len(part.tokens) for part in parts)])
+    starts = np.concatenate([[0], *(part.starts[1:] + base for part, base in zip(parts, before))])
+    tokens, supervised = (np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "supervised"))
+    return Examples(tokens, supervised, starts.astype(np.int64))
+
+
 @dataclass
 class Lengths:
     """What became of the rows. Those that are not dropped are the examples."""

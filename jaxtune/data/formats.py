@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtune.config import DATA_COLUMNS, Columns, DataSection
+from jaxtune.config import DATA_COLUMNS, Columns, SourceSection
 from jaxtune.data.sources import kind, read_records
 from jaxtune.errors import DataError, listing
 
@@ -37,19 +37,18 @@ class Rows:
     empty_answers: int = 0  # assistant turns without text
 
 
-def read_rows(paths: str | list[str], section: DataSection, key: str = "data.path") -> Rows:
-    """Every row of the files, in order. `key` names the setting that lists them.
+def read_rows(section: SourceSection, key: str = "data.path") -> Rows:
+    """Every row of a source's files, in order. `key` names the setting that lists them.
 
     Raises:
         DataError: a file, line, column or role is wrong; the message names file, line and column.
     """
-    paths = [paths] if isinstance(paths, str) else paths
-    if not paths:
+    if not section.paths:
         raise DataError(f"{key}: an empty list; give at least one file")
     result = Rows()
     seen: set[str] = set()
     read = _READERS[section.format]
-    for path in paths:
+    for path in section.paths:
         for where, value in read_records(path):
             record = _Record(where, value, section.columns, result.unused)
             row = read(record)
@@ -198,7 +197,7 @@ def _with_system(row: Row, system: str | None) -> Row:
     return Row(row.where, [_message("system", system), *row.messages])
 
 
-def _check_optional(section: DataSection, seen: Iterable[str], key: str) -> None:
+def _check_optional(section: SourceSection, seen: Iterable[str], key: str) -> None:
     """A column that is optional, but was named by the user, must stand somewhere."""
     for column in DATA_COLUMNS[section.format]:
         name, default = getattr(section.columns, column), Columns.model_fields[column].default

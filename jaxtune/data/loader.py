@@ -14,16 +14,17 @@ import math
 import threading
 from bisect import bisect_right
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field, fields
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
 import grain
 import numpy as np
 
-from jaxtune.config import DataSection, EvalSection, TrainSection
+from jaxtune.config import DataSection, EvalSection, SourceSection, TrainSection
 from jaxtune.data.chat import special_tokens
-from jaxtune.data.encode import Examples, Lengths, encode
+from jaxtune.data.encode import Examples, Lengths, concatenate, encode
 from jaxtune.data.formats import Row, Rows, read_rows
 from jaxtune.data.packing import Epoch, plan_epoch, shuffled
 from jaxtune.data.template import ChatTemplate, open_template
@@ -188,11 +189,12 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Part:
-    """What is known of the files of one data set before it is made into batches."""
+    """What is known of the files of one source before they are made into batches."""
 
-    paths: list[str]
+    section: SourceSection
     rows: Rows
-    lengths: Lengths
+    lengths: Lengths = field(default_factory=Lengths)
+    held_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ class Data:
 
     train: Dataset
     eval: Dataset | None
-    sources: list[Part]  # data.path's, and eval.path's if it is set
+    sources: list[Part]  # the data's, and eval.path's if it is set
     section: DataSection
     tokenizer: Any
     notes: list[str]  # what the user should know though the data is not wrong
@@ -245,12 +247,11 @@ def build_data(
             f"train.batch_size {train.batch_size} does not split into train.micro_batches {train.micro_batches}; "
             "it must be a multiple"
         )
-    paths = {"data.path": section.path, "eval.path": eval_section.path}
-    raw = {key: read_rows(path, section, key) for key, path in paths.items() if path is not None}
-    encoded, notes = _encode(raw, section, tokenizer, len(virtual))
-    sources = [Part(_listed(paths[key]), raw[key], lengths) for key, (_, lengths) in encoded.items()]
-    examples = encoded["data.path"][0]
-    held = encoded["eval.path"][0] if "eval.path" in encoded else None
+    parts = _read(section, eval_section)
+    encoded, notes = _encode(parts, section, tokenizer, len(virtual))
+    sources = [replace(part, lengths=lengths) for part, (_, lengths) in zip(parts, encoded, strict=True)]
+    examples = concatenate([found for part, (found, _) in zip(parts, encoded) if not part.held_out])
+    held = next((found for part, (found, _) in zip(parts, encoded) if part.held_out), None)
     if eval_section.fraction:
         examples, held = _hold_out(examples, eval_section.fraction, train.seed)
     time = _row_length([examples, held] if held is not None else [examples], section, len(virtual))
@@ -267,29 +268,42 @@ def build_data(
     return Data(training, evaluation, sources, section, tokenizer, notes)
 
 
-def _listed(path: str | list[str] | None) -> list[str]:
-    return [path] if isinstance(path, str) else list(path or [])
+def _read(section: DataSection, eval_section: EvalSection) -> list[Part]:
+    """The rows of every source, and of eval.path, which is read as data.path is."""
+    parts = []
+    for number, source in enumerate(section.parts):
+        key = f"data.sources.{number}.path" if section.sources else "data.path"
+        parts.append(Part(source, read_rows(source, key)))
+    if eval_section.path is not None:
+        held = section.parts[0].model_copy(update={"path": eval_section.path})
+        parts.append(Part(held, read_rows(held, "eval.path"), held_out=True))
+    return parts
 
 
 def _encode(
-    raw: dict[str, Rows], section: DataSection, tokenizer: Any, virtual: int
-) -> tuple[dict[str, tuple[Examples, Lengths]], list[str]]:
-    """Each file set's examples, and notes on the template."""
-    if section.format == "text":
-        return {key: encode(rows.rows, section, tokenizer, None, virtual) for key, rows in raw.items()}, []
-    with open_template(tokenizer, section.template) as template:
-        encoded = {key: encode(rows.rows, section, tokenizer, template, virtual) for key, rows in raw.items()}
-        spoken = [row for row in raw["data.path"].rows if any(m["role"] == "assistant" for m in row.messages or ())]
-        return encoded, [] if section.train_on_prompt else _template_notes(template, tokenizer, spoken)
+    parts: list[Part], section: DataSection, tokenizer: Any, virtual: int
+) -> tuple[list[tuple[Examples, Lengths]], list[str]]:
+    """Each part's examples, and notes on the template."""
+    with ExitStack() as stack:
+        talks = [part for part in parts if part.section.format != "text"]
+        template = stack.enter_context(open_template(tokenizer, section.template)) if talks else None
+        encoded = [
+            encode(part.rows.rows, section, tokenizer, template if part in talks else None, virtual) for part in parts
+        ]
+        if template is None or section.train_on_prompt:
+            return encoded, []
+        rows = (row for part in talks if not part.held_out for row in part.rows.rows)
+        spoken = next((row for row in rows if any(m["role"] == "assistant" for m in row.messages or ())), None)
+        return encoded, _template_notes(template, tokenizer, spoken)
 
 
-def _template_notes(template: ChatTemplate, tokenizer: Any, spoken: list[Row]) -> list[str]:
-    """Surprises that a template holds. spoken: rows in which the assistant speaks."""
+def _template_notes(template: ChatTemplate, tokenizer: Any, spoken: Row | None) -> list[str]:
+    """Surprises that a template holds. spoken: a row in which the assistant speaks."""
     notes = []
     if "strftime_now" in template.source:
         notes.append("The template may write today's date; here it is always 26 July 2024, so that a run can resume.")
     if template.has_marks and spoken:
-        answer = next(template.render([(spoken[0].where, spoken[0].messages or [])]))
+        answer = next(template.render([(spoken.where, spoken.messages or [])]))
         ends = [special_tokens(tokenizer).match(answer["text"], end) for _, end in answer["marks"]]
         if ends and ends[0]:
             notes.append(

@@ -19,7 +19,7 @@ def print_report(data: Data, console: Console) -> None:
     """The whole report. Where nothing has to be said, nothing is."""
     for source in data.sources:
         counts = source.lengths
-        line = f"{listing(source.paths, 3)}: {counts.rows:,} rows, {_fate(counts, data.room)}"
+        line = f"{listing(source.section.paths, 3)}: {counts.rows:,} rows, {_fate(counts, data.room)}"
         _line(console, line, "yellow" if counts.dropped or counts.truncated else "")
     console.print(_table(data))
     _line(console, _steps(data.train))

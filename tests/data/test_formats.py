@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxtune.config import Columns, make_config
+from jaxtune.config import Columns, SourceSection, make_config
 from jaxtune.config import DataSection as Section
 from jaxtune.data.formats import read_rows
 from jaxtune.errors import ConfigError, DataError
@@ -18,7 +18,7 @@ def read(tmp_path, monkeypatch):
 
     def read(*rows: dict, **settings):
         (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return read_rows("a.jsonl", Section(path="a.jsonl", **settings))
+        return read_rows(Section(path="a.jsonl", **settings))
 
     return read
 
@@ -98,10 +98,10 @@ def test_several_files_are_read_in_order(tmp_path):
     paths = [str(tmp_path / name) for name in ("b.json", "a.jsonl")]
     (tmp_path / "b.json").write_text(json.dumps([alpaca(output="1"), alpaca(output="2")]))
     (tmp_path / "a.jsonl").write_text(json.dumps(alpaca(output="3")))
-    found = conversations(read_rows(paths, Section(path=paths)))
+    found = conversations(read_rows(Section(path=paths)))
     assert [messages[-1]["content"] for messages in found] == ["1", "2", "3"]
-    with pytest.raises(DataError, match=r"data\.path: an empty list"):
-        read_rows([], Section(path=[]))
+    with pytest.raises(DataError, match=r"eval\.path: an empty list"):
+        read_rows(SourceSection(path=[]), "eval.path")
 
 
 def test_missing_column_is_named_with_what_was_found(read):
@@ -113,7 +113,7 @@ def test_missing_column_of_an_array_is_named_by_line_and_row(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.json").write_text(json.dumps([alpaca(), {"instruction": "q"}], indent=2))
     with pytest.raises(DataError, match=r'^a\.json:7 \(row 2\): no column "output"; found instruction; set'):
-        read_rows("a.json", Section(path="a.json"))
+        read_rows(Section(path="a.json"))
 
 
 @pytest.mark.parametrize("value", [None, 3, True, ["a"], {"a": 1}])
