@@ -33,6 +33,7 @@ LARGE = SHAPE | {
 }
 SHAPES = {"0.5B": SHAPE, "7B": LARGE}
 LORA = {"method": "lora", "rank": 8, "alpha": 32, "targets": ["q_proj", "v_proj"]}
+ALL_LINEAR = LORA | {"targets": "all-linear"}
 FULL = {"method": "full"}
 NARROW = {"params": "bfloat16", "compute": "bfloat16"}
 WIDE = {"params": "float32", "compute": "bfloat16"}
@@ -53,6 +54,8 @@ ROWS = {
     "0.5B lora, names kept": row("0.5B", LORA, 8, NARROW, remat=KEPT),
     "0.5B lora, nf4": row("0.5B", LORA, 8, NARROW, quantize="nf4"),
     "0.5B lora, int8": row("0.5B", LORA, 8, NARROW, quantize="int8"),
+    "0.5B lora, all-linear": row("0.5B", ALL_LINEAR, 8, NARROW),
+    "0.5B dora, all-linear": row("0.5B", ALL_LINEAR | {"method": "dora"}, 8, NARROW),
     "0.5B full": row("0.5B", FULL, 8, WIDE),
     "0.5B full, optimizer away": row("0.5B", FULL, 8, WIDE, offload=["optimizer"]),
     "0.5B full, params away": row("0.5B", FULL, 8, WIDE, offload=["params"]),
