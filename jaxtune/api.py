@@ -42,26 +42,27 @@ class _Programs:
 class LoadedModel:
     """A model with its parameters, ready to be asked. `load_model` makes one.
 
-    params: the parameter tree. config: the model's settings. tokenizer: of transformers' kind. system: put before
-    messages that have no system message; of a run, the one that its conversations had, else None.
+    params: the parameter tree. config: the model's settings. tokenizer: of transformers' kind. All three are of the
+    adapter in use, since one with tokens of its own brings them along. system: put before messages that have no
+    system message; of a run, the one that its conversations had, else None.
     """
 
     def __init__(self, opened: Opened):
         assembled = opened.assembled
-        self.tokenizer: Any = assembled.source.tokenizer
         self.system, self.step, self.mesh = opened.system, opened.step, assembled.mesh
         self._dtype, self._opened = opened.dtype, opened
-        self._stop = stop_ids(self.tokenizer, assembled.source.path)
         self._loaded: dict[str | None, _Programs] = {}
         self._take(None, assembled)
 
     def _take(self, name: str | None, assembled: Assembled) -> None:
         """Answer with this model from now on."""
         self.params: Tree = assembled.params
+        self.tokenizer: Any = assembled.source.tokenizer
         self.config: ModelConfig = assembled.model.config
         self._model, self._active = assembled.model, name
         if name not in self._loaded:
-            generator = Generator(assembled.model, assembled.mesh, self._dtype, self._stop)
+            stop = stop_ids(self.tokenizer, assembled.source.path)
+            generator = Generator(assembled.model, assembled.mesh, self._dtype, stop)
             self._loaded[name] = _Programs(assembled, generator, jax.jit(self._everywhere(self._all_logits)))
         self._generator, self._logits = self._loaded[name].generator, self._loaded[name].logits
 

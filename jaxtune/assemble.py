@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxtune import tune
 from jaxtune.config import ModelSection
-from jaxtune.errors import AdapterError, ConfigError, MeshError
+from jaxtune.errors import ConfigError, MeshError
 from jaxtune.hf_io import load_params, open_source, resolve_model
 from jaxtune.mesh import axes_sharding, check_model, shardings
 from jaxtune.models.config import ModelConfig
@@ -23,7 +23,7 @@ from jaxtune.models.execution import USUAL, Execution
 from jaxtune.models.families import read_config
 from jaxtune.models.weights import Tree, init_params, map_tree
 from jaxtune.quant.scheme import Quantizer, Scheme, scheme_of
-from jaxtune.section import TuneSection, adapter_of
+from jaxtune.section import TuneSection
 from jaxtune.tokenizer import check_tokenizer, load_tokenizer, vocabulary_size
 from jaxtune.tune.full import FullSection
 
@@ -129,24 +129,22 @@ def _check_grown(mesh: Mesh, before: ModelConfig, now: ModelConfig) -> None:
 
 
 def adapted(base: Assembled, section: TuneSection) -> Assembled:
-    """A loaded model with an adapter on it. The two share every array that the adapter leaves as it is.
+    """A loaded model with an adapter on it. The two share every array that the adapter leaves as it is; tokens that
+    come with the adapter are in its tokenizer and its tables alone.
 
     base: assembled without an adapter. section: that of an adapter (peft_config.read_config).
 
     Raises:
         AdapterError: the adapter does not fit the model.
     """
-    words, section = tune.words(section, base.source.tokenizer)
-    if words is not base.source.tokenizer:
-        raise AdapterError(
-            f"{adapter_of(section)}: it has tokens that the model's tokenizer lacks, and other adapters do not know; "
-            "load it alone, as the adapter of load_model"
-        )
+    tokenizer, section = tune.words(section, base.source.tokenizer)
     config, _ = tune.layout(section, base.source.config, one_stack=True)
+    check_tokenizer(tokenizer, config.vocab_size)
+    _check_grown(base.mesh, base.source.config, config)
     model = Model.create(config, base.model.stacks, base.model.execution, tune.hooks(section, base.source.config))
     where = axes_sharding(base.mesh, config, *base.model.execution.places)
-    params, mask = tune.apply(section, base.params, model.weights, 0, where)
-    return replace(base, model=model, params=params, mask=mask)
+    params, mask = tune.apply(section, base.params, model.weights, 0, where, tokenizer)
+    return replace(base, model=model, params=params, mask=mask, source=replace(base.source, tokenizer=tokenizer))
 
 
 def compute_dtype(asked: str) -> Any:

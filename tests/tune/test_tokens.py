@@ -179,8 +179,19 @@ def test_a_run_with_new_tokens_from_its_start_to_its_exports(tiny_model, tmp_pat
     assert difference(with_adapter.logits(tokens), expected) < 1e-5
     assert isinstance(with_adapter.generate("It is number", max_new_tokens=4), str)
 
-    with pytest.raises(AdapterError, match="tokens that the model's tokenizer lacks"):
-        jaxtune.load_model(base).add_adapter("new", run / "adapter")
+    several = jaxtune.load_model(base, mesh={"tensor": 2})
+    alone, words = several.logits(np.minimum(tokens, 383)), several.tokenizer.encode("It is number")
+    several.add_adapter("new", run / "adapter")
+    assert several.tokenizer.encode("It is number") == words and several.config.vocab_size == 384
+    several.use_adapter("new")
+    assert several.tokenizer.encode("It is number") == [384] and several.config.vocab_size == 386
+    assert difference(several.logits(tokens), expected) < 1e-5
+    assert isinstance(several.generate("It is number", max_new_tokens=4), str)
+    several.use_adapter(None)
+    assert several.tokenizer.encode("It is number") == words
+    assert difference(several.logits(np.minimum(tokens, 383)), alone) == 0
+    with pytest.raises(MeshError, match="divides the model's vocabulary of 384, but not the 386"):
+        jaxtune.load_model(base, mesh={"tensor": 4}).add_adapter("new", run / "adapter")
 
     export_run(run, tmp_path / "hf", "hf")
     peer = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
