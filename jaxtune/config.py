@@ -96,6 +96,7 @@ class DataSection(SourceSection):
     train_on_prompt: bool = False  # the loss on every token, not on the assistant's turns alone
     packing: bool = True  # several conversations in one sequence, each seeing only itself
     shuffle: bool = True  # anew in each epoch, by seed and epoch alone
+    cache: str | None = None  # where tokens are kept; null: $JAXTUNE_CACHE/tokens, else ~/.cache/jaxtune/tokens
 
     @property
     def parts(self) -> list[SourceSection]:
