@@ -175,12 +175,19 @@ def _build(place: Path, task: Tokenising, lines: int | None) -> Entry | None:
         counts = {"kind": kind, "rows": rows, "lengths": asdict(task.lengths), "notes": task.notes()}
         (partial / COUNTS).write_text(json.dumps(counts), encoding="utf-8")
         write_manifest(partial, 0, {})
-        with contextlib.suppress(FileExistsError):  # without locks another process may have been quicker
-            partial.rename(place)
+        _move(partial, place)
         sync(place.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return _open(place)
+
+
+def _move(partial: Path, place: Path) -> None:
+    try:
+        partial.rename(place)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise  # else: without locks another process has been quicker
 
 
 def _write(home: Path, parts: Iterator[Examples], kind: str) -> None:
