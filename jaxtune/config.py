@@ -84,6 +84,7 @@ class MixedSource(SourceSection):
 
     path: str | list[str]  # .json or .jsonl, or several
     name: str | None = None  # in reports and metrics; absent: its path
+    weight: Annotated[float, Field(gt=0)] | None = None  # share beside the others'; none: each example once an epoch
 
 
 class DataSection(SourceSection):
@@ -102,6 +103,20 @@ class DataSection(SourceSection):
     def parts(self) -> list[SourceSection]:
         """The sources; of one alone, this section itself."""
         return [*self.sources] or [self]
+
+    @model_validator(mode="after")
+    def _all_weights_or_none(self):
+        without = [part.name or listing(part.paths, 2) for part in self.sources if part.weight is None]
+        if without and len(without) < len(self.sources):
+            raise ValueError(
+                f"sources: some have a weight and some have none ({listing(without)}); give all of them one"
+            )
+        if len(self.sources) == 1 and not without:
+            raise ValueError("sources: a weight is a share beside others', and would do nothing with one source")
+        names = [part.name for part in self.sources if part.name is not None]
+        if len(set(names)) < len(names):
+            raise ValueError(f"sources: a name stands twice ({listing(names)})")
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_name_files(self):

@@ -22,6 +22,7 @@ import grain
 import numpy as np
 
 from jaxtune.data.examples import Chosen, Examples
+from jaxtune.data.mixing import Sources
 from jaxtune.data.packing import Epoch, plan_epoch
 
 STREAM_VERSION = 1  # to be raised with any change of order or packing, so that an old run is not resumed on a new one
@@ -39,10 +40,11 @@ class Batch:
     positions: np.ndarray  # int32, from 0 in each document
     segments: np.ndarray  # int32, 1, 2, ... for the documents of a row; 0: padding
     virtual: int = field(default=0, kw_only=True)  # how many of its tokens are virtual
+    sources: dict[str, int] = field(default_factory=dict, kw_only=True)  # of several: the examples of each
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays by name."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "virtual"}
+        return {item.name: getattr(self, item.name) for item in fields(self) if not item.kw_only}
 
     def sha256(self) -> str:
         """Of the contents; the same for every split into micro-batches."""
@@ -78,12 +80,13 @@ class Dataset:
         packing: bool = True,
         shuffle: bool = True,
         virtual: range = NONE,
+        sources: Sources | None = None,
     ):
         """time: tokens of a row, no example is longer; steps: wins over epochs, which may be a fraction.
 
-        virtual: ids that are put before every example, and take of `time`.
+        virtual: ids that are put before every example, and take of `time`. sources: of several.
         """
-        self.examples, self.virtual = examples, virtual
+        self.examples, self.virtual, self.sources = examples, virtual, sources
         self.shape = (micro_batches, batch_size // micro_batches, time)
         self._order: dict[str, Any] = {"seed": seed, "packing": packing, "shuffle": shuffle}
         self._epochs: list[Epoch] = []
@@ -111,6 +114,8 @@ class Dataset:
         settings = {**self._order, "time": self.shape[-1], "batch_size": self.batch_size, "version": STREAM_VERSION}
         if self.virtual:
             settings["virtual"] = [self.virtual.start, self.virtual.stop]
+        if self.sources is not None and self.sources.weights is not None:
+            settings["sources"] = [self.sources.counts, self.sources.weights]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         starts = np.concatenate(([0], np.cumsum(self.examples.lengths)))
         digest.update(starts.astype("<i8", copy=False).tobytes())
@@ -128,13 +133,16 @@ class Dataset:
         if not 1 <= step <= self.steps:
             raise IndexError(f"step {step} of {self.steps}")
         size, time = self.batch_size, self.shape[-1]
-        batch, virtual = Batch(*(np.zeros((size, time), kind) for kind in ("i4", "i4", "?", "i4", "i4"))), 0
+        batch = Batch(*(np.zeros((size, time), kind) for kind in ("i4", "i4", "?", "i4", "i4")))
+        taken: list[np.ndarray] = [np.zeros(0, np.int64)]
         for row, index in enumerate(range((step - 1) * size, step * size)):
             if (rows is None or row in rows) and (self._limit is None or index < self._limit):
-                members = self._stream(index)
-                self._fill(batch, row, members)
-                virtual += len(self.virtual) * len(members)
-        return Batch(*(array.reshape(self.shape) for array in batch.arrays().values()), virtual=virtual)
+                taken.append(self._stream(index))
+                self._fill(batch, row, taken[-1])
+        members = np.concatenate(taken)
+        counts = self.sources.count(members) if self.sources is not None else {}
+        virtual, arrays = len(self.virtual) * len(members), batch.arrays().values()
+        return Batch(*(array.reshape(self.shape) for array in arrays), virtual=virtual, sources=counts)
 
     def batches(self, first_step: int = 1, rows: Container[int] | None = None) -> Iterator[Batch]:
         """The batches from `first_step` to the last, made ahead of time by a thread; `rows` as `batch` has it."""
@@ -169,9 +177,10 @@ class Dataset:
         """Epoch `number`, counted from 0, planned when it is first asked for."""
         with self._lock:
             while len(self._epochs) <= number:
-                time = self.shape[-1]
+                epoch = len(self._epochs)
                 lengths: np.ndarray = self.examples.lengths + len(self.virtual)
-                self._epochs.append(plan_epoch(lengths, time, epoch=len(self._epochs), **self._order))
+                mixed = self.sources.order(self._order["seed"], epoch, self._order["shuffle"]) if self.sources else None
+                self._epochs.append(plan_epoch(lengths, self.shape[-1], epoch=epoch, order=mixed, **self._order))
                 self._ends.append(self._ends[-1] + len(self._epochs[-1]))
             return self._epochs[number]
 

@@ -13,10 +13,11 @@ from jaxtune.data.dataset import NONE, Batch, Dataset
 from jaxtune.data.encode import Lengths
 from jaxtune.data.examples import Chosen, Examples, concatenate
 from jaxtune.data.formats import Rows
+from jaxtune.data.mixing import Sources
 from jaxtune.data.packing import shuffled
 from jaxtune.data.template import open_template
 from jaxtune.data.tokenise import Tokenising
-from jaxtune.errors import ConfigError, DataError
+from jaxtune.errors import ConfigError, DataError, listing
 
 __all__ = ["Batch", "Data", "Dataset", "Part", "build_data"]
 
@@ -90,6 +91,7 @@ def build_data(
     notes = list(dict.fromkeys(note for part in parts if not part.held_out for note in part.notes))
     examples = concatenate([part.examples for part in parts if not part.held_out])
     held: Examples | Chosen | None = next((part.examples for part in parts if part.held_out), None)
+    ends = np.cumsum([len(part.examples) for part in parts if not part.held_out])
     if eval_section.fraction:
         examples, held = _hold_out(examples, eval_section.fraction, train.seed)
     time = _row_length([examples, held] if held is not None else [examples], section, len(virtual))
@@ -101,7 +103,10 @@ def build_data(
         "packing": section.packing,
         "virtual": virtual,
     }
-    training = Dataset(examples, shuffle=section.shuffle, steps=train.steps, epochs=train.epochs, **shape)
+    sources = _sources(section, examples, ends)
+    training = Dataset(
+        examples, sources=sources, shuffle=section.shuffle, steps=train.steps, epochs=train.epochs, **shape
+    )
     evaluation = Dataset(held, shuffle=False, **shape) if held is not None else None
     return Data(training, evaluation, parts, section, tokenizer, notes)
 
@@ -117,6 +122,22 @@ def _parts(section: DataSection, eval_section: EvalSection, tokenizer: Any, virt
             own = template if source.format != "text" else None
             found = cached(Tokenising(source, key, section, tokenizer, own, virtual), section.cache)
             yield Part(source, found.examples, found.rows, found.lengths, found.notes, key == "eval.path")
+
+
+def _sources(section: DataSection, examples: Examples | Chosen, ends: np.ndarray) -> Sources | None:
+    """Of several sources, what of the training data is of each. ends: where each ended before any was held out."""
+    if len(section.sources) < 2:
+        return None
+    names: list[str] = []
+    for part in section.sources:
+        name = part.name or listing(part.paths, 2)
+        names.append(f"{name} ({names.count(name) + 1})" if name in names else name)
+    indices = examples.indices if isinstance(examples, Chosen) else np.arange(len(examples))
+    counts = np.diff(np.searchsorted(indices, ends), prepend=0).tolist()
+    weights = tuple(part.weight for part in section.sources if part.weight is not None)
+    if weights and 0 in counts:
+        raise DataError(f"data.sources: nothing is left of {names[counts.index(0)]}, which has a weight")
+    return Sources(tuple(names), tuple(counts), weights or None)
 
 
 def _hold_out(examples: Examples | Chosen, fraction: float, seed: int) -> tuple[Chosen, Chosen]:

@@ -39,23 +39,42 @@ class Epoch:
         return self.order[self.starts[index] : self.starts[index + 1]]
 
 
-def plan_epoch(lengths: np.ndarray, space: int, *, seed: int, epoch: int, packing: bool, shuffle: bool) -> Epoch:
-    """One epoch's rows of at most `space` tokens each; every example stands in exactly one.
+def plan_epoch(
+    lengths: np.ndarray,
+    space: int,
+    *,
+    seed: int,
+    epoch: int,
+    packing: bool,
+    shuffle: bool,
+    order: np.ndarray | None = None,
+) -> Epoch:
+    """One epoch's rows of at most `space` tokens each.
 
     lengths: int [examples], none above `space`. Without `shuffle` rows are opened in the order of the examples, and
-    every epoch is the same.
+    every epoch is the same. order: the examples of the epoch, which are mixed already, one after another; without
+    it every example stands in exactly one row.
     """
-    count = len(lengths)
-    order = shuffled(count, "examples", seed, epoch) if shuffle else np.arange(count)
+    mixed = order is not None
+    if order is None:
+        order = shuffled(len(lengths), "examples", seed, epoch) if shuffle else np.arange(len(lengths))
+    count = len(order)
     if not packing:
         return Epoch(order, np.arange(count + 1))
     windows = np.array_split(order, max(1, round(count / WINDOW)))
-    rows = [row for window in windows for row in _pack(window, lengths, space, longest_first=shuffle)]
-    if shuffle:
-        # The first rows of a window hold its longest examples; no stretch of training should see only those.
-        rows = [rows[i] for i in shuffled(len(rows), "rows", seed, epoch)]
+    packed = [_pack(window, lengths, space, longest_first=shuffle) for window in windows]
+    if shuffle and mixed:  # a window has every source's share; so has what is trained on up to its end
+        packed = [_mixed_up(rows, "rows", seed, epoch, number) for number, rows in enumerate(packed)]
+    rows = [row for window in packed for row in window]
+    if shuffle and not mixed:
+        rows = _mixed_up(rows, "rows", seed, epoch)
     starts = np.concatenate(([0], np.cumsum([len(row) for row in rows], dtype=np.int64)))
     return Epoch(np.fromiter((i for row in rows for i in row), np.int64, count), starts.astype(np.int64))
+
+
+def _mixed_up(rows: list[list[int]], *key: int | str) -> list[list[int]]:
+    """The first rows of a window hold its longest examples; no stretch of training should see only those."""
+    return [rows[i] for i in shuffled(len(rows), *key)]
 
 
 def _pack(window: np.ndarray, lengths: np.ndarray, space: int, longest_first: bool) -> list[list[int]]:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from jaxtune.data.encode import Lengths
 from jaxtune.data.loader import Data, Dataset
+from jaxtune.data.mixing import Sources
 from jaxtune.errors import listing
 
 SHOWN = 400  # tokens of the example; a longer one is cut in the middle
@@ -22,6 +23,8 @@ def print_report(data: Data, console: Console) -> None:
         line = f"{listing(source.section.paths, 3)}: {counts.rows:,} rows, {_fate(counts, data.room)}"
         _line(console, line, "yellow" if counts.dropped or counts.truncated else "")
     console.print(_table(data))
+    if data.train.sources is not None:
+        console.print(_source_table(data.train, data.train.sources))
     _line(console, _steps(data.train))
     for note in _notes(data):
         _line(console, f"Note: {note}", "yellow")
@@ -45,6 +48,23 @@ def _table(data: Data) -> Table:
     return table
 
 
+def _source_table(train: Dataset, sources: Sources) -> Table:
+    """One row for each source."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("source")
+    for name in ("examples", "share", "epochs"):
+        table.add_column(name, justify="right")
+    seen = _epochs(train) * sum(sources.counts)
+    for name, count, share in zip(sources.names, sources.counts, sources.shares, strict=True):
+        table.add_row(Text(name), f"{count:,}", f"{share:.1%}", _number(share * seen / count) if count else "0")
+    return table
+
+
+def _epochs(train: Dataset) -> float:
+    """How many epochs of the stream the run makes."""
+    return train.steps * train.batch_size / train.rows
+
+
 def _numbers(part: Dataset) -> dict[str, str]:
     lengths, time = part.examples.lengths, part.shape[-1]
     tokens = part.examples.num_tokens
@@ -63,7 +83,7 @@ def _numbers(part: Dataset) -> dict[str, str]:
 
 
 def _steps(train: Dataset) -> str:
-    each, in_all = train.rows / train.batch_size, train.steps * train.batch_size / train.rows
+    each, in_all = train.rows / train.batch_size, _epochs(train)
     return (
         f"{train.steps:,} steps of {train.batch_size:,} sequences: {_number(each)} an epoch, {_number(in_all)} epochs"
     )
