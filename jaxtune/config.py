@@ -95,7 +95,7 @@ class DataSection(SourceSection):
     max_length: Annotated[int, Field(gt=1)] = 1024  # tokens of one sequence or pack
     too_long: Literal["drop", "truncate", "error"] = "truncate"  # what happens to a conversation past max_length
     train_on_prompt: bool = False  # the loss on every token, not on the assistant's turns alone
-    packing: bool = True  # several conversations in one sequence, each seeing only itself
+    packing: bool | Literal["in_order"] = True  # several conversations in one sequence; in_order: as they come
     shuffle: bool = True  # anew in each epoch, by seed and epoch alone
     cache: str | None = None  # where tokens are kept; null: $JAXTUNE_CACHE/tokens, else ~/.cache/jaxtune/tokens
 

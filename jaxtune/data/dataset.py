@@ -27,6 +27,7 @@ from jaxtune.data.packing import Epoch, plan_epoch
 
 STREAM_VERSION = 1  # to be raised with any change of order or packing, so that an old run is not resumed on a new one
 NONE = range(0)  # no virtual tokens
+KEPT = 3  # plans of epochs in memory
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
@@ -77,7 +78,7 @@ class Dataset:
         steps: int | None = None,
         epochs: float = 1,
         seed: int = 0,
-        packing: bool = True,
+        packing: bool | str = True,
         shuffle: bool = True,
         virtual: range = NONE,
         sources: Sources | None = None,
@@ -89,7 +90,7 @@ class Dataset:
         self.examples, self.virtual, self.sources = examples, virtual, sources
         self.shape = (micro_batches, batch_size // micro_batches, time)
         self._order: dict[str, Any] = {"seed": seed, "packing": packing, "shuffle": shuffle}
-        self._epochs: list[Epoch] = []
+        self._epochs: dict[int, Epoch] = {}  # the last few that were asked for
         self._ends = [0]  # the stream's rows before each epoch, and in all
         self._lock = threading.Lock()
         self._limit = None if steps is not None else self._rows_of(epochs)  # rows of the stream; None: no end
@@ -101,12 +102,12 @@ class Dataset:
 
     @property
     def packing(self) -> bool:
-        return self._order["packing"]
+        return bool(self._order["packing"])
 
     @property
     def rows(self) -> int:
         """Rows of the first epoch: packs, or examples."""
-        return len(self._epoch(0))
+        return self._rows_before(1)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -169,26 +170,37 @@ class Dataset:
     def _stream(self, index: int) -> np.ndarray:
         """The examples in row `index` of the stream."""
         while self._ends[-1] <= index:
-            self._epoch(len(self._epochs))
+            self._rows_before(len(self._ends))
         epoch = bisect_right(self._ends, index) - 1
-        return self._epochs[epoch].row(index - self._ends[epoch])
+        return self._epoch(epoch).row(index - self._ends[epoch])
+
+    def _rows_before(self, epoch: int) -> int:
+        """The stream's rows before an epoch, counted from 0."""
+        while len(self._ends) <= epoch:
+            self._epoch(len(self._ends) - 1)
+        return self._ends[epoch]
 
     def _epoch(self, number: int) -> Epoch:
-        """Epoch `number`, counted from 0, planned when it is first asked for."""
+        """Epoch `number`, counted from 0. Few are kept: they are planned again when somebody goes back."""
         with self._lock:
-            while len(self._epochs) <= number:
-                epoch = len(self._epochs)
-                lengths: np.ndarray = self.examples.lengths + len(self.virtual)
-                mixed = self.sources.order(self._order["seed"], epoch, self._order["shuffle"]) if self.sources else None
-                self._epochs.append(plan_epoch(lengths, self.shape[-1], epoch=epoch, order=mixed, **self._order))
-                self._ends.append(self._ends[-1] + len(self._epochs[-1]))
+            if number not in self._epochs:
+                if len(self._epochs) == KEPT:
+                    del self._epochs[next(iter(self._epochs))]
+                self._epochs[number] = self._plan(number)
+                if number == len(self._ends) - 1:
+                    self._ends.append(self._ends[-1] + len(self._epochs[number]))
             return self._epochs[number]
+
+    def _plan(self, epoch: int) -> Epoch:
+        lengths: np.ndarray = self.examples.lengths + len(self.virtual)
+        mixed = self.sources.order(self._order["seed"], epoch, self._order["shuffle"]) if self.sources else None
+        return plan_epoch(lengths, self.shape[-1], epoch=epoch, order=mixed, **self._order)
 
     def _rows_of(self, epochs: float) -> int:
         """Rows of the stream in so many epochs; of a part of an epoch, that part of its rows, rounded up."""
         whole, part = int(epochs), epochs - int(epochs)
-        rows = sum(len(self._epoch(number)) for number in range(whole))
-        return rows + (math.ceil(part * len(self._epoch(whole)) - 1e-9) if part else 0)
+        rows = self._rows_before(whole)
+        return rows + (math.ceil(part * (self._rows_before(whole + 1) - rows) - 1e-9) if part else 0)
 
 
 def _packed(masks: Iterator[np.ndarray]) -> Iterator[bytes]:
