@@ -159,7 +159,7 @@ def _open(place: Path) -> Entry | None:
 def _read(place: Path) -> Entry:
     counts = read_json(place / COUNTS, CheckpointError)
     kinds = (TOKENS, counts["kind"]), (SUPERVISED, "?"), (STARTS, "<i8")
-    arrays = [np.memmap(place / name, kind, "r").view(np.ndarray) for name, kind in kinds]
+    arrays: list[np.ndarray] = [np.memmap(place / name, kind, "r").view(np.ndarray) for name, kind in kinds]
     rows = Rows(**{**counts["rows"], "unused": Counter(counts["rows"]["unused"])})
     return Entry(Examples(*arrays), rows, Lengths.of(counts["lengths"]), counts["notes"])
 

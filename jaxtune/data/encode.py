@@ -40,7 +40,8 @@ class Lengths:
     @classmethod
     def of(cls, told: dict[str, Any]) -> "Lengths":
         """Those that were written as JSON."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in told.items()})
+        values: dict[str, Any] = {name: tuple(it) if isinstance(it, list) else it for name, it in told.items()}
+        return cls(**values)
 
     @property
     def dropped(self) -> int:

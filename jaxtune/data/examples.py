@@ -1,5 +1,6 @@
 """Conversations as tokens: flat arrays in memory or mapped from files, and choices of them that copy nothing."""
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ BLOCK = 1 << 20  # tokens that are looked at together where all are looked at
 Pair = tuple[np.ndarray, np.ndarray]  # tokens, and which of them are supervised
 
 
-class _Many:
+class _Many(ABC):
     """What all kinds of examples can do, told by their `lengths` and their `runs`."""
 
     lengths: np.ndarray  # int64 [examples]
@@ -21,9 +22,9 @@ class _Many:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @abstractmethod
     def runs(self) -> Iterator[Pair]:
         """All tokens in order, in pieces of at most BLOCK."""
-        raise TypeError
 
     @cached_property
     def num_tokens(self) -> int:
@@ -99,7 +100,7 @@ class Chosen(_Many):
     def runs(self) -> Iterator[Pair]:
         """Neighbours that are neighbours in their part too come together."""
         parts = np.searchsorted(self.ends, self.indices, side="right")
-        breaks = np.flatnonzero((np.diff(self.indices) != 1) | (np.diff(parts) != 0)) + 1
+        breaks: np.ndarray = np.flatnonzero((np.diff(self.indices) != 1) | (np.diff(parts) != 0)) + 1
         edges = [0, *breaks.tolist(), len(self.indices)]
         for first, last in pairwise(edges):
             if last > first:

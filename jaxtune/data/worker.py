@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from dataclasses import asdict
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def hello(section: DataSection, tokenizer: Any, has_template: bool, virtual: int
     }
 
 
-def write_answer(file: BinaryIO, examples: Examples, counts: Lengths) -> None:
+def write_answer(file: IO[bytes], examples: Examples, counts: Lengths) -> None:
     """Of one list of rows."""
     head = {"counts": asdict(counts), "examples": len(examples), "tokens": len(examples.tokens)}
     file.write(json.dumps(head).encode() + b"\n")
@@ -43,7 +43,7 @@ def write_answer(file: BinaryIO, examples: Examples, counts: Lengths) -> None:
         file.write(array.astype(kind, copy=False).tobytes())
 
 
-def read_answer(head: dict[str, Any], file: BinaryIO) -> tuple[Examples, Lengths]:
+def read_answer(head: dict[str, Any], file: IO[bytes]) -> tuple[Examples, Lengths]:
     """What `write_answer` wrote after its `head`.
 
     Raises:
@@ -55,7 +55,7 @@ def read_answer(head: dict[str, Any], file: BinaryIO) -> tuple[Examples, Lengths
     return Examples(tokens, supervised, starts), Lengths.of(head["counts"])
 
 
-def _read(file: BinaryIO, kind: str, count: int) -> np.ndarray:
+def _read(file: IO[bytes], kind: str, count: int) -> np.ndarray:
     size = count * np.dtype(kind).itemsize
     found = file.read(size)
     if len(found) < size:
