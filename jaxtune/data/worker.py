@@ -21,6 +21,8 @@ from jaxtune.data.formats import Row
 from jaxtune.data.template import ChatTemplate, open_template
 from jaxtune.errors import UserError
 
+PATIENCE = 120.0  # seconds for a template's request: workers keep all cores busy, and a machine may have other work
+
 
 def hello(section: DataSection, tokenizer: Any, has_template: bool, virtual: int) -> dict[str, Any]:
     """What a worker needs to do as this process would."""
@@ -75,6 +77,7 @@ class _Worker:
         self._template: ChatTemplate | None = None
         if told["has_template"]:
             self._template = open_template(self._tokenizer, self._section.template)
+            self._template.seconds = PATIENCE
         self._virtual = told["virtual"]
 
     def encode(self, rows: list[dict[str, Any]]) -> tuple[Examples, Lengths]:
