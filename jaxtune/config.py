@@ -3,7 +3,6 @@
 Each section's docstring and field comments are the reference; `docs/config.md` is made from nothing else.
 """
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_va
 
 from jaxtune.errors import ConfigError, listing, nearest
 from jaxtune.section import Fraction, NonNegative, Positive, Section, TuneSection
+from jaxtune.yaml_text import parse_yaml
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -84,6 +84,7 @@ class MixedSource(SourceSection):
 
     path: str | list[str]  # .json or .jsonl, or several
     name: str | None = None  # in reports and metrics; absent: its path
+    weight: Annotated[float, Field(gt=0)] | None = None  # share beside the others'; none: each example once an epoch
 
 
 class DataSection(SourceSection):
@@ -94,13 +95,28 @@ class DataSection(SourceSection):
     max_length: Annotated[int, Field(gt=1)] = 1024  # tokens of one sequence or pack
     too_long: Literal["drop", "truncate", "error"] = "truncate"  # what happens to a conversation past max_length
     train_on_prompt: bool = False  # the loss on every token, not on the assistant's turns alone
-    packing: bool = True  # several conversations in one sequence, each seeing only itself
+    packing: bool | Literal["in_order"] = True  # several conversations in one sequence; in_order: as they come
     shuffle: bool = True  # anew in each epoch, by seed and epoch alone
+    cache: str | None = None  # where tokens are kept; null: $JAXTUNE_CACHE/tokens, else ~/.cache/jaxtune/tokens
 
     @property
     def parts(self) -> list[SourceSection]:
         """The sources; of one alone, this section itself."""
         return [*self.sources] or [self]
+
+    @model_validator(mode="after")
+    def _all_weights_or_none(self):
+        without = [part.name or listing(part.paths, 2) for part in self.sources if part.weight is None]
+        if without and len(without) < len(self.sources):
+            raise ValueError(
+                f"sources: some have a weight and some have none ({listing(without)}); give all of them one"
+            )
+        if len(self.sources) == 1 and not without:
+            raise ValueError("sources: a weight is a share beside others', and would do nothing with one source")
+        names = [part.name for part in self.sources if part.name is not None]
+        if len(set(names)) < len(names):
+            raise ValueError(f"sources: a name stands twice ({listing(names)})")
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_name_files(self):
@@ -335,44 +351,6 @@ class Config(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
     log: LogSection = LogSection()
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases (their expansion has no bound) and without silent duplicate keys."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.YAMLError(f"line {mark.line + 1}: aliases are not allowed")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: key {key!r} is not a string")
-            if key in seen:
-                raise yaml.YAMLError(f'line {key_node.start_mark.line + 1}: key "{key}" stands twice')
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 reads 1e-4 as a string; everybody writes it and means a number.
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The YAML document in `text`; `where` names it in errors."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -5,11 +5,21 @@ It writes to stdout. A command whose stdout is its answer (generated text, say) 
 """
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.text import Text
 
 # A notebook's stdout calls itself a terminal, and shows what moves a terminal's cursor as it is: plain lines there,
 # which a reader can copy and a test can compare.
@@ -66,3 +76,40 @@ def loading_bar(text: str) -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(text, total=None)
         yield lambda what, done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def rate_bar(text: str, what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Gives (how many are done) -> None: a bar with their rate and the time left, or two lines without a terminal.
+
+    what: the name of what is counted, such as rows; total: None where it is not known.
+    """
+    if not console.is_terminal:
+        stage(text)
+        started, done = time.monotonic(), 0
+
+        def count(now: int) -> None:
+            nonlocal done
+            done = now
+
+        yield count
+        seconds = time.monotonic() - started
+        say(f"{done:,} {what} in {seconds:.1f} s, {done / max(seconds, 1e-9):,.0f} a second")
+        return
+    rate = _RateColumn(what)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), rate, TimeRemainingColumn(), console=console
+    ) as progress:
+        task = progress.add_task(text, total=total)
+        yield lambda now: progress.update(task, completed=now)
+
+
+class _RateColumn(TextColumn):
+    """`120,000 rows  9,800 rows/s`."""
+
+    def __init__(self, what: str):
+        super().__init__("")
+        self._what = what
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.completed:,.0f} {self._what}  {task.speed or 0:,.0f} {self._what}/s")

@@ -37,6 +37,7 @@ RULES = {
     "data.train_on_prompt": REFUSE,
     "data.packing": REFUSE,
     "data.shuffle": REFUSE,
+    "data.cache": ALLOW,
     "train.output_dir": ALLOW,  # the directory was moved
     "train.steps": LOG,  # the batch of a step stays; the schedule stretches
     "train.epochs": LOG,

@@ -183,6 +183,7 @@ def record(outcome: Outcome, recorder: Recorder | Silent, config: Config) -> Non
             tokens=batch.num_tokens,
             supervised_tokens=batch.num_supervised,
             batch_sha256=batch.sha256(),
+            source_examples=batch.sources,
         )
     if bad:
         warn(f"step {outcome.step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}: not applied")

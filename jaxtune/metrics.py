@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,12 @@ class Recorder:
         batch_sha256: str,
         bad_steps: int = 0,
         loss_scale: float | None = None,
+        source_examples: dict[str, int] | None = None,
     ) -> None:
         """Record a step. tokens and supervised_tokens: of its batch, padding not counted, all devices together;
         bad_steps: how many steps of the run were skipped so far, for a loss or gradient that was not finite;
-        loss_scale: of float16, the next step's.
+        loss_scale: of float16, the next step's; source_examples: of several sources of data, how many of the batch's
+        examples are of each; a line tells how many the run has had.
 
         Raises:
             SaveError: the ledger cannot be written; without it nobody could tell what the run did.
@@ -83,8 +86,9 @@ class Recorder:
         values = {"loss": float(loss), "grad_norm": float(grad_norm)}
         counts = {"tokens": int(tokens), "supervised_tokens": int(supervised_tokens)}
         exact = {name: value.hex() for name, value in values.items()}
-        self._write_ledger({"step": step, "batch_sha256": batch_sha256, **exact, **counts})
-        self._counts.add(**counts)
+        sources = {"source_examples": source_examples} if source_examples else {}
+        self._write_ledger({"step": step, "batch_sha256": batch_sha256, **exact, **counts, **sources})
+        self._counts.add(**counts, sources=source_examples or {})
         self._latest = {"step": step, **values, "lr": float(lr), "bad_steps": int(bad_steps)}
         self._latest |= {} if loss_scale is None else {"loss_scale": float(loss_scale)}
         if step % self._every == 0 or step == self._total_steps:
@@ -176,6 +180,9 @@ class _Counts:
         logged = rows[-1]["step"] if rows else 0
         pending = [row for row in ledger if row["step"] > logged]
         self._total = sum(row["tokens"] for row in ledger)
+        self._sources: Counter[str] = Counter()
+        for row in ledger:
+            self._sources.update(row.get("source_examples", {}))
         self._tokens = sum(row["tokens"] for row in pending)
         self._supervised = sum(row["supervised_tokens"] for row in pending)
         self._steps = 0
@@ -186,8 +193,9 @@ class _Counts:
         self._timed = 0  # tokens of this process since the last line: the rate's
         self._line_rate = 0.0
 
-    def add(self, tokens: int, supervised_tokens: int) -> None:
+    def add(self, tokens: int, supervised_tokens: int, sources: dict[str, int]) -> None:
         self._latest = time.monotonic()
+        self._sources.update(sources)
         self._steps += 1
         self._total += tokens
         self._tokens += tokens
@@ -213,12 +221,14 @@ class _Counts:
     def take(self) -> Row:
         """What a line says of the steps since the last one; the next line starts from here."""
         self._line_rate = self._rate()
-        row = {
+        row: Row = {
             "tokens": self._tokens,
             "supervised_tokens": self._supervised,
             "total_tokens": self._total,
             "tokens_per_second": self._line_rate,
         }
+        if self._sources:
+            row["source_examples"] = dict(self._sources)
         self._tokens = self._supervised = self._timed = 0
         self._since = self._latest
         return row

@@ -127,10 +127,11 @@ class TensorBoard:
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 
-        for name, tag in self.TAGS.items():
-            if fields.get(name) is not None:
-                summary = scalar(tag, fields[name])
-                self._writer.write_event(Event(wall_time=time.time(), step=self._step, summary=summary))
+        values = {tag: fields[name] for name, tag in self.TAGS.items() if fields.get(name) is not None}
+        values |= {f"sources/{name}": count for name, count in fields.get("source_examples", {}).items()}
+        for tag, value in values.items():
+            event = Event(wall_time=time.time(), step=self._step, summary=scalar(tag, value))
+            self._writer.write_event(event)
         self._writer.flush()
 
     def close(self) -> None:

@@ -4,10 +4,13 @@ There are eight fake CPU devices in every test process; arrays lie on the first 
 A process of its own, with `run_cli` or `run_python`, has as many as the test asks for: one by default.
 """
 
+import atexit
 import gc
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from importlib.metadata import requires, version
 from pathlib import Path
@@ -28,6 +31,9 @@ FLAGS = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILER} --xla_backen
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "JAXTUNE_CACHE" not in os.environ:
+    os.environ["JAXTUNE_CACHE"] = tempfile.mkdtemp(prefix="jaxtune-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAXTUNE_CACHE"], ignore_errors=True)
 if "PYTEST_XDIST_WORKER" in os.environ:
     # torch would start a thread for each core in each worker.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -333,6 +333,14 @@ def test_tensorboard_gets_the_lines_and_the_evaluations(tmp_path):
     }
 
 
+def test_tensorboard_gets_the_examples_of_each_source(tmp_path):
+    with recorder(tmp_path, every=1, tensorboard=True) as run:
+        record(run, 1, source_examples={"a b": 3, "c": 0})
+        record(run, 2, source_examples={"a b": 2, "c": 4})
+    found = [event for event in events(tmp_path / "tensorboard") if "sources/" in str(event[1])]
+    assert found == [(1, "sources/a_b", 3), (1, "sources/c", 0), (2, "sources/a_b", 5), (2, "sources/c", 4)]
+
+
 def test_tensorboard_is_told_where_a_resumed_run_starts(tmp_path):
     run_until(tmp_path, 4, tensorboard=True)
     os.rename(tmp_path / "tensorboard", tmp_path / "first")

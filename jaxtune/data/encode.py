@@ -1,64 +1,26 @@
 """Rows to tokens: templates applied, tokenised in batches, cut to length, counted.
 
-The result is three flat arrays, whatever the number of rows.
+A chunk of rows is the unit of work, in whatever process; tokenise.py has them done one after another.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import islice
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxtune.config import DataSection
 from jaxtune.data.chat import shared_starts, special_tokens, supervised_spans, token_mask
+from jaxtune.data.examples import Chosen, Examples, concatenate, join
 from jaxtune.data.formats import Row
 from jaxtune.data.template import ChatTemplate
 from jaxtune.errors import DataError
 
-_CHUNK = 512  # rows that the tokenizer gets at once
+__all__ = ["Chosen", "Examples", "Lengths", "check", "chunked", "concatenate", "encode", "encode_chunk", "join", "some"]
+
+CHUNK, CHARACTERS = 512, 1 << 22  # rows that are tokenised together, and characters of them from which on fewer are
 _CHARACTERS = 64  # of a text, for each token of max_length; what lies beyond is not tokenised
 _MARGIN = 64  # tokens near the cut, which may not be those of the whole text
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Conversations as tokens, end to end. The first token of each is never supervised: nothing comes before it."""
-
-    tokens: np.ndarray  # int32 [all tokens]
-    supervised: np.ndarray  # bool [all tokens]
-    starts: np.ndarray  # int64 [examples + 1]
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """int64 [examples]"""
-        return np.diff(self.starts)
-
-    def take(self, indices: np.ndarray) -> "Examples":
-        """Only these examples, in this order."""
-        parts = [slice(self.starts[i], self.starts[i + 1]) for i in indices]
-        return join([(self.tokens[part], self.supervised[part]) for part in parts])
-
-
-def join(parts: list[tuple[np.ndarray, np.ndarray]]) -> Examples:
-    """Examples out of the (tokens, supervised) of each."""
-    starts = np.concatenate(([0], np.cumsum([len(tokens) for tokens, _ in parts], dtype=np.int64)))
-    tokens = np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _ in parts)])
-    return Examples(tokens, np.concatenate([np.zeros(0, bool), *(mask for _, mask in parts)]), starts.astype(np.int64))
-
-
-def concatenate(parts: list[Examples]) -> Examples:
-    """The examples of all parts, one part after another."""
-    if len(parts) == 1:
-        return parts[0]
-    before = np.cumsum([0, *(len(part.tokens) for part in parts)])
-    starts = np.concatenate([[0], *(part.starts[1:] + base for part, base in zip(parts, before))])
-    tokens, supervised = (np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "supervised"))
-    return Examples(tokens, supervised, starts.astype(np.int64))
 
 
 @dataclass
@@ -66,19 +28,52 @@ class Lengths:
     """What became of the rows. Those that are not dropped are the examples."""
 
     rows: int = 0
-    too_long: list[tuple[int, str]] = field(default_factory=list)  # (tokens, file:line), whatever was done with them
+    too_long: int = 0  # whatever was done with them
+    first_long: tuple[int, str] | None = None  # (tokens, file:line)
+    longest: tuple[int, str] | None = None
     dropped_long: int = 0  # longer than max_length
     dropped_cut: int = 0  # truncated until nothing supervised was left
     dropped_silent: int = 0  # without a supervised token from the start
     truncated: int = 0  # and kept
     shared_starts: int = 0  # assistant turns whose first token is also the prompt's last
 
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> "Lengths":
+        """Those that were written as JSON."""
+        values: dict[str, Any] = {name: tuple(it) if isinstance(it, list) else it for name, it in told.items()}
+        return cls(**values)
+
     @property
     def dropped(self) -> int:
         return self.dropped_long + self.dropped_cut + self.dropped_silent
 
+    def add_long(self, length: int, where: str) -> None:
+        """Count a row that is too long."""
+        self.add(Lengths(too_long=1, first_long=(length, where), longest=(length, where)))
+
+    def add(self, later: "Lengths") -> None:
+        """Count what became of the rows that follow."""
+        for name in (item.name for item in fields(self) if item.type is int):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        self.first_long = self.first_long or later.first_long
+        if later.longest and (self.longest is None or later.longest[0] > self.longest[0]):
+            self.longest = later.longest
+
 
 def encode(
+    rows: list[Row], section: DataSection, tokenizer: Any, template: ChatTemplate | None, virtual: int = 0
+) -> tuple[Examples, Lengths]:
+    """Few rows, all at once: `encode_chunk` of each chunk, and `check`."""
+    counts, parts = Lengths(), []
+    for chunk in chunked(iter(rows)):
+        examples, lengths = encode_chunk(chunk, section, tokenizer, template, virtual)
+        counts.add(lengths)
+        parts += [examples.read(index) for index in range(len(examples))]
+    check(counts, section, virtual)
+    return join(parts), counts
+
+
+def encode_chunk(
     rows: list[Row], section: DataSection, tokenizer: Any, template: ChatTemplate | None, virtual: int = 0
 ) -> tuple[Examples, Lengths]:
     """The rows as tokens, at most section.max_length each, less the `virtual` tokens that will stand before them.
@@ -87,7 +82,7 @@ def encode(
     token, if it adds one), end with its eos token, and are supervised throughout.
 
     Raises:
-        DataError: a template fails, a row is too long under too_long: error, or no token at all is supervised.
+        DataError: a template fails.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise DataError("the tokenizer gives no character offsets; a fast one (with a tokenizer.json) is needed")
@@ -99,8 +94,22 @@ def encode(
         kept = _fit(example, section, section.max_length - virtual, row.where, counts)
         if kept is not None:
             parts.append(kept)
-    _check(counts, section, virtual, bool(parts))
     return join(parts), counts
+
+
+def chunked(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Lists of CHUNK rows, or of fewer that are long."""
+    while chunk := some(rows, CHUNK, CHARACTERS):
+        yield chunk
+
+
+def some(rows: Iterator[Row], count: int, characters: int) -> list[Row]:
+    """The next `count` rows, or fewer of at least so many characters."""
+    found: list[Row] = []
+    while len(found) < count and characters > 0 and (row := next(rows, None)) is not None:
+        found.append(row)
+        characters -= len(row.text or "") + sum(len(message["content"] or "") for message in row.messages or ())
+    return found
 
 
 class _Example(NamedTuple):
@@ -112,33 +121,32 @@ class _Example(NamedTuple):
 def _texts(rows: list[Row], section: DataSection, tokenizer: Any) -> Iterator[_Example]:
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no eos token, with which each text of data.format: text ends")
-    for chunk in _chunked(iter(rows)):
-        for ids, _, whole in _tokenise(tokenizer, [row.text or "" for row in chunk], section.max_length):
-            if ids[-1:] != [tokenizer.eos_token_id]:
-                ids.append(tokenizer.eos_token_id)
-            mask: np.ndarray = np.ones(len(ids), bool)
-            mask[0] = False
-            yield _Example(np.asarray(ids, np.int32), mask, whole)
+    for ids, _, whole in _tokenise(tokenizer, [row.text or "" for row in rows], section.max_length):
+        if ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
+        mask: np.ndarray = np.ones(len(ids), bool)
+        mask[0] = False
+        yield _Example(np.asarray(ids, np.int32), mask, whole)
 
 
 def _chats(
     rows: list[Row], section: DataSection, tokenizer: Any, template: ChatTemplate, counts: Lengths
 ) -> Iterator[_Example]:
     special = special_tokens(tokenizer)
-    answers = template.render(((row.where, row.messages or []) for row in rows), marks=not section.train_on_prompt)
-    for chunk in _chunked(zip(rows, answers)):
-        texts = [answer["text"] for _, answer in chunk]
-        batch = _tokenise(tokenizer, texts, section.max_length, add_special_tokens=False)
-        for (row, answer), (ids, offsets, whole) in zip(chunk, batch, strict=True):
-            if section.train_on_prompt:
-                spans = [(0, len(answer["text"]))]
-            else:
-                spans = supervised_spans(row.where, row.messages, answer, special)
-            characters = np.asarray(offsets, np.int64).reshape(-1, 2)
-            counts.shared_starts += shared_starts(characters, spans)
-            mask = token_mask(characters, spans)
-            mask[:1] = False
-            yield _Example(np.asarray(ids, np.int32), mask, whole)
+    conversations = ((row.where, row.messages or []) for row in rows)
+    answers = list(template.render(conversations, marks=not section.train_on_prompt))
+    texts = [answer["text"] for answer in answers]
+    batch = _tokenise(tokenizer, texts, section.max_length, add_special_tokens=False)
+    for row, answer, (ids, offsets, whole) in zip(rows, answers, batch, strict=True):
+        if section.train_on_prompt:
+            spans = [(0, len(answer["text"]))]
+        else:
+            spans = supervised_spans(row.where, row.messages or [], answer, special)
+        characters = np.asarray(offsets, np.int64).reshape(-1, 2)
+        counts.shared_starts += shared_starts(characters, spans)
+        mask = token_mask(characters, spans)
+        mask[:1] = False
+        yield _Example(np.asarray(ids, np.int32), mask, whole)
 
 
 def _tokenise(
@@ -161,11 +169,6 @@ def _tokenise(
         yield ids, offsets, whole
 
 
-def _chunked(items: Iterator[Any]) -> Iterator[list[Any]]:
-    while chunk := list(islice(items, _CHUNK)):
-        yield chunk
-
-
 def _fit(
     example: _Example, section: DataSection, room: int, where: str, counts: Lengths
 ) -> tuple[np.ndarray, np.ndarray] | None:
@@ -176,7 +179,7 @@ def _fit(
         return None
     if len(tokens) <= room:
         return tokens, mask
-    counts.too_long.append((len(tokens), f"{where}{'' if whole else ', at least'}"))
+    counts.add_long(len(tokens), f"{where}{'' if whole else ', at least'}")
     tokens, mask = tokens[:room].copy(), mask[:room].copy()
     if section.too_long != "truncate":
         counts.dropped_long += 1
@@ -188,16 +191,21 @@ def _fit(
     return None
 
 
-def _check(counts: Lengths, section: DataSection, virtual: int, any_left: bool) -> None:
+def check(counts: Lengths, section: DataSection, virtual: int) -> None:
+    """Whether what became of all rows of a source is what the user can want.
+
+    Raises:
+        DataError: rows are too long under too_long: error, or no token at all is supervised.
+    """
     limit = f"data.max_length {section.max_length}" + (f" less {virtual} virtual tokens" if virtual else "")
-    if counts.too_long and section.too_long == "error":
-        length, where = max(counts.too_long, key=lambda item: item[0])
+    if counts.first_long and counts.longest and section.too_long == "error":
+        (first, where), (longest, there) = counts.first_long, counts.longest
         raise DataError(
-            f"{len(counts.too_long)} of {counts.rows} rows are longer than {limit}, "
-            f"the first {counts.too_long[0][1]}: {counts.too_long[0][0]} tokens, the longest {where}: {length}; "
+            f"{counts.too_long} of {counts.rows} rows are longer than {limit}, "
+            f"the first {where}: {first} tokens, the longest {there}: {longest}; "
             "raise data.max_length, or set data.too_long to truncate or drop"
         )
-    if not any_left:
+    if counts.dropped == counts.rows:
         raise DataError(
             f"no supervised token in {counts.rows} rows: {counts.dropped_silent} have no assistant turn, "
             f"{counts.dropped_long} are longer than {limit}, "

@@ -4,7 +4,7 @@ Templates and tokens come later, in chat.py.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,26 +38,33 @@ class Rows:
 
 
 def read_rows(section: SourceSection, key: str = "data.path") -> Rows:
-    """Every row of a source's files, in order. `key` names the setting that lists them.
+    """Every row of a source's files, in order, all at once; see `stream_rows`."""
+    result = Rows()
+    result.rows.extend(stream_rows(section, result, key))
+    return result
+
+
+def stream_rows(section: SourceSection, seen: Rows, key: str = "data.path") -> Iterator[Row]:
+    """Every row of a source's files, in order, as they are read. `key` names the setting that lists them.
+
+    seen: takes what is seen on the way, but not the rows.
 
     Raises:
         DataError: a file, line, column or role is wrong; the message names file, line and column.
     """
     if not section.paths:
         raise DataError(f"{key}: an empty list; give at least one file")
-    result = Rows()
-    seen: set[str] = set()
+    columns: set[str] = set()
     read = _READERS[section.format]
     for path in section.paths:
         for where, value in read_records(path):
-            record = _Record(where, value, section.columns, result.unused)
+            record = _Record(where, value, section.columns, seen.unused)
             row = read(record)
             record.count_unused(section.format)
-            seen.update(value)
-            result.rows.append(_with_system(row, section.system))
-            result.empty_answers += sum(m["role"] == "assistant" and not m["content"] for m in row.messages or ())
-    _check_optional(section, seen, key)
-    return result
+            columns.update(value)
+            seen.empty_answers += sum(m["role"] == "assistant" and not m["content"] for m in row.messages or ())
+            yield _with_system(row, section.system)
+    _check_optional(section, columns, key)
 
 
 @dataclass

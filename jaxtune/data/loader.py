@@ -1,199 +1,39 @@
-"""From a configuration to batches: the training and the held-out data set, each batch a pure function of its step.
+"""From a configuration to the data of a run: the training and the held-out data set."""
 
-The stream of a data set is its epochs' rows, one epoch after another; step s trains on rows (s-1)*B up to s*B of it,
-B being train.batch_size. So neither devices nor processes nor where a run was interrupted have a say in the order,
-and the state of the data is the step. All batches of a run have one shape, [micro_batches, rows, time].
-
-A tuning method may have virtual tokens, ids past the vocabulary: they are put before every example as it is written
-into a row, take their room there, and are counted nowhere.
-"""
-
-import hashlib
-import json
-import math
-import threading
-from bisect import bisect_right
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
-import grain
 import numpy as np
 
 from jaxtune.config import DataSection, EvalSection, SourceSection, TrainSection
-from jaxtune.data.chat import special_tokens
-from jaxtune.data.encode import Examples, Lengths, concatenate, encode
-from jaxtune.data.formats import Row, Rows, read_rows
-from jaxtune.data.packing import Epoch, plan_epoch, shuffled
-from jaxtune.data.template import ChatTemplate, open_template
-from jaxtune.errors import ConfigError, DataError
+from jaxtune.data.cache import cached
+from jaxtune.data.dataset import NONE, Batch, Dataset
+from jaxtune.data.encode import Lengths
+from jaxtune.data.examples import Chosen, Examples, concatenate
+from jaxtune.data.formats import Rows
+from jaxtune.data.mixing import Sources
+from jaxtune.data.packing import shuffled
+from jaxtune.data.template import open_template
+from jaxtune.data.tokenise import Tokenising
+from jaxtune.errors import ConfigError, DataError, listing
 
-STREAM_VERSION = 1  # to be raised with any change of order or packing, so that an old run is not resumed on a new one
+__all__ = ["Batch", "Data", "Dataset", "Part", "build_data"]
+
 TIME_MULTIPLE = 64  # unpacked rows are padded to one
-NONE = range(0)  # no virtual tokens
 LEAST = 2  # tokens of a conversation: one to be asked with, one to learn
-_READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one step trains on. Every array is [micro_batches, rows, time]."""
-
-    tokens: np.ndarray  # int32; 0 where there is padding
-    targets: np.ndarray  # int32, the token that follows; 0 where it is not supervised
-    mask: np.ndarray  # bool, where the target is supervised
-    positions: np.ndarray  # int32, from 0 in each document
-    segments: np.ndarray  # int32, 1, 2, ... for the documents of a row; 0: padding
-    virtual: int = field(default=0, kw_only=True)  # how many of its tokens are virtual
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays by name."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "virtual"}
-
-    def sha256(self) -> str:
-        """Of the contents; the same for every split into micro-batches."""
-        digest = hashlib.sha256()
-        for name, array in self.arrays().items():
-            little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-            digest.update(f"{name} {array.shape[-1]} ".encode() + np.ascontiguousarray(little).tobytes())
-        return digest.hexdigest()
-
-    @cached_property
-    def num_tokens(self) -> int:
-        """Real tokens: neither padding nor virtual ones are counted."""
-        return int(np.count_nonzero(self.segments)) - self.virtual
-
-    @cached_property
-    def num_supervised(self) -> int:
-        return int(np.count_nonzero(self.mask))
-
-
-class Dataset:
-    """Batches 1..steps of some examples."""
-
-    def __init__(
-        self,
-        examples: Examples,
-        *,
-        time: int,
-        batch_size: int,
-        micro_batches: int = 1,
-        steps: int | None = None,
-        epochs: float = 1,
-        seed: int = 0,
-        packing: bool = True,
-        shuffle: bool = True,
-        virtual: range = NONE,
-    ):
-        """time: tokens of a row, no example is longer; steps: wins over epochs, which may be a fraction.
-
-        virtual: ids that are put before every example, and take of `time`.
-        """
-        self.examples, self.virtual = examples, virtual
-        self.shape = (micro_batches, batch_size // micro_batches, time)
-        self._order: dict[str, Any] = {"seed": seed, "packing": packing, "shuffle": shuffle}
-        self._epochs: list[Epoch] = []
-        self._ends = [0]  # the stream's rows before each epoch, and in all
-        self._lock = threading.Lock()
-        self._limit = None if steps is not None else self._rows_of(epochs)  # rows of the stream; None: no end
-        self.steps: int = steps if steps is not None else -(-self._rows_of(epochs) // batch_size)
-
-    @property
-    def batch_size(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def packing(self) -> bool:
-        return self._order["packing"]
-
-    @property
-    def rows(self) -> int:
-        """Rows of the first epoch: packs, or examples."""
-        return len(self._epoch(0))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of all that determines the stream: the examples, their order and the batches' size."""
-        settings = {**self._order, "time": self.shape[-1], "batch_size": self.batch_size, "version": STREAM_VERSION}
-        if self.virtual:
-            settings["virtual"] = [self.virtual.start, self.virtual.stop]
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for array, kind in ((self.examples.starts, "<i8"), (self.examples.tokens, "<i4")):
-            digest.update(array.astype(kind, copy=False).tobytes())
-        digest.update(np.packbits(self.examples.supervised).tobytes())
-        return digest.hexdigest()
-
-    def batch(self, step: int, rows: Container[int] | None = None) -> Batch:
-        """The batch of `step`, counted from 1. The last one is filled up with empty rows.
-
-        rows: those to make, counted through all micro-batches; the others are left empty. None: all.
-        """
-        if not 1 <= step <= self.steps:
-            raise IndexError(f"step {step} of {self.steps}")
-        size, time = self.batch_size, self.shape[-1]
-        batch, virtual = Batch(*(np.zeros((size, time), kind) for kind in ("i4", "i4", "?", "i4", "i4"))), 0
-        for row, index in enumerate(range((step - 1) * size, step * size)):
-            if (rows is None or row in rows) and (self._limit is None or index < self._limit):
-                members = self._stream(index)
-                self._fill(batch, row, members)
-                virtual += len(self.virtual) * len(members)
-        return Batch(*(array.reshape(self.shape) for array in batch.arrays().values()), virtual=virtual)
-
-    def batches(self, first_step: int = 1, rows: Container[int] | None = None) -> Iterator[Batch]:
-        """The batches from `first_step` to the last, made ahead of time by a thread; `rows` as `batch` has it."""
-        if first_step > self.steps:
-            return iter(())
-        steps = grain.MapDataset.range(first_step, self.steps + 1)
-        return iter(steps.map(lambda step: self.batch(int(step), rows)).to_iter_dataset(_READ))
-
-    def _fill(self, batch: Batch, row: int, members: np.ndarray) -> None:
-        """Write the examples `members` one after another into a row."""
-        at, before = 0, np.array(self.virtual, np.int32)
-        for segment, example in enumerate(members, 1):
-            part = slice(self.examples.starts[example], self.examples.starts[example + 1])
-            tokens = np.concatenate([before, self.examples.tokens[part]])
-            mask = np.concatenate([np.zeros(len(before), bool), self.examples.supervised[part]])
-            here, targets = slice(at, at + len(tokens)), slice(at, at + len(tokens) - 1)
-            batch.tokens[row, here] = tokens
-            batch.targets[row, targets] = np.where(mask[1:], tokens[1:], 0)
-            batch.mask[row, targets] = mask[1:]
-            batch.positions[row, here] = np.arange(len(tokens))
-            batch.segments[row, here] = segment
-            at += len(tokens)
-
-    def _stream(self, index: int) -> np.ndarray:
-        """The examples in row `index` of the stream."""
-        while self._ends[-1] <= index:
-            self._epoch(len(self._epochs))
-        epoch = bisect_right(self._ends, index) - 1
-        return self._epochs[epoch].row(index - self._ends[epoch])
-
-    def _epoch(self, number: int) -> Epoch:
-        """Epoch `number`, counted from 0, planned when it is first asked for."""
-        with self._lock:
-            while len(self._epochs) <= number:
-                time = self.shape[-1]
-                lengths: np.ndarray = self.examples.lengths + len(self.virtual)
-                self._epochs.append(plan_epoch(lengths, time, epoch=len(self._epochs), **self._order))
-                self._ends.append(self._ends[-1] + len(self._epochs[-1]))
-            return self._epochs[number]
-
-    def _rows_of(self, epochs: float) -> int:
-        """Rows of the stream in so many epochs; of a part of an epoch, that part of its rows, rounded up."""
-        whole, part = int(epochs), epochs - int(epochs)
-        rows = sum(len(self._epoch(number)) for number in range(whole))
-        return rows + (math.ceil(part * len(self._epoch(whole)) - 1e-9) if part else 0)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is known of the files of one source before they are made into batches."""
+    """The tokens of one source, and what was seen when they were made."""
 
     section: SourceSection
-    rows: Rows
-    lengths: Lengths = field(default_factory=Lengths)
+    examples: Examples
+    rows: Rows  # without the rows
+    lengths: Lengths
+    notes: list[str] = field(default_factory=list)
     held_out: bool = False
 
 
@@ -216,7 +56,7 @@ class Data:
     @property
     def largest_token(self) -> int:
         """The largest token id in the data, virtual ones aside."""
-        return max(int(part.examples.tokens.max()) for part in (self.train, self.eval) if part is not None)
+        return max(part.examples.largest_token for part in (self.train, self.eval) if part is not None)
 
     def report(self, console: Any) -> None:
         """Print what the data is, and one example with its supervised tokens marked, on a rich console."""
@@ -247,11 +87,11 @@ def build_data(
             f"train.batch_size {train.batch_size} does not split into train.micro_batches {train.micro_batches}; "
             "it must be a multiple"
         )
-    parts = _read(section, eval_section)
-    encoded, notes = _encode(parts, section, tokenizer, len(virtual))
-    sources = [replace(part, lengths=lengths) for part, (_, lengths) in zip(parts, encoded, strict=True)]
-    examples = concatenate([found for part, (found, _) in zip(parts, encoded) if not part.held_out])
-    held = next((found for part, (found, _) in zip(parts, encoded) if part.held_out), None)
+    parts = list(_parts(section, eval_section, tokenizer, len(virtual)))
+    notes = list(dict.fromkeys(note for part in parts if not part.held_out for note in part.notes))
+    examples = concatenate([part.examples for part in parts if not part.held_out])
+    held: Examples | Chosen | None = next((part.examples for part in parts if part.held_out), None)
+    ends = np.cumsum([len(part.examples) for part in parts if not part.held_out])
     if eval_section.fraction:
         examples, held = _hold_out(examples, eval_section.fraction, train.seed)
     time = _row_length([examples, held] if held is not None else [examples], section, len(virtual))
@@ -263,67 +103,55 @@ def build_data(
         "packing": section.packing,
         "virtual": virtual,
     }
-    training = Dataset(examples, shuffle=section.shuffle, steps=train.steps, epochs=train.epochs, **shape)
+    sources = _sources(section, examples, ends)
+    training = Dataset(
+        examples, sources=sources, shuffle=section.shuffle, steps=train.steps, epochs=train.epochs, **shape
+    )
     evaluation = Dataset(held, shuffle=False, **shape) if held is not None else None
-    return Data(training, evaluation, sources, section, tokenizer, notes)
+    return Data(training, evaluation, parts, section, tokenizer, notes)
 
 
-def _read(section: DataSection, eval_section: EvalSection) -> list[Part]:
-    """The rows of every source, and of eval.path, which is read as data.path is."""
-    parts = []
-    for number, source in enumerate(section.parts):
-        key = f"data.sources.{number}.path" if section.sources else "data.path"
-        parts.append(Part(source, read_rows(source, key)))
-    if eval_section.path is not None:
-        held = section.parts[0].model_copy(update={"path": eval_section.path})
-        parts.append(Part(held, read_rows(held, "eval.path"), held_out=True))
-    return parts
-
-
-def _encode(
-    parts: list[Part], section: DataSection, tokenizer: Any, virtual: int
-) -> tuple[list[tuple[Examples, Lengths]], list[str]]:
-    """Each part's examples, and notes on the template."""
+def _parts(section: DataSection, eval_section: EvalSection, tokenizer: Any, virtual: int) -> Iterator[Part]:
+    """Every source, and eval.path, which is read as data.path is."""
+    held = [] if eval_section.path is None else [section.parts[0].model_copy(update={"path": eval_section.path})]
+    keys = [f"data.sources.{number}.path" if section.sources else "data.path" for number in range(len(section.parts))]
     with ExitStack() as stack:
-        talks = [part for part in parts if part.section.format != "text"]
+        talks = any(source.format != "text" for source in section.parts)
         template = stack.enter_context(open_template(tokenizer, section.template)) if talks else None
-        encoded = [
-            encode(part.rows.rows, section, tokenizer, template if part in talks else None, virtual) for part in parts
-        ]
-        if template is None or section.train_on_prompt:
-            return encoded, []
-        rows = (row for part in talks if not part.held_out for row in part.rows.rows)
-        spoken = next((row for row in rows if any(m["role"] == "assistant" for m in row.messages or ())), None)
-        return encoded, _template_notes(template, tokenizer, spoken)
+        for key, source in zip([*keys, "eval.path"], [*section.parts, *held]):
+            own = template if source.format != "text" else None
+            found = cached(Tokenising(source, key, section, tokenizer, own, virtual), section.cache)
+            yield Part(source, found.examples, found.rows, found.lengths, found.notes, key == "eval.path")
 
 
-def _template_notes(template: ChatTemplate, tokenizer: Any, spoken: Row | None) -> list[str]:
-    """Surprises that a template holds. spoken: a row in which the assistant speaks."""
-    notes = []
-    if "strftime_now" in template.source:
-        notes.append("The template may write today's date; here it is always 26 July 2024, so that a run can resume.")
-    if template.has_marks and spoken:
-        answer = next(template.render([(spoken.where, spoken.messages or [])]))
-        ends = [special_tokens(tokenizer).match(answer["text"], end) for _, end in answer["marks"]]
-        if ends and ends[0]:
-            notes.append(
-                f"The template's {{% generation %}} blocks leave out the {ends[0].group()} that follows them: "
-                "the model will not learn to end its turn."
-            )
-    return notes
+def _sources(section: DataSection, examples: Examples | Chosen, ends: np.ndarray) -> Sources | None:
+    """Of several sources, what of the training data is of each. ends: where each ended before any was held out."""
+    if len(section.sources) < 2:
+        return None
+    names: list[str] = []
+    for part in section.sources:
+        name = part.name or listing(part.paths, 2)
+        names.append(f"{name} ({names.count(name) + 1})" if name in names else name)
+    indices = examples.indices if isinstance(examples, Chosen) else np.arange(len(examples))
+    counts = np.diff(np.searchsorted(indices, ends), prepend=0).tolist()
+    weights = tuple(part.weight for part in section.sources if part.weight is not None)
+    if weights and 0 in counts:
+        raise DataError(f"data.sources: nothing is left of {names[counts.index(0)]}, which has a weight")
+    return Sources(tuple(names), tuple(counts), weights or None)
 
 
-def _hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
+def _hold_out(examples: Examples | Chosen, fraction: float, seed: int) -> tuple[Chosen, Chosen]:
     """(training, held out): whole examples, chosen by seed; at least one of each."""
     count = len(examples)
     if count < 2:
         raise DataError(f"eval.fraction {fraction}: only {count} row is left to learn from; at least 2 are needed")
     order = shuffled(count, "held out", seed)
     held = min(max(1, round(fraction * count)), count - 1)
-    return examples.take(np.sort(order[held:])), examples.take(np.sort(order[:held]))
+    whole = examples if isinstance(examples, Chosen) else Chosen([examples], np.arange(count))
+    return whole.take(np.sort(order[held:])), whole.take(np.sort(order[:held]))
 
 
-def _row_length(parts: list[Examples], section: DataSection, virtual: int) -> int:
+def _row_length(parts: list[Examples | Chosen], section: DataSection, virtual: int) -> int:
     """Tokens of a row: max_length when packing, else the longest example's rounded up, at most max_length."""
     if section.packing:
         return section.max_length

@@ -4,6 +4,8 @@ A row holds one example or, packed, several; none is ever split. Tokens are put 
 """
 
 import hashlib
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,48 +41,104 @@ class Epoch:
         return self.order[self.starts[index] : self.starts[index + 1]]
 
 
-def plan_epoch(lengths: np.ndarray, space: int, *, seed: int, epoch: int, packing: bool, shuffle: bool) -> Epoch:
-    """One epoch's rows of at most `space` tokens each; every example stands in exactly one.
+def plan_epoch(
+    lengths: np.ndarray,
+    space: int,
+    *,
+    seed: int,
+    epoch: int,
+    packing: bool | str,
+    shuffle: bool,
+    order: np.ndarray | None = None,
+) -> Epoch:
+    """One epoch's rows of at most `space` tokens each.
 
     lengths: int [examples], none above `space`. Without `shuffle` rows are opened in the order of the examples, and
-    every epoch is the same.
+    every epoch is the same. packing: as data.packing has it. order: the examples of the epoch, which are mixed
+    already, one after another; without it every example stands in exactly one row.
     """
-    count = len(lengths)
-    order = shuffled(count, "examples", seed, epoch) if shuffle else np.arange(count)
+    mixed = order is not None
+    if order is None:
+        order = shuffled(len(lengths), "examples", seed, epoch) if shuffle else np.arange(len(lengths))
     if not packing:
-        return Epoch(order, np.arange(count + 1))
-    windows = np.array_split(order, max(1, round(count / WINDOW)))
-    rows = [row for window in windows for row in _pack(window, lengths, space, longest_first=shuffle)]
-    if shuffle:
-        # The first rows of a window hold its longest examples; no stretch of training should see only those.
-        rows = [rows[i] for i in shuffled(len(rows), "rows", seed, epoch)]
-    starts = np.concatenate(([0], np.cumsum([len(row) for row in rows], dtype=np.int64)))
-    return Epoch(np.fromiter((i for row in rows for i in row), np.int64, count), starts.astype(np.int64))
+        return Epoch(order, np.arange(len(order) + 1))
+    if packing == "in_order":
+        return Epoch(order, _close_when_full(lengths[order], space))
+    windows = np.array_split(order, max(1, round(len(order) / WINDOW)))
+    packed = [_best_fit(window, lengths, space, longest_first=shuffle) for window in windows]
+    if shuffle and mixed:  # a window has every source's share; so has what is trained on up to its end
+        packed = [_mixed_up(*window, "rows", seed, epoch, number) for number, window in enumerate(packed)]
+    order, counts = (np.concatenate(parts) for parts in zip(*packed, strict=True))
+    if shuffle and not mixed:
+        order, counts = _mixed_up(order, counts, "rows", seed, epoch)
+    return Epoch(order, _starts(counts))
 
 
-def _pack(window: np.ndarray, lengths: np.ndarray, space: int, longest_first: bool) -> list[list[int]]:
-    """Best fit: each example goes where it leaves the least room; taken longest first, few rows have much left.
+def _starts(counts: np.ndarray) -> np.ndarray:
+    """Where each row starts, and where the last one ends."""
+    return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
 
-    Rows are kept by the room that they have left, and the set of rooms as the bits of one integer, so that the
-    smallest room that is large enough is one shift and one bit trick away.
+
+def _mixed_up(order: np.ndarray, counts: np.ndarray, *key: int | str) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in an order that `key` decides, as (examples, examples of each row).
+
+    The first rows of a window hold its longest examples; no stretch of training should see only those.
+    """
+    rows = shuffled(len(counts), *key)
+    starts, counts = _starts(counts)[rows], counts[rows]
+    return order[np.repeat(starts - _starts(counts)[:-1], counts) + np.arange(len(order))], counts
+
+
+def _close_when_full(sizes: np.ndarray, space: int) -> np.ndarray:
+    """The rows' starts when each takes what follows until the next does not fit: int64 [rows + 1]."""
+    ends, starts = np.cumsum(sizes).tolist(), [0]
+    while starts[-1] < len(ends):
+        before = ends[starts[-1] - 1] if starts[-1] else 0
+        starts.append(bisect_right(ends, before + space, starts[-1]))
+    return np.array(starts, np.int64)
+
+
+def _best_fit(
+    window: np.ndarray, lengths: np.ndarray, space: int, longest_first: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each example goes where it leaves the least room; taken longest first, few rows have much left.
+
+    Rows are kept by the room that they have left, the latest on top, and the set of rooms as the bits of one
+    integer, so that the smallest room that is large enough is one shift and one bit trick away. Examples of one size
+    that follow one another are put into the rows of one room, or into one row, together.
+
+    Returns the window's examples row by row, and how many are in each row.
     """
     sizes = lengths[window]
-    rows: list[list[int]] = []
-    by_room: dict[int, list[list[int]]] = {}
-    rooms = 0
-    for at in np.argsort(-sizes, kind="stable") if longest_first else range(len(window)):
-        size, example = int(sizes[at]), int(window[at])
-        enough = rooms >> size
-        if enough:
-            room = size + (enough & -enough).bit_length() - 1
-            row = by_room[room].pop()
-            if not by_room[room]:
+    if longest_first:
+        by_size = np.argsort(-sizes, kind="stable")
+        window, sizes = window[by_size], sizes[by_size]
+    row_of: list[int] = []
+    by_room: dict[int, list[int]] = {}
+    rooms = rows = 0
+    for size, count in _repeats(sizes):
+        while count:
+            enough = rooms >> size
+            if enough:
+                room = size + (enough & -enough).bit_length() - 1
+                stack = by_room[room]
+            else:
+                room, stack, rows = space, [rows], rows + 1
+            times = min(count, room // size)  # after one, what is left of a row is still the smallest room
+            taken = [stack.pop()] if times > 1 else [stack.pop() for _ in range(min(count, len(stack)))]
+            if enough and not stack:
                 rooms ^= 1 << room
-        else:
-            room, row = space, []
-            rows.append(row)
-        row.append(example)
-        left = room - size
-        by_room.setdefault(left, []).append(row)
-        rooms |= 1 << left
-    return rows
+            row_of += taken * times
+            count -= len(taken) * times
+            left = room - size * times
+            by_room.setdefault(left, []).extend(taken)
+            rooms |= 1 << left
+    assigned: np.ndarray = np.array(row_of, np.int64)
+    return window[np.argsort(assigned, kind="stable")], np.bincount(assigned, minlength=rows)
+
+
+def _repeats(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(a size, how many times it follows itself), in order."""
+    edges = np.concatenate(([0], np.flatnonzero(np.diff(sizes)) + 1, [len(sizes)]))
+    if len(sizes):
+        yield from zip(sizes[edges[:-1]].tolist(), np.diff(edges).tolist(), strict=True)

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from jaxtune.data.encode import Lengths
 from jaxtune.data.loader import Data, Dataset
+from jaxtune.data.mixing import Sources
 from jaxtune.errors import listing
 
 SHOWN = 400  # tokens of the example; a longer one is cut in the middle
@@ -22,6 +23,8 @@ def print_report(data: Data, console: Console) -> None:
         line = f"{listing(source.section.paths, 3)}: {counts.rows:,} rows, {_fate(counts, data.room)}"
         _line(console, line, "yellow" if counts.dropped or counts.truncated else "")
     console.print(_table(data))
+    if data.train.sources is not None:
+        console.print(_source_table(data.train, data.train.sources))
     _line(console, _steps(data.train))
     for note in _notes(data):
         _line(console, f"Note: {note}", "yellow")
@@ -45,9 +48,26 @@ def _table(data: Data) -> Table:
     return table
 
 
+def _source_table(train: Dataset, sources: Sources) -> Table:
+    """One row for each source."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("source")
+    for name in ("examples", "share", "epochs"):
+        table.add_column(name, justify="right")
+    seen = _epochs(train) * sum(sources.counts)
+    for name, count, share in zip(sources.names, sources.counts, sources.shares, strict=True):
+        table.add_row(Text(name), f"{count:,}", f"{share:.1%}", _number(share * seen / count) if count else "0")
+    return table
+
+
+def _epochs(train: Dataset) -> float:
+    """How many epochs of the stream the run makes."""
+    return train.steps * train.batch_size / train.rows
+
+
 def _numbers(part: Dataset) -> dict[str, str]:
     lengths, time = part.examples.lengths, part.shape[-1]
-    tokens = int(lengths.sum())
+    tokens = part.examples.num_tokens
     virtual = len(part.virtual) * len(lengths)
     kind = "packs" if part.packing else "rows"
     return {
@@ -55,7 +75,7 @@ def _numbers(part: Dataset) -> dict[str, str]:
         "tokens": f"{tokens:,}",
         "mean length": _number(tokens / len(lengths)),
         "longest": f"{int(lengths.max()):,}",
-        "supervised": f"{np.count_nonzero(part.examples.supervised) / tokens:.1%}",
+        "supervised": f"{part.examples.num_supervised / tokens:.1%}",
         **({"virtual tokens before each": f"{len(part.virtual):,}"} if virtual else {}),
         f"{kind} of {time:,} tokens": f"{part.rows:,}",
         "padding": f"{1 - (tokens + virtual) / (part.rows * time):.1%}",
@@ -63,7 +83,7 @@ def _numbers(part: Dataset) -> dict[str, str]:
 
 
 def _steps(train: Dataset) -> str:
-    each, in_all = train.rows / train.batch_size, train.steps * train.batch_size / train.rows
+    each, in_all = train.rows / train.batch_size, _epochs(train)
     return (
         f"{train.steps:,} steps of {train.batch_size:,} sequences: {_number(each)} an epoch, {_number(in_all)} epochs"
     )
@@ -104,8 +124,7 @@ def _print_example(data: Data, console: Console) -> None:
     title = Text("\nOne example as the model sees it; the loss is on what stands ")
     title.append("in bold green" if coloured else "between « and »", style=_STYLE if coloured else "")
     _line(console, title.append(":"))
-    tokens, mask = examples.tokens[: examples.starts[1]], examples.supervised[: examples.starts[1]]
-    _line(console, marked(tokens, mask, data.tokenizer, coloured).append("\n"))
+    _line(console, marked(*examples.read(0), data.tokenizer, coloured).append("\n"))
 
 
 def marked(tokens: np.ndarray, mask: np.ndarray, tokenizer: Any, coloured: bool, shown: int = SHOWN) -> Text:

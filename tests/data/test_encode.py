@@ -83,7 +83,7 @@ def test_a_slow_tokenizer_is_refused():
 def test_batches_of_the_tokenizer_change_nothing(monkeypatch):
     conversations = [say("a " * n, "b " * (n % 7)) for n in range(1, 20)]
     whole, _ = chats(*conversations)
-    monkeypatch.setattr(module, "_CHUNK", 3)
+    monkeypatch.setattr(module, "CHUNK", 3)
     parts, _ = chats(*conversations)
     np.testing.assert_array_equal(whole.tokens, parts.tokens)
     np.testing.assert_array_equal(whole.supervised, parts.supervised)

@@ -10,6 +10,7 @@ import pytest
 
 from jaxtune.config import DataSection, EvalSection, TrainSection
 from jaxtune.data import Batch, Data, Dataset, build_data
+from jaxtune.data.dataset import KEPT
 from jaxtune.data.encode import join
 from jaxtune.errors import ConfigError, DataError
 from tests.data.templates import MARKED, tokenizer, word_tokenizer
@@ -113,6 +114,21 @@ def test_the_batch_of_a_step_is_the_same_in_any_order_of_access():
     random.Random(0).shuffle(steps)
     fresh = dataset(data.examples, epochs=3)
     assert {step: fresh.batch(step).sha256() for step in steps} == hashes
+
+
+def test_plans_that_were_given_up_are_made_again():
+    data = dataset(epochs=9)
+    hashes = [batch.sha256() for batch in data.batches()]
+    assert len(data._epochs) == KEPT
+    for step in range(data.steps, 0, -7):
+        assert data.batch(step).sha256() == hashes[step - 1]
+
+
+def test_in_order_packs_are_a_stream_of_their_own():
+    given = examples()
+    best, in_order = dataset(given), dataset(given, packing="in_order")
+    assert documents(best.batches()) == documents(in_order.batches())
+    assert best.fingerprint != in_order.fingerprint and in_order.rows > best.rows
 
 
 def test_rows_that_are_not_asked_for_are_left_empty():

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+import tracemalloc
 from itertools import chain
 
 import numpy as np
@@ -30,7 +31,7 @@ def rows(epoch) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("packed", [True, "in_order", False])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_every_example_stands_in_one_row_that_has_room_for_it(lengths, packed, shuffle):
     found = rows(plan(lengths, packing=packed, shuffle=shuffle))
@@ -69,6 +70,65 @@ def test_unshuffled_rows_are_opened_in_order():
     assert rows(plan(lengths, packing=False, shuffle=False)) == [[i] for i in range(len(lengths))]
     firsts = [row[0] for row in rows(plan(lengths, shuffle=False, seed=5, epoch=3))]
     assert firsts == sorted(firsts)
+
+
+def written_out(window, lengths, space: int, longest_first: bool) -> list[list[int]]:
+    """Best fit as its definition has it, one example at a time; of rooms alike, the one that was made last."""
+    rows, left = [], []
+    for example in sorted(window, key=lambda example: -lengths[example]) if longest_first else window:
+        fits = [at for at, (room, _) in enumerate(left) if room >= lengths[example]]
+        if fits:
+            room, row = left.pop(min(fits, key=lambda at: (left[at][0], -at)))
+        else:
+            room, row = space, []
+            rows.append(row)
+        row.append(int(example))
+        left.append((room - lengths[example], row))
+    return rows
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("seed", range(12))
+def test_what_is_put_together_at_once_is_what_one_after_another_would_be(seed, shuffle, monkeypatch):
+    monkeypatch.setattr(packing, "WINDOW", 60)
+    random = np.random.default_rng(seed)
+    space = int(random.integers(5, 80))
+    lengths = random.integers(1, (space if seed % 2 else min(space, 9)) + 1, 200)
+    order = shuffled(200, "examples", seed, 3) if shuffle else np.arange(200)
+    expected = [row for part in np.array_split(order, 3) for row in written_out(part, lengths, space, shuffle)]
+    if shuffle:
+        expected = [expected[at] for at in shuffled(len(expected), "rows", seed, 3)]
+    assert rows(plan(lengths, space=space, seed=seed, epoch=3, shuffle=shuffle)) == expected
+
+
+def test_plans_never_change():
+    digest = hashlib.sha256()
+    for name in sorted(LENGTHS):
+        lengths = np.arange(1, 1000) * 7919 % 127 + 1 if name == "mixed" else np.arange(1, 200) % 11 + 1
+        found = plan(lengths, seed=3, epoch=2)
+        digest.update(found.order.astype("<i8").tobytes() + found.starts.astype("<i8").tobytes())
+    assert digest.hexdigest()[:16] == "55540d84fc613e8d"
+
+
+def test_in_order_a_row_is_closed_when_the_next_example_does_not_fit():
+    lengths = np.array([100, 90, 20, 28, 100, 28, 128, 1])
+    found = rows(plan(lengths, packing="in_order", shuffle=False))
+    assert found == [[0], [1, 2], [3, 4], [5], [6], [7]]
+
+
+def test_in_order_rows_follow_the_shuffle():
+    lengths = LENGTHS["short"]
+    found = plan(lengths, packing="in_order", seed=4, epoch=1)
+    assert found.order.tolist() == shuffled(len(lengths), "examples", 4, 1).tolist()
+    assert len(found) > len(plan(lengths))
+
+
+def test_a_million_examples_take_few_bytes_each():
+    tracemalloc.start()
+    plan(RANDOM.integers(1, 300, 100_000), space=1024)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000 * 60
 
 
 def test_long_examples_do_not_come_first():

@@ -40,11 +40,11 @@ def test_processes_with_other_configurations_are_refused(model, tmp_path):
 OLD_DATA = """
 import dataclasses
 import jaxtune.data.loader as loader
-read = loader.read_rows
+read = loader.cached
 def older(*arguments):
     found = read(*arguments)
-    return dataclasses.replace(found, rows=found.rows[1:])
-loader.read_rows = older
+    return dataclasses.replace(found, examples=found.examples.take(range(1, len(found.examples))))
+loader.cached = older
 """
 
 

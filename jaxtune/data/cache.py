@@ -1,0 +1,282 @@
+"""Tokens kept on disk: each source's are made once, for all runs and processes that need the same ones.
+
+An entry is a directory whose name is the SHA-256 of all that its tokens depend on. It is built beside its place and
+moved there when it is whole, so what a kill leaves is never used. One process builds it; others wait. An entry that
+is not as it was written is built again. Nobody deletes old ones: any may be removed at any time, by hand.
+"""
+
+import atexit
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtune.console import say, warn
+from jaxtune.data.encode import Lengths
+from jaxtune.data.examples import Examples
+from jaxtune.data.formats import Rows
+from jaxtune.data.tokenise import Tokenising
+from jaxtune.errors import CheckpointError, DataError, listing
+from jaxtune.files import read_json
+from jaxtune.manifest import damages, sync, write_manifest
+from jaxtune.tokenizer import vocabulary_size
+
+FORMAT = 1  # of an entry's files
+TOKENS, SUPERVISED, STARTS, COUNTS = "tokens.bin", "supervised.bin", "starts.bin", "counts.json"
+PARTIAL, LOCK = ".partial", ".lock"
+# Options that the tokens of a source do not depend on, or that the key has in another form.
+_ELSEWHERE = {"path", "sources", "name", "weight", "template", "packing", "shuffle", "cache"}
+_BLOCK = 1 << 22  # bytes
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The tokens of a source, and what was seen when they were made."""
+
+    examples: Examples
+    rows: Rows  # without the rows
+    lengths: Lengths
+    notes: list[str]
+
+
+def cached(task: Tokenising, directory: str | None) -> Entry:
+    """The source's tokens out of the cache, where they are put first if they are not there.
+
+    directory: of the cache (data.cache); None: the user's.
+
+    Raises:
+        DataError: as `task` has it; or the directory cannot be used.
+    """
+    before = [_state(path) for path in task.source.paths]
+    digests, lines = _digests(task.source.paths)
+    home = _home(directory)
+    place = home / key_of(task, digests)
+    with _told(home):
+        found = _open(place)
+        if found is None:
+            with _locked(place, task):
+                found = _open(place) or _build(place, task, lines)
+        if found is None:
+            raise DataError(f"data.cache {home}: what was written there cannot be read back; is the disk sound?")
+    if before != [_state(path) for path in task.source.paths]:
+        _discard(place)
+        raise DataError(f"{listing(task.source.paths, 3)}: changed while it was read; start again when it is whole")
+    return found
+
+
+def key_of(task: Tokenising, digests: list[str]) -> str:
+    """The name of an entry: SHA-256 of all that its tokens depend on. digests: of the files, in order."""
+    options = {**task.section.model_dump(), **task.source.model_dump()}
+    told = {
+        "format": FORMAT,
+        "code": _code(),
+        "libraries": {name: version(name) for name in ("tokenizers", "jinja2")},
+        "files": [[Path(path).suffixes, digest] for path, digest in zip(task.source.paths, digests, strict=True)],
+        "options": {name: value for name, value in options.items() if name not in _ELSEWHERE},
+        "template": task.template and task.template.source,
+        "tokenizer": _tokenizer(task.tokenizer),
+        "virtual": task.virtual,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _tokenizer(tokenizer: Any) -> list[Any]:
+    """What decides how it works; how it last padded or cut does not."""
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = {name: value for name, value in core.items() if name not in ("truncation", "padding")}
+    digest = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
+    return [digest, tokenizer.special_tokens_map, tokenizer.split_special_tokens]
+
+
+@cache
+def _code() -> str:
+    """SHA-256 of the code that makes tokens: a version number that nobody can forget to raise."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(f"{path.name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _state(path: str) -> list[int]:
+    try:
+        found = Path(path).stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    if stat.S_ISFIFO(found.st_mode):
+        raise DataError(f"{path}: a pipe, which can be read only once; write its contents to a file")
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _digests(paths: list[str]) -> tuple[list[str], int | None]:
+    """(SHA-256 of each file, how many lines they have in all; None where a line is not a row)."""
+    digests, lines = [], 0
+    for path in paths:
+        digest = hashlib.sha256()
+        try:
+            with Path(path).open("rb", buffering=0) as file:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+                    lines += block.count(b"\n")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        digests.append(digest.hexdigest())
+    return digests, lines if all(path.endswith(".jsonl") for path in paths) else None
+
+
+def _open(place: Path) -> Entry | None:
+    """The entry, if it is there and its files have the sizes that they were written with."""
+    if not place.exists():
+        return None
+    found = damages(place, 0, read=False)
+    try:
+        if not found:
+            entry = _read(place)
+            os.utime(place)  # so that entries which nobody needs can be told by their age
+            return entry
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        found = [str(error)]
+    except PermissionError:  # somebody else's
+        return _read(place)
+    warn(f"{place}: damaged ({listing(found, 3)}); it is made again")
+    return None
+
+
+def _read(place: Path) -> Entry:
+    counts = read_json(place / COUNTS, CheckpointError)
+    kinds = (TOKENS, counts["kind"]), (SUPERVISED, "?"), (STARTS, "<i8")
+    arrays: list[np.ndarray] = [np.memmap(place / name, kind, "r").view(np.ndarray) for name, kind in kinds]
+    rows = Rows(**{**counts["rows"], "unused": Counter(counts["rows"]["unused"])})
+    return Entry(Examples(*arrays), rows, Lengths.of(counts["lengths"]), counts["notes"])
+
+
+def _build(place: Path, task: Tokenising, lines: int | None) -> Entry | None:
+    """Make the entry, whole or not at all."""
+    _discard(place)
+    partial = Path(tempfile.mkdtemp(PARTIAL, f"{place.name}.", place.parent))
+    try:
+        kind = "<u2" if vocabulary_size(task.tokenizer) <= 1 << 16 else "<i4"
+        _write(partial, task.examples(lines), kind)
+        rows = {item.name: getattr(task.rows, item.name) for item in fields(Rows) if item.name != "rows"}
+        counts = {"kind": kind, "rows": rows, "lengths": asdict(task.lengths), "notes": task.notes()}
+        (partial / COUNTS).write_text(json.dumps(counts), encoding="utf-8")
+        write_manifest(partial, 0, {})
+        _move(partial, place)
+        sync(place.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return _open(place)
+
+
+def _move(partial: Path, place: Path) -> None:
+    try:
+        partial.rename(place)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise  # else: without locks another process has been quicker
+
+
+def _write(home: Path, parts: Iterator[Examples], kind: str) -> None:
+    end = 0
+    with (home / TOKENS).open("wb") as tokens, (home / SUPERVISED).open("wb") as mask, (home / STARTS).open("wb") as at:
+        at.write(np.zeros(1, "<i8").tobytes())
+        for part in parts:
+            tokens.write(part.tokens.astype(kind).tobytes())
+            mask.write(part.supervised.tobytes())
+            at.write((part.starts[1:] + end).astype("<i8").tobytes())
+            end += len(part.tokens)
+
+
+def _discard(place: Path) -> None:
+    """Remove an entry that is not to be used: out of its place first, at once."""
+    if place.exists():
+        old = Path(tempfile.mkdtemp(PARTIAL, f"{place.name}.", place.parent))
+        place.rename(old / "old")
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(place: Path, task: Tokenising) -> Iterator[None]:
+    """Wait until no other process builds this entry; a lock dies with its process."""
+    handle = os.open(place.with_name(place.name + LOCK), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        waiting = False
+        while not (locked := _try_lock(handle)) and locked is not None:
+            if not waiting:
+                say(f"Another process tokenises {listing(task.source.paths, 3)}; waiting for it ...")
+            waiting = True
+            time.sleep(0.2)
+        if locked:  # so whoever was at these is dead
+            for left in place.parent.glob(f"{place.name}.*{PARTIAL}"):
+                shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _try_lock(handle: int) -> bool | None:
+    """Whether the lock was got; None: the file system has none."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            return None
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        return False
+    return True
+
+
+def _home(directory: str | None) -> Path:
+    """The directory of the cache, made if it is not there."""
+    if directory is not None:
+        home = Path(directory).expanduser()
+        with _told(home):
+            home.mkdir(parents=True, exist_ok=True)
+        return home
+    base = os.environ.get("JAXTUNE_CACHE")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxtune"
+    home = (Path(base) if base else caches) / "tokens"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        if os.access(home, os.W_OK):
+            return home
+        reason = "Permission denied"
+    except OSError as error:
+        reason = error.strerror or "OSError"
+    warn(
+        f"{home}: cannot be written ({reason}); tokens are kept for this run alone. data.cache names another directory"
+    )
+    return _temporary()
+
+
+@cache
+def _temporary() -> Path:
+    home = Path(tempfile.mkdtemp(prefix="jaxtune-tokens-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    return home
+
+
+@contextlib.contextmanager
+def _told(home: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"data.cache {home}: cannot be used: {error.strerror or error}; set data.cache (or JAXTUNE_CACHE) to a "
+            "directory that you may write to, with room for some 3 to 5 bytes a token"
+        ) from None

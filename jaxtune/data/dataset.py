@@ -1,0 +1,214 @@
+"""Batches of examples, each a pure function of its step.
+
+The stream of a data set is its epochs' rows, one epoch after another; step s trains on rows (s-1)*B up to s*B of it,
+B being train.batch_size. So neither devices nor processes nor where a run was interrupted have a say in the order,
+and the state of the data is the step. All batches of a run have one shape, [micro_batches, rows, time].
+
+A tuning method may have virtual tokens, ids past the vocabulary: they are put before every example as it is written
+into a row, take their room there, and are counted nowhere.
+"""
+
+import hashlib
+import json
+import math
+import threading
+from bisect import bisect_right
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import grain
+import numpy as np
+
+from jaxtune.data.examples import Chosen, Examples
+from jaxtune.data.mixing import Sources
+from jaxtune.data.packing import Epoch, plan_epoch
+
+STREAM_VERSION = 1  # to be raised with any change of order or packing, so that an old run is not resumed on a new one
+NONE = range(0)  # no virtual tokens
+KEPT = 3  # plans of epochs in memory
+_READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step trains on. Every array is [micro_batches, rows, time]."""
+
+    tokens: np.ndarray  # int32; 0 where there is padding
+    targets: np.ndarray  # int32, the token that follows; 0 where it is not supervised
+    mask: np.ndarray  # bool, where the target is supervised
+    positions: np.ndarray  # int32, from 0 in each document
+    segments: np.ndarray  # int32, 1, 2, ... for the documents of a row; 0: padding
+    virtual: int = field(default=0, kw_only=True)  # how many of its tokens are virtual
+    sources: dict[str, int] = field(default_factory=dict, kw_only=True)  # of several: the examples of each
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if not item.kw_only}
+
+    def sha256(self) -> str:
+        """Of the contents; the same for every split into micro-batches."""
+        digest = hashlib.sha256()
+        for name, array in self.arrays().items():
+            little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            digest.update(f"{name} {array.shape[-1]} ".encode() + np.ascontiguousarray(little).tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Real tokens: neither padding nor virtual ones are counted."""
+        return int(np.count_nonzero(self.segments)) - self.virtual
+
+    @cached_property
+    def num_supervised(self) -> int:
+        return int(np.count_nonzero(self.mask))
+
+
+class Dataset:
+    """Batches 1..steps of some examples."""
+
+    def __init__(
+        self,
+        examples: Examples | Chosen,
+        *,
+        time: int,
+        batch_size: int,
+        micro_batches: int = 1,
+        steps: int | None = None,
+        epochs: float = 1,
+        seed: int = 0,
+        packing: bool | str = True,
+        shuffle: bool = True,
+        virtual: range = NONE,
+        sources: Sources | None = None,
+    ):
+        """time: tokens of a row, no example is longer; steps: wins over epochs, which may be a fraction.
+
+        virtual: ids that are put before every example, and take of `time`. sources: of several.
+        """
+        self.examples, self.virtual, self.sources = examples, virtual, sources
+        self.shape = (micro_batches, batch_size // micro_batches, time)
+        self._order: dict[str, Any] = {"seed": seed, "packing": packing, "shuffle": shuffle}
+        self._epochs: dict[int, Epoch] = {}  # the last few that were asked for
+        self._ends = [0]  # the stream's rows before each epoch, and in all
+        self._lock = threading.Lock()
+        self._limit = None if steps is not None else self._rows_of(epochs)  # rows of the stream; None: no end
+        self.steps: int = steps if steps is not None else -(-self._rows_of(epochs) // batch_size)
+
+    @property
+    def batch_size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def packing(self) -> bool:
+        return bool(self._order["packing"])
+
+    @property
+    def rows(self) -> int:
+        """Rows of the first epoch: packs, or examples."""
+        return self._rows_before(1)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that determines the stream: the examples, their order and the batches' size."""
+        settings = {**self._order, "time": self.shape[-1], "batch_size": self.batch_size, "version": STREAM_VERSION}
+        if self.virtual:
+            settings["virtual"] = [self.virtual.start, self.virtual.stop]
+        if self.sources is not None and self.sources.weights is not None:
+            settings["sources"] = [self.sources.counts, self.sources.weights]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        starts = np.concatenate(([0], np.cumsum(self.examples.lengths)))
+        digest.update(starts.astype("<i8", copy=False).tobytes())
+        for tokens, _ in self.examples.runs():
+            digest.update(tokens.astype("<i4", copy=False).tobytes())
+        for bits in _packed(mask for _, mask in self.examples.runs()):
+            digest.update(bits)
+        return digest.hexdigest()
+
+    def batch(self, step: int, rows: Container[int] | None = None) -> Batch:
+        """The batch of `step`, counted from 1. The last one is filled up with empty rows.
+
+        rows: those to make, counted through all micro-batches; the others are left empty. None: all.
+        """
+        if not 1 <= step <= self.steps:
+            raise IndexError(f"step {step} of {self.steps}")
+        size, time = self.batch_size, self.shape[-1]
+        batch = Batch(*(np.zeros((size, time), kind) for kind in ("i4", "i4", "?", "i4", "i4")))
+        taken: list[np.ndarray] = [np.zeros(0, np.int64)]
+        for row, index in enumerate(range((step - 1) * size, step * size)):
+            if (rows is None or row in rows) and (self._limit is None or index < self._limit):
+                taken.append(self._stream(index))
+                self._fill(batch, row, taken[-1])
+        members = np.concatenate(taken)
+        counts = self.sources.count(members) if self.sources is not None else {}
+        virtual, arrays = len(self.virtual) * len(members), batch.arrays().values()
+        return Batch(*(array.reshape(self.shape) for array in arrays), virtual=virtual, sources=counts)
+
+    def batches(self, first_step: int = 1, rows: Container[int] | None = None) -> Iterator[Batch]:
+        """The batches from `first_step` to the last, made ahead of time by a thread; `rows` as `batch` has it."""
+        if first_step > self.steps:
+            return iter(())
+        steps = grain.MapDataset.range(first_step, self.steps + 1)
+        return iter(steps.map(lambda step: self.batch(int(step), rows)).to_iter_dataset(_READ))
+
+    def _fill(self, batch: Batch, row: int, members: np.ndarray) -> None:
+        """Write the examples `members` one after another into a row."""
+        at, before = 0, np.array(self.virtual, np.int32)
+        for segment, example in enumerate(members, 1):
+            own, learnt = self.examples.read(example)
+            tokens = np.concatenate([before, own])
+            mask = np.concatenate([np.zeros(len(before), bool), learnt])
+            here, targets = slice(at, at + len(tokens)), slice(at, at + len(tokens) - 1)
+            batch.tokens[row, here] = tokens
+            batch.targets[row, targets] = np.where(mask[1:], tokens[1:], 0)
+            batch.mask[row, targets] = mask[1:]
+            batch.positions[row, here] = np.arange(len(tokens))
+            batch.segments[row, here] = segment
+            at += len(tokens)
+
+    def _stream(self, index: int) -> np.ndarray:
+        """The examples in row `index` of the stream."""
+        while self._ends[-1] <= index:
+            self._rows_before(len(self._ends))
+        epoch = bisect_right(self._ends, index) - 1
+        return self._epoch(epoch).row(index - self._ends[epoch])
+
+    def _rows_before(self, epoch: int) -> int:
+        """The stream's rows before an epoch, counted from 0."""
+        while len(self._ends) <= epoch:
+            self._epoch(len(self._ends) - 1)
+        return self._ends[epoch]
+
+    def _epoch(self, number: int) -> Epoch:
+        """Epoch `number`, counted from 0. Few are kept: they are planned again when somebody goes back."""
+        with self._lock:
+            if number not in self._epochs:
+                if len(self._epochs) == KEPT:
+                    del self._epochs[next(iter(self._epochs))]
+                self._epochs[number] = self._plan(number)
+                if number == len(self._ends) - 1:
+                    self._ends.append(self._ends[-1] + len(self._epochs[number]))
+            return self._epochs[number]
+
+    def _plan(self, epoch: int) -> Epoch:
+        lengths: np.ndarray = self.examples.lengths + len(self.virtual)
+        mixed = self.sources.order(self._order["seed"], epoch, self._order["shuffle"]) if self.sources else None
+        return plan_epoch(lengths, self.shape[-1], epoch=epoch, order=mixed, **self._order)
+
+    def _rows_of(self, epochs: float) -> int:
+        """Rows of the stream in so many epochs; of a part of an epoch, that part of its rows, rounded up."""
+        whole, part = int(epochs), epochs - int(epochs)
+        rows = self._rows_before(whole)
+        return rows + (math.ceil(part * (self._rows_before(whole + 1) - rows) - 1e-9) if part else 0)
+
+
+def _packed(masks: Iterator[np.ndarray]) -> Iterator[bytes]:
+    """The bytes of np.packbits of all masks, joined."""
+    rest: np.ndarray = np.zeros(0, bool)
+    for mask in masks:
+        bits = np.concatenate([rest, mask])
+        whole = len(bits) // 8 * 8
+        yield np.packbits(bits[:whole]).tobytes()
+        rest = bits[whole:]
+    yield np.packbits(rest).tobytes()
