@@ -59,7 +59,7 @@ DATA_COLUMNS = {
 class SourceSection(Section):
     """Files whose rows are alike, and what stands in them."""
 
-    path: str | list[str] = []  # .json or .jsonl, or several
+    path: str | list[str] = []  # a file, a directory or a pattern such as data/*.jsonl, or several: docs/data.md
     format: Literal["alpaca", "sharegpt", "messages", "text"] = "alpaca"  # of the rows
     columns: Columns = Columns()
     system: str | None = None  # first message of every conversation that has none
@@ -82,7 +82,7 @@ class SourceSection(Section):
 class MixedSource(SourceSection):
     """One of several sources."""
 
-    path: str | list[str]  # .json or .jsonl, or several
+    path: str | list[str]  # as data.path
     name: str | None = None  # in reports and metrics; absent: its path
 
 

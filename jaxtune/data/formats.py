@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtune.config import DATA_COLUMNS, Columns, SourceSection
-from jaxtune.data.sources import kind, read_records
+from jaxtune.data.sources import find_files, kind, read_records
 from jaxtune.errors import DataError, listing
 
 Message = dict[str, str]  # role (system, user, assistant) and content
@@ -43,12 +43,10 @@ def read_rows(section: SourceSection, key: str = "data.path") -> Rows:
     Raises:
         DataError: a file, line, column or role is wrong; the message names file, line and column.
     """
-    if not section.paths:
-        raise DataError(f"{key}: an empty list; give at least one file")
     result = Rows()
     seen: set[str] = set()
     read = _READERS[section.format]
-    for path in section.paths:
+    for path in find_files(section, key):
         for where, value in read_records(path):
             record = _Record(where, value, section.columns, result.unused)
             row = read(record)
