@@ -63,6 +63,7 @@ class SourceSection(Section):
     format: Literal["alpaca", "sharegpt", "messages", "text"] = "alpaca"  # of the rows
     columns: Columns = Columns()
     system: str | None = None  # first message of every conversation that has none
+    on_bad_line: Literal["error", "skip"] = "error"  # skip: left out and counted, up to 5 of them or 0.1% of the rows
 
     @property
     def paths(self) -> list[str]:

@@ -31,6 +31,7 @@ RULES = {
     "data.format": REFUSE,
     "data.columns": REFUSE,
     "data.system": REFUSE,
+    "data.on_bad_line": REFUSE,
     "data.template": REFUSE,
     "data.max_length": REFUSE,
     "data.too_long": REFUSE,

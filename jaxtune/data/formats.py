@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtune.config import DATA_COLUMNS, Columns, SourceSection
+from jaxtune.data.records import BadRows, refuse
 from jaxtune.data.sources import find_files, kind, read_records
 from jaxtune.errors import DataError, listing
 
@@ -35,6 +36,7 @@ class Rows:
     rows: list[Row] = field(default_factory=list)
     unused: Counter = field(default_factory=Counter)  # column -> in how many rows it stands unread
     empty_answers: int = 0  # assistant turns without text
+    bad: BadRows = field(default_factory=BadRows)  # those that were left out
 
 
 def read_rows(section: SourceSection, key: str = "data.path") -> Rows:
@@ -44,16 +46,22 @@ def read_rows(section: SourceSection, key: str = "data.path") -> Rows:
         DataError: a file, line, column or role is wrong; the message names file, line and column.
     """
     result = Rows()
+    bad = result.bad.add if section.on_bad_line == "skip" else refuse
     seen: set[str] = set()
     read = _READERS[section.format]
     for path in find_files(section, key):
-        for where, value in read_records(path):
+        for where, value in read_records(path, bad):
             record = _Record(where, value, section.columns, result.unused)
-            row = read(record)
+            try:
+                row = read(record)
+            except DataError as error:
+                bad(error)
+                continue
             record.count_unused(section.format)
             seen.update(value)
             result.rows.append(_with_system(row, section.system))
             result.empty_answers += sum(m["role"] == "assistant" and not m["content"] for m in row.messages or ())
+    result.bad.check(len(result.rows), key)
     _check_optional(section, seen, key)
     return result
 

@@ -1,6 +1,7 @@
 """What every reader of data files shares: a record and its place, text out of bytes, and what becomes of a bad row."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from jaxtune.errors import DataError
@@ -8,6 +9,8 @@ from jaxtune.errors import DataError
 Record = tuple[str, dict[str, Any]]  # where it stands ("file:line"), the object
 Bad = Callable[[DataError], None]  # told of a row that is wrong; when it returns, the reader goes on after that row
 
+FEW, SHARE = 5, 0.001  # so many bad rows, or such a share of all rows, may be skipped
+SHOWN = 3  # bad rows that a message names
 MAX_LINE = 1 << 30  # bytes
 CUT_OFF = "; the file ends in the middle of a value: was it cut off while it was written?"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -17,6 +20,34 @@ _BOM = b"\xef\xbb\xbf"
 def refuse(error: DataError) -> None:
     """The usual `Bad`: nothing goes on."""
     raise error
+
+
+@dataclass
+class BadRows:
+    """The rows that data.on_bad_line: skip leaves out. Which they are follows from the data alone."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)  # the messages of the first few
+
+    def add(self, error: DataError) -> None:
+        """Count one; it is a `Bad`."""
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append(str(error))
+
+    def told(self, good: int) -> str:
+        """How many there are beside the good ones, and the first few."""
+        more = f"; and {self.count - SHOWN:,} more" if self.count > SHOWN else ""
+        return f"{self.count:,} of {good + self.count:,} rows: {'; '.join(self.first)}{more}"
+
+    def check(self, good: int, key: str) -> None:
+        """Raise DataError where they are too many beside the good ones: no accident, but a mistake."""
+        if not self.count or (good and self.count <= max(FEW, SHARE * (good + self.count))):
+            return
+        raise DataError(
+            f"{key}: too many bad rows, {self.told(good)}; data.on_bad_line: skip leaves out {FEW}, or {SHARE:.1%} of "
+            "the rows; mend the data or its settings"
+        )
 
 
 def numbered(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes]]:

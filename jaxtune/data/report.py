@@ -73,6 +73,8 @@ def _notes(data: Data) -> list[str]:
     """What may be a mistake in the data."""
     notes = []
     for rows, counts in ((source.rows, source.lengths) for source in data.sources):
+        if rows.bad.count:
+            notes.append(f"Bad rows that were left out: {rows.bad.told(len(rows.rows))}.")
         if rows.unused:
             names = (f'"{name}" (in {count:,} rows)' for name, count in sorted(rows.unused.items()))
             notes.append(f"Columns that are not read: {listing(names)}; data.columns says which are.")

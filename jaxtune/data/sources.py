@@ -10,7 +10,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from jaxtune.config import SourceSection
 from jaxtune.console import warn
@@ -131,5 +131,5 @@ def _open(path: str, compression: str) -> BinaryIO:
         arrow = tables.pyarrow_for(path)
         with Path(path).open("rb"):  # whether it can be read at all, in the words of the system
             return io.BufferedReader(arrow.input_stream(path, compression="zstd"))
-    openers = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    openers: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     return openers[compression](path, "rb")
