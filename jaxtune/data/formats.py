@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtune.config import DATA_COLUMNS, Columns, SourceSection
 from jaxtune.data.records import BadRows, refuse
-from jaxtune.data.sources import find_files, kind, read_records
+from jaxtune.data.sources import kind, read_records
 from jaxtune.errors import DataError, listing
 
 Message = dict[str, str]  # role (system, user, assistant) and content
@@ -36,20 +36,25 @@ class Rows:
     rows: list[Row] = field(default_factory=list)
     unused: Counter = field(default_factory=Counter)  # column -> in how many rows it stands unread
     empty_answers: int = 0  # assistant turns without text
-    bad: BadRows = field(default_factory=BadRows)  # those that were left out
+    bad: int = 0  # how many were left out, under on_bad_line: skip
+    bad_first: list[str] = field(default_factory=list)  # what is wrong with the first few of them
 
 
 def read_rows(section: SourceSection, key: str = "data.path") -> Rows:
     """Every row of a source's files, in order. `key` names the setting that lists them.
 
+    section: its path names files, each of them; sources.with_files makes such a one.
+
     Raises:
         DataError: a file, line, column or role is wrong; the message names file, line and column.
     """
-    result = Rows()
-    bad = result.bad.add if section.on_bad_line == "skip" else refuse
+    if not section.paths:
+        raise DataError(f"{key}: an empty list; give at least one file")
+    result, left_out = Rows(), BadRows()
+    bad = left_out.add if section.on_bad_line == "skip" else refuse
     seen: set[str] = set()
     read = _READERS[section.format]
-    for path in find_files(section, key):
+    for path in section.paths:
         for where, value in read_records(path, bad):
             record = _Record(where, value, section.columns, result.unused)
             try:
@@ -61,7 +66,8 @@ def read_rows(section: SourceSection, key: str = "data.path") -> Rows:
             seen.update(value)
             result.rows.append(_with_system(row, section.system))
             result.empty_answers += sum(m["role"] == "assistant" and not m["content"] for m in row.messages or ())
-    result.bad.check(len(result.rows), key)
+    left_out.check(len(result.rows), key)
+    result.bad, result.bad_first = left_out.count, left_out.first
     _check_optional(section, seen, key)
     return result
 

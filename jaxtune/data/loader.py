@@ -27,6 +27,7 @@ from jaxtune.data.chat import special_tokens
 from jaxtune.data.encode import Examples, Lengths, concatenate, encode
 from jaxtune.data.formats import Row, Rows, read_rows
 from jaxtune.data.packing import Epoch, plan_epoch, shuffled
+from jaxtune.data.sources import with_files
 from jaxtune.data.template import ChatTemplate, open_template
 from jaxtune.errors import ConfigError, DataError
 
@@ -273,10 +274,10 @@ def _read(section: DataSection, eval_section: EvalSection) -> list[Part]:
     parts = []
     for number, source in enumerate(section.parts):
         key = f"data.sources.{number}.path" if section.sources else "data.path"
-        parts.append(Part(source, read_rows(source, key)))
+        parts.append(Part(source, read_rows(with_files(source, key), key)))
     if eval_section.path is not None:
         held = section.parts[0].model_copy(update={"path": eval_section.path})
-        parts.append(Part(held, read_rows(held, "eval.path"), held_out=True))
+        parts.append(Part(held, read_rows(with_files(held, "eval.path"), "eval.path"), held_out=True))
     return parts
 
 

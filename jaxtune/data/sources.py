@@ -18,7 +18,7 @@ from jaxtune.data import tables, text_files
 from jaxtune.data.records import Bad, Record, first_line, kind, refuse
 from jaxtune.errors import DataError, listing
 
-__all__ = ["Record", "find_files", "kind", "read_records"]
+__all__ = ["Record", "kind", "read_records", "with_files"]
 
 TEXT: dict[str, Callable[[BinaryIO, str, Bad], Iterator[Record]]] = {
     ".json": text_files.read_array,
@@ -50,8 +50,8 @@ def kind_of(path: str) -> tuple[str, str]:
     return (last, "") if last in TEXT or last in TABLES else ("", "")
 
 
-def find_files(section: SourceSection, key: str = "data.path") -> list[str]:
-    """The files of a source, path after path. `key` names the setting in errors.
+def with_files(section: SourceSection, key: str = "data.path") -> SourceSection:
+    """A source with the files themselves in place of what names them, path after path. `key` names it in errors.
 
     A directory stands for the files in it, a pattern for those that it matches, either sorted by name; hidden files
     are left out, and so are those of a kind that cannot be read, which is said.
@@ -59,9 +59,7 @@ def find_files(section: SourceSection, key: str = "data.path") -> list[str]:
     Raises:
         DataError: a path names no file.
     """
-    if not section.paths:
-        raise DataError(f"{key}: an empty list; give at least one file")
-    return [file for path in section.paths for file in _find(path, key)]
+    return section.model_copy(update={"path": [file for path in section.paths for file in _find(path, key)]})
 
 
 def _find(path: str, key: str) -> list[str]:
