@@ -59,10 +59,13 @@ DATA_COLUMNS = {
 class SourceSection(Section):
     """Files whose rows are alike, and what stands in them."""
 
-    path: str | list[str] = []  # a file, a directory or a pattern such as data/*.jsonl, or several: docs/data.md
+    path: str | list[str] = []  # a file, a directory, a pattern such as data/*.jsonl or a hub id, or several
     format: Literal["alpaca", "sharegpt", "messages", "text"] = "alpaca"  # of the rows
     columns: Columns = Columns()
     system: str | None = None  # first message of every conversation that has none
+    split: str | None = None  # of a data set on the hub; null: train
+    subset: str | None = None  # of a data set on the hub: a configuration of its README, or a directory
+    revision: str | None = None  # of a data set on the hub: branch, tag or commit
     on_bad_line: Literal["error", "skip"] = "error"  # skip: left out and counted, up to 5 of them or 0.1% of the rows
 
     @property
@@ -307,9 +310,12 @@ class EvalSection(Section):
     every: NonNegative = 0  # steps; 0: only at the end
     fraction: Fraction = 0.0  # of the rows of data, chosen by the seed
     path: str | list[str] | None = None  # in the format and columns of data
+    split: str | None = None  # where path is of a data set on the hub; null: validation
 
     @model_validator(mode="after")
     def _one_source(self):
+        if self.split is not None and self.path is None:
+            raise ValueError("split belongs to path and would do nothing without it")
         if self.path is not None and self.fraction > 0:
             raise ValueError("eval.path and eval.fraction are both set; keep one")
         return self

@@ -26,8 +26,8 @@ from jaxtune.config import DataSection, EvalSection, SourceSection, TrainSection
 from jaxtune.data.chat import special_tokens
 from jaxtune.data.encode import Examples, Lengths, concatenate, encode
 from jaxtune.data.formats import Row, Rows, read_rows
+from jaxtune.data.locate import held_source, with_files
 from jaxtune.data.packing import Epoch, plan_epoch, shuffled
-from jaxtune.data.sources import with_files
 from jaxtune.data.template import ChatTemplate, open_template
 from jaxtune.errors import ConfigError, DataError
 
@@ -276,8 +276,9 @@ def _read(section: DataSection, eval_section: EvalSection) -> list[Part]:
         key = f"data.sources.{number}.path" if section.sources else "data.path"
         parts.append(Part(source, read_rows(with_files(source, key), key)))
     if eval_section.path is not None:
-        held = section.parts[0].model_copy(update={"path": eval_section.path})
-        parts.append(Part(held, read_rows(with_files(held, "eval.path"), "eval.path"), held_out=True))
+        held = held_source(section.parts[0], eval_section)
+        rows = read_rows(with_files(held, "eval.path", "validation"), "eval.path")
+        parts.append(Part(held, rows, held_out=True))
     return parts
 
 

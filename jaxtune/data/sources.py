@@ -1,7 +1,8 @@
-"""Which files a path names, and the records in each of them, as a stream. What the rows mean is for formats.py."""
+"""From a file of any kind to its records, as a stream. Which files there are is for locate.py, what the rows mean for
+formats.py.
+"""
 
 import bz2
-import glob
 import gzip
 import io
 import lzma
@@ -12,13 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxtune.config import SourceSection
-from jaxtune.console import warn
 from jaxtune.data import tables, text_files
 from jaxtune.data.records import Bad, Record, first_line, kind, refuse
 from jaxtune.errors import DataError, listing
 
-__all__ = ["Record", "kind", "read_records", "with_files"]
+__all__ = ["Record", "kind", "read_records"]
 
 TEXT: dict[str, Callable[[BinaryIO, str, Bad], Iterator[Record]]] = {
     ".json": text_files.read_array,
@@ -33,7 +32,7 @@ TABLES: dict[str, Callable[[str, Bad], Iterator[Record]]] = {
     ".feather": tables.read_arrow,
 }
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # of TEXT
-_ALLOWED = (
+ALLOWED = (
     ".json (an array of objects), .jsonl (one a line), .csv, .tsv, .txt (a row a line), each also with "
     f"{listing(COMPRESSED)} behind it; .parquet, .arrow, .feather"
 )
@@ -50,38 +49,9 @@ def kind_of(path: str) -> tuple[str, str]:
     return (last, "") if last in TEXT or last in TABLES else ("", "")
 
 
-def with_files(section: SourceSection, key: str = "data.path") -> SourceSection:
-    """A source with the files themselves in place of what names them, path after path. `key` names it in errors.
-
-    A directory stands for the files in it, a pattern for those that it matches, either sorted by name; hidden files
-    are left out, and so are those of a kind that cannot be read, which is said.
-
-    Raises:
-        DataError: a path names no file.
-    """
-    return section.model_copy(update={"path": [file for path in section.paths for file in _find(path, key)]})
-
-
-def _find(path: str, key: str) -> list[str]:
-    where = Path(path).expanduser()
-    if where.is_dir():
-        return _readable(path, sorted(str(entry) for entry in where.iterdir() if entry.name[0] != "."), key)
-    if glob.has_magic(path) and not where.exists():
-        return _readable(path, sorted(glob.glob(str(where), recursive=True)), key)
-    return [str(where) if path.startswith("~") else path]
-
-
-def _readable(path: str, found: list[str], key: str) -> list[str]:
-    """Those of the found files that can be read; the others are named."""
-    files = [name for name in found if Path(name).is_file() and not _BESIDE_DATA.fullmatch(Path(name).name)]
-    kept = [name for name in files if kind_of(name)[0]]
-    others = [Path(name).name for name in files if name not in kept]
-    if not kept:
-        names = listing(sorted({*others, *(f"{Path(name).name}/" for name in found if Path(name).is_dir())}))
-        raise DataError(f"{key} {path}: no data file; found {names or 'nothing'}; allowed: {_ALLOWED}")
-    if others:
-        warn(f"{key} {path}: not read, being of another kind: {listing(others)}")
-    return kept
+def is_data(path: str) -> bool:
+    """Whether a file has rows, as far as its name tells."""
+    return bool(kind_of(path)[0]) and not _BESIDE_DATA.fullmatch(Path(path).name)
 
 
 def read_records(path: str, bad: Bad = refuse) -> Iterator[Record]:
@@ -94,7 +64,7 @@ def read_records(path: str, bad: Bad = refuse) -> Iterator[Record]:
     """
     known, compression = kind_of(path)
     if not known:
-        raise DataError(f"{path}: unknown kind of file; allowed: {_ALLOWED}")
+        raise DataError(f"{path}: unknown kind of file; allowed: {ALLOWED}")
     count, last = 0, ""
 
     def told(error: DataError) -> None:

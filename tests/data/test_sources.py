@@ -14,7 +14,8 @@ import pytest
 
 from jaxtune.config import SourceSection
 from jaxtune.console import console
-from jaxtune.data.sources import read_records, with_files
+from jaxtune.data.locate import with_files
+from jaxtune.data.sources import read_records
 from jaxtune.errors import DataError
 
 
