@@ -162,8 +162,6 @@ class OptimSection(Section):
 
 
 Axis = Annotated[int, Field(ge=-1)]
-
-
 AXES = ("pipe", "data", "fsdp", "context", "tensor")  # of the mesh; neighbours along the last are nearest
 
 
@@ -229,9 +227,7 @@ class MemorySection(Section):
         "up",
     ]
     offload: list[Literal["optimizer", "activations", "params"]] = []  # lies in the host's memory until needed
-    gradients: Literal["float32", "compute"] = (
-        "float32"  # type that they are summed up in, over devices and micro-batches
-    )
+    gradients: Literal["float32", "compute"] = "float32"  # type of their sum over devices and micro-batches
 
     @field_validator("remat", mode="before")
     @classmethod

@@ -37,9 +37,7 @@ def _find(path: str, key: str, section: SourceSection, split: str) -> list[str]:
     where = Path(path).expanduser()
     if not where.exists() and is_hub_id(path):
         return hub_files(path, section.split or split, section.subset, section.revision)
-    for name in ("split", "subset", "revision"):
-        if getattr(section, name) is not None:
-            raise DataError(f"{key} {path}: {name} is of a data set on the hub (owner/name), and this is a local path")
+    _only_of_the_hub(section, f"{key} {path}")
     if where.is_dir():
         return _readable(path, sorted(str(entry) for entry in where.iterdir() if entry.name[0] != "."), key)
     if glob.has_magic(path) and not where.exists():
@@ -49,6 +47,12 @@ def _find(path: str, key: str, section: SourceSection, split: str) -> list[str]:
             f"{key} {path}: no such file or directory, and not the id of a data set on the hub (owner/name)"
         )
     return [str(where) if path.startswith("~") else path]
+
+
+def _only_of_the_hub(section: SourceSection, where: str) -> None:
+    for name in ("split", "subset", "revision"):
+        if getattr(section, name) is not None:
+            raise DataError(f"{where}: {name} is of a data set on the hub (owner/name), and this is a local path")
 
 
 def _readable(path: str, found: list[str], key: str) -> list[str]:
