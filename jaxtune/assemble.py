@@ -42,13 +42,18 @@ class Source:
     adds_words: bool = False  # whether the method adds any tokens
 
     @classmethod
-    def open(cls, section: ModelSection, template: str | None = None, tuning: TuneSection = FULL) -> "Source":
-        """Find the model, read its settings and its tokenizer, and check that the two fit under a tuning method."""
+    def open(
+        cls, section: ModelSection, template: str | None = None, tuning: TuneSection = FULL, weights: bool = True
+    ) -> "Source":
+        """Find the model, read its settings and its tokenizer, and check that the two fit under a tuning method.
+
+        weights: whether those of a model on the hub are wanted too.
+        """
         if section.overrides and section.init != "random":
             raise ConfigError(
                 "model.overrides: the weights of a pretrained model fix its settings; set model.init: random"
             )
-        path = resolve_model(section.path, section.revision, weights=section.init == "pretrained")
+        path = resolve_model(section.path, section.revision, weights=weights and section.init == "pretrained")
         config = read_config(path, section.overrides)
         words = path if section.tokenizer is None else resolve_model(section.tokenizer, weights=False)
         tokenizer = load_tokenizer(words, template)

@@ -1,5 +1,5 @@
-"""The command `jaxtune`: train, generate, chat, export, quantize, plan, schedule. What they do is elsewhere; this file
-reads the command line and turns what can go wrong into one line and an exit code.
+"""The command `jaxtune`: train, preview, generate, chat, export, quantize, plan, schedule. What they do is elsewhere;
+this file reads the command line and turns what can go wrong into one line and an exit code.
 
 Exit codes: 0 done, 2 the input is wrong, 130 stopped by Ctrl-C, 143 stopped by SIGTERM after a save, 75 another
 process of the run is gone or never came, 1 a failure.
@@ -241,6 +241,26 @@ def combine(
             raise ConfigError(f"--weights {weights!r}: expected numbers with commas between, such as 0.7,0.3") from None
         made = make_one(adapters, factors, out, way, rank=rank, density=density, sign=sign, seed=seed)
         say(f"{out}: {way} of {len(adapters)} adapters, rank {made.rank}, on {len(made.targets)} modules")
+
+
+@app.command()
+def preview(
+    config: Annotated[Path, typer.Option(help="YAML file, as for train; no weights are read.")],
+    rows: Annotated[int, typer.Option(help="How many to show.", min=1)] = 3,
+    packs: Annotated[
+        bool, typer.Option("--packs", help="As the run packs and shuffles them; else one by one.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Page to write, in place of the terminal.", metavar="FILE")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+) -> None:
+    """Show rows of the data as the model sees them: tokens, what is learnt of them, packs."""
+    with _one_line_errors():
+        from jaxtune.config import load_config
+
+        settings = load_config(config, overrides or [])
+        from jaxtune.data.preview import preview as show
+
+        show(settings, rows, html, packs)
 
 
 @app.command()

@@ -59,10 +59,14 @@ DATA_COLUMNS = {
 class SourceSection(Section):
     """Files whose rows are alike, and what stands in them."""
 
-    path: str | list[str] = []  # .json or .jsonl, or several
+    path: str | list[str] = []  # a file, a directory, a pattern such as data/*.jsonl or a hub id, or several
     format: Literal["alpaca", "sharegpt", "messages", "text"] = "alpaca"  # of the rows
     columns: Columns = Columns()
     system: str | None = None  # first message of every conversation that has none
+    split: str | None = None  # of a data set on the hub; null: train
+    subset: str | None = None  # of a data set on the hub: a configuration of its README, or a directory
+    revision: str | None = None  # of a data set on the hub: branch, tag or commit
+    on_bad_line: Literal["error", "skip"] = "error"  # skip: left out and counted, up to 5 of them or 0.1% of the rows
 
     @property
     def paths(self) -> list[str]:
@@ -82,7 +86,7 @@ class SourceSection(Section):
 class MixedSource(SourceSection):
     """One of several sources."""
 
-    path: str | list[str]  # .json or .jsonl, or several
+    path: str | list[str]  # as data.path
     name: str | None = None  # in reports and metrics; absent: its path
     weight: Annotated[float, Field(gt=0)] | None = None  # share beside the others'; none: each example once an epoch
 
@@ -174,8 +178,6 @@ class OptimSection(Section):
 
 
 Axis = Annotated[int, Field(ge=-1)]
-
-
 AXES = ("pipe", "data", "fsdp", "context", "tensor")  # of the mesh; neighbours along the last are nearest
 
 
@@ -241,9 +243,7 @@ class MemorySection(Section):
         "up",
     ]
     offload: list[Literal["optimizer", "activations", "params"]] = []  # lies in the host's memory until needed
-    gradients: Literal["float32", "compute"] = (
-        "float32"  # type that they are summed up in, over devices and micro-batches
-    )
+    gradients: Literal["float32", "compute"] = "float32"  # type of their sum over devices and micro-batches
 
     @field_validator("remat", mode="before")
     @classmethod
@@ -322,9 +322,12 @@ class EvalSection(Section):
     every: NonNegative = 0  # steps; 0: only at the end
     fraction: Fraction = 0.0  # of the rows of data, chosen by the seed
     path: str | list[str] | None = None  # in the format and columns of data
+    split: str | None = None  # where path is of a data set on the hub; null: validation
 
     @model_validator(mode="after")
     def _one_source(self):
+        if self.split is not None and self.path is None:
+            raise ValueError("split belongs to path and would do nothing without it")
         if self.path is not None and self.fraction > 0:
             raise ValueError("eval.path and eval.fraction are both set; keep one")
         return self

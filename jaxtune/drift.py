@@ -31,6 +31,10 @@ RULES = {
     "data.format": REFUSE,
     "data.columns": REFUSE,
     "data.system": REFUSE,
+    "data.split": REFUSE,
+    "data.subset": REFUSE,
+    "data.revision": REFUSE,
+    "data.on_bad_line": REFUSE,
     "data.template": REFUSE,
     "data.max_length": REFUSE,
     "data.too_long": REFUSE,
@@ -82,6 +86,7 @@ RULES = {
     "eval.every": ALLOW,
     "eval.fraction": REFUSE,  # the rows that are left to train on
     "eval.path": LOG,
+    "eval.split": LOG,
     "log.every": ALLOW,
     "log.tensorboard": ALLOW,
 }

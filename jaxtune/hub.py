@@ -59,7 +59,7 @@ def _snapshot(path: str, revision: str | None, weights: bool) -> Path:
     try:
         fetched = snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED)
     except (OSError, HFValidationError) as problem:
-        raise ModelError(_why(path, revision, problem)) from None
+        raise ModelError(why(path, revision, problem)) from None
     if not (Path(fetched) / "config.json").exists() and not (Path(fetched) / "tokenizer_config.json").exists():
         raise ModelError(
             f"{path}: this hub repository has no config.json; download its .gguf, if any, and give that path"
@@ -67,18 +67,18 @@ def _snapshot(path: str, revision: str | None, weights: bool) -> Path:
     return Path(fetched)
 
 
-def _why(path: str, revision: str | None, problem: Exception) -> str:
-    """What stopped the download, and what to do."""
+def why(path: str, revision: str | None, problem: Exception, kind: str = "model") -> str:
+    """What stopped the download, and what to do. kind: what `path` is the id of, a model or a data set."""
     from huggingface_hub import errors
 
     if isinstance(problem, errors.GatedRepoError):
-        return f"{path}: this model is gated; accept its licence on its hub page and log in with `hf auth login`"
+        return f"{path}: this {kind} is gated; accept its licence on its hub page and log in with `hf auth login`"
     if isinstance(problem, errors.RepositoryNotFoundError):
-        return f"{path}: no such directory here and no such model on the hub; if it is private, `hf auth login` first"
+        return f"{path}: no such directory here and no such {kind} on the hub; if it is private, `hf auth login` first"
     if isinstance(problem, errors.RevisionNotFoundError):
-        return f"{path}: the hub has no revision {revision}; check model.revision"
+        return f"{path}: the hub has no revision {revision}; check {kind.split()[0]}.revision"
     first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
     return (
         f"{path}: no such directory here, and the hub cannot be used ({first[:300]}); check the connection"
-        " (HF_ENDPOINT, HF_HUB_OFFLINE), or download the model elsewhere and give its directory"
+        " (HF_ENDPOINT, HF_HUB_OFFLINE), or download the {kind} elsewhere and give its directory"
     )

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from pydantic import ValidationError
 
 from jaxtune.assemble import Source
-from jaxtune.config import Config, ModelSection, OptimSection, make_tune
+from jaxtune.config import Config, DataSection, ModelSection, OptimSection, make_tune
+from jaxtune.data.locate import with_files
 from jaxtune.errors import UserError
 from jaxtune.loading import as_mesh
 from jaxtune.mesh import make_mesh
@@ -120,7 +121,17 @@ PRECISION = {
 }
 REST = {
     "a key of `tune`": [says(tune={"method": "full", "rank": 4}), says(tune={"freeze_first": 1})],
-    "`data.system`": [says(data={"format": "text", "system": "-"}), says(data={"columns": {"text": "-"}})],
+    "`data.system`": [
+        says(data={"format": "text", "system": "-"}),
+        says(data={"format": "text", "template": "-"}),
+        says(data={"columns": {"text": "-"}}),
+    ],
+    "`data.sources`": [
+        says(data={"sources": [{"path": "-"}]}),
+        says(data={"path": [], "sources": []}),
+    ],
+    "`data.split`": [lambda: with_files(DataSection(path="-", split="test"))],
+    "`eval.split`": [says(eval={"split": "test"})],
     "a key of `optim`": [says(optim={"name": "sgd", "beta1": 0.5}), says(optim={"schedule": "linear", "decay": 0.2})],
     "`optim.warmup` or": [runs(warmup=2.5), runs(schedule="wsd", warmup=8, decay=4)],
     "`model.double_quant`": [
@@ -140,6 +151,7 @@ VALUES = [
 # Where combinations are judged: all of a file, or these functions of it. config.py has its judges in classes.
 JUDGES = {
     "assemble.py": {"open"},
+    "data/locate.py": {"_only_of_the_hub"},
     "config.py": None,
     "loading.py": {"as_mesh", "_for_inference"},
     "mesh.py": None,

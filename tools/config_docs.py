@@ -47,6 +47,8 @@ This page is made from `jaxtune/config.py` and the methods in `jaxtune/tune/` by
 | a key of `tune` that belongs to another method | it would do nothing |
 | `data.system`, `template` or `train_on_prompt` with format text; a column that the format does not read | likewise |
 | `data.sources` beside `path`, `format`, `columns` or `system` | each source has its own |
+| `data.split`, `subset` or `revision` of a local path | they are of a data set on the hub |
+| `eval.split` without `eval.path` | likewise |
 | a key of `optim` that belongs to another optimiser or schedule | likewise |
 | `optim.warmup` or `decay` of 1 or more that is no whole number; with wsd, more steps of both than the run has | they \
 are a share below 1, or a number of steps |

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtune.config import DATA_COLUMNS, Columns, SourceSection
+from jaxtune.data.records import BadRows, refuse
 from jaxtune.data.sources import kind, read_records
 from jaxtune.errors import DataError, listing
 
@@ -35,6 +36,8 @@ class Rows:
     rows: list[Row] = field(default_factory=list)
     unused: Counter = field(default_factory=Counter)  # column -> in how many rows it stands unread
     empty_answers: int = 0  # assistant turns without text
+    bad: int = 0  # how many were left out, under on_bad_line: skip
+    bad_first: list[str] = field(default_factory=list)  # what is wrong with the first few of them
 
 
 def read_rows(section: SourceSection, key: str = "data.path") -> Rows:
@@ -49,21 +52,32 @@ def stream_rows(section: SourceSection, seen: Rows, key: str = "data.path") -> I
 
     seen: takes what is seen on the way, but not the rows.
 
+    section: its path names files, each of them; sources.with_files makes such a one.
+
     Raises:
         DataError: a file, line, column or role is wrong; the message names file, line and column.
     """
     if not section.paths:
         raise DataError(f"{key}: an empty list; give at least one file")
+    left_out = BadRows()
+    bad = left_out.add if section.on_bad_line == "skip" else refuse
     columns: set[str] = set()
-    read = _READERS[section.format]
+    read, good = _READERS[section.format], 0
     for path in section.paths:
-        for where, value in read_records(path):
+        for where, value in read_records(path, bad):
             record = _Record(where, value, section.columns, seen.unused)
-            row = read(record)
+            try:
+                row = read(record)
+            except DataError as error:
+                bad(error)
+                continue
             record.count_unused(section.format)
             columns.update(value)
             seen.empty_answers += sum(m["role"] == "assistant" and not m["content"] for m in row.messages or ())
+            good += 1
             yield _with_system(row, section.system)
+    left_out.check(good, key)
+    seen.bad, seen.bad_first = left_out.count, left_out.first
     _check_optional(section, columns, key)
 
 

@@ -13,6 +13,7 @@ from jaxtune.data.dataset import NONE, Batch, Dataset
 from jaxtune.data.encode import Lengths
 from jaxtune.data.examples import Chosen, Examples, concatenate
 from jaxtune.data.formats import Rows
+from jaxtune.data.locate import held_source, with_files
 from jaxtune.data.mixing import Sources
 from jaxtune.data.packing import shuffled
 from jaxtune.data.template import open_template
@@ -113,14 +114,16 @@ def build_data(
 
 def _parts(section: DataSection, eval_section: EvalSection, tokenizer: Any, virtual: int) -> Iterator[Part]:
     """Every source, and eval.path, which is read as data.path is."""
-    held = [] if eval_section.path is None else [section.parts[0].model_copy(update={"path": eval_section.path})]
-    keys = [f"data.sources.{number}.path" if section.sources else "data.path" for number in range(len(section.parts))]
+    sources = section.parts
+    held = [] if eval_section.path is None else [held_source(sources[0], eval_section)]
+    keys = [f"data.sources.{number}.path" if section.sources else "data.path" for number in range(len(sources))]
     with ExitStack() as stack:
-        talks = any(source.format != "text" for source in section.parts)
+        talks = any(source.format != "text" for source in sources)
         template = stack.enter_context(open_template(tokenizer, section.template)) if talks else None
-        for key, source in zip([*keys, "eval.path"], [*section.parts, *held]):
+        for key, source in zip([*keys, "eval.path"], [*sources, *held]):
             own = template if source.format != "text" else None
-            found = cached(Tokenising(source, key, section, tokenizer, own, virtual), section.cache)
+            files = with_files(source, key, "validation" if key == "eval.path" else "train")
+            found = cached(Tokenising(files, key, section, tokenizer, own, virtual), section.cache)
             yield Part(source, found.examples, found.rows, found.lengths, found.notes, key == "eval.path")
 
 

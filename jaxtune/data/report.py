@@ -10,6 +10,7 @@ from rich.text import Text
 from jaxtune.data.encode import Lengths
 from jaxtune.data.loader import Data, Dataset
 from jaxtune.data.mixing import Sources
+from jaxtune.data.records import BadRows
 from jaxtune.errors import listing
 
 SHOWN = 400  # tokens of the example; a longer one is cut in the middle
@@ -93,6 +94,8 @@ def _notes(data: Data) -> list[str]:
     """What may be a mistake in the data."""
     notes = []
     for rows, counts in ((source.rows, source.lengths) for source in data.sources):
+        if rows.bad:
+            notes.append(f"Bad rows that were left out: {BadRows(rows.bad, rows.bad_first).told(counts.rows)}.")
         if rows.unused:
             names = (f'"{name}" (in {count:,} rows)' for name, count in sorted(rows.unused.items()))
             notes.append(f"Columns that are not read: {listing(names)}; data.columns says which are.")

@@ -1,141 +1,103 @@
-"""Data files to records: a JSON array or JSON lines, each object with the file and line that it stands on.
-
-What the objects mean is for formats.py.
+"""From a file of any kind to its records, as a stream. Which files there are is for locate.py, what the rows mean for
+formats.py.
 """
 
-import json
+import bz2
+import gzip
+import io
+import lzma
+import os
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from jaxtune.errors import DataError
+from jaxtune.data import tables, text_files
+from jaxtune.data.records import Bad, Record, first_line, kind, refuse
+from jaxtune.errors import DataError, listing
 
-Record = tuple[str, dict[str, Any]]  # where it stands ("file:line"), the object
+__all__ = ["Record", "kind", "read_records"]
 
-_SPACE = re.compile(r"[ \t\n\r]*")  # what JSON calls white space, and nothing more
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
-_BOM = b"\xef\xbb\xbf"
-_CUT_OFF = "; the file ends in the middle of a value: was it cut off while it was written?"
+TEXT: dict[str, Callable[[BinaryIO, str, Bad], Iterator[Record]]] = {
+    ".json": text_files.read_array,
+    ".jsonl": text_files.read_lines,
+    ".csv": tables.read_csv,
+    ".tsv": tables.read_tsv,
+    ".txt": text_files.read_plain,
+}
+TABLES: dict[str, Callable[[str, Bad], Iterator[Record]]] = {
+    ".parquet": tables.read_parquet,
+    ".arrow": tables.read_arrow,
+    ".feather": tables.read_arrow,
+}
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # of TEXT
+ALLOWED = (
+    ".json (an array of objects), .jsonl (one a line), .csv, .tsv, .txt (a row a line), each also with "
+    f"{listing(COMPRESSED)} behind it; .parquet, .arrow, .feather"
+)
+# What the datasets library writes beside the rows.
+_BESIDE_DATA = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json|cache-.*\.arrow")
+_DAMAGED = (EOFError, zlib.error, lzma.LZMAError)
 
 
-def read_records(path: str) -> Iterator[Record]:
-    """The objects of a .json (one array of objects) or .jsonl (one object a line) file, in order.
+def kind_of(path: str) -> tuple[str, str]:
+    """(".jsonl", ".gz") of a path: what it is and how it is compressed; an empty string for neither."""
+    *_, before, last = ["", "", *(suffix.lower() for suffix in Path(path).suffixes)]
+    if last in COMPRESSED and before in TEXT:
+        return before, last
+    return (last, "") if last in TEXT or last in TABLES else ("", "")
+
+
+def is_data(path: str) -> bool:
+    """Whether a file has rows, as far as its name tells."""
+    return bool(kind_of(path)[0]) and not _BESIDE_DATA.fullmatch(Path(path).name)
+
+
+def read_records(path: str, bad: Bad = refuse) -> Iterator[Record]:
+    """The records of a file, in order.
+
+    bad: told of each row that is wrong; the usual one raises. What is wrong with the file as a whole is always raised.
 
     Raises:
-        DataError: at the first line that is not what the file's name says; the message names it.
+        DataError: the file is not what its name says; the message names the first line or row of which that is true.
     """
-    readers = {".json": _read_array, ".jsonl": _read_lines}
-    reader = readers.get(Path(path).suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: unknown kind of file; allowed: .json (an array of objects), .jsonl (one a line)")
-    empty = True
+    known, compression = kind_of(path)
+    if not known:
+        raise DataError(f"{path}: unknown kind of file; allowed: {ALLOWED}")
+    count, last = 0, ""
+
+    def told(error: DataError) -> None:
+        nonlocal count
+        count += 1
+        bad(error)
+
     try:
-        for record in reader(path):
-            empty = False
+        for record in _read(path, known, compression, told):
+            count, last = count + 1, record[0]
             yield record
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if empty:
+    except (OSError, *_DAMAGED) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"{path}: cannot be read: {os.strerror(error.errno)}") from None
+        after = f" (the last good row is {last})" if last else ""
+        raise DataError(f"{path}: damaged or cut off{after}: {first_line(error)}") from None
+    if not count:
         raise DataError(f"{path}: empty: there is no row in it")
 
 
-def _read_lines(path: str) -> Iterator[Record]:
-    with Path(path).open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            text = _decode(raw, path, number)
-            if text.strip():
-                where = f"{path}:{number}"
-                yield where, _object(_parse_line(text, where, torn=not raw.endswith(b"\n")), where)
+def _read(path: str, known: str, compression: str, bad: Bad) -> Iterator[Record]:
+    if known in TABLES:
+        yield from TABLES[known](path, bad)
+    else:
+        with _open(path, compression) as file:
+            yield from TEXT[known](file, path, bad)
 
 
-def _parse_line(text: str, where: str, torn: bool) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = _CUT_OFF if torn else ""
-        if text.lstrip().startswith("["):
-            hint = "; a JSON array over several lines is a .json file"
-        raise DataError(f"{where}: not valid JSON: {error.msg} (column {error.colno}){hint}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON: {error}") from None
-
-
-def _read_array(path: str) -> Iterator[Record]:
-    text = _decode(Path(path).read_bytes(), path, 1)
-    try:
-        yield from _array_items(text, path)
-    except json.JSONDecodeError as error:
-        hint = _CUT_OFF if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated") else ""
-        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}){hint}") from None
-
-
-def _array_items(text: str, path: str) -> Iterator[Record]:
-    """One element after another, because json.loads would not tell where each begins."""
-    position = _skip(text, 0)
-    if position == len(text):
-        return
-    if text[position] != "[":
-        found = "an object; one object a line is a .jsonl file" if text[position] == "{" else f"{text[position]!r}"
-        raise DataError(f"{path}: expected an array of objects, found {found}")
-    position = _skip(text, position + 1)
-    more, line, counted, row = text[position : position + 1] != "]", 1, 0, 0
-    while more:
-        line, counted, row = line + text.count("\n", counted, position), position, row + 1
-        where = f"{path}:{line} (row {row})"
-        value, position = _parse_item(text, position, where)
-        yield where, _object(value, where)
-        position = _skip(text, position)
-        more = text[position : position + 1] == ","
-        if more:
-            position = _skip(text, position + 1)
-        elif text[position : position + 1] != "]":
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-    if _skip(text, position + 1) != len(text):
-        raise json.JSONDecodeError("Extra data after the array", text, _skip(text, position + 1))
-
-
-_decode_item = json.JSONDecoder().raw_decode
-
-
-def _parse_item(text: str, position: int, where: str) -> tuple[Any, int]:
-    try:
-        return _decode_item(text, position)
-    except json.JSONDecodeError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON: {error}") from None
-
-
-def _skip(text: str, position: int) -> int:
-    return _SPACE.match(text, position).end()  # type: ignore[union-attr]  # it matches the empty string
-
-
-def _decode(raw: bytes, path: str, line: int) -> str:
-    """The text of `raw`, which begins at `line`."""
-    if line == 1:
-        if raw.startswith(_UTF16):
-            raise DataError(f"{path}: UTF-16 text; save it as UTF-8")
-        raw = raw.removeprefix(_BOM)
-    nul = raw.find(b"\0")
-    if nul >= 0:
-        line += raw.count(b"\n", 0, nul)
-        raise DataError(f"{path}:{line}: a NUL byte; is the file damaged, or not text at all?")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line += raw.count(b"\n", 0, error.start)
-        bad = raw[error.start : error.start + 4].hex(" ")
-        raise DataError(f"{path}:{line}: not UTF-8 text (bytes {bad}); save the file as UTF-8") from None
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: expected an object with columns, found {kind(value)}")
-    return value
-
-
-def kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return "null" if value is None else names[type(value)]
+def _open(path: str, compression: str) -> BinaryIO:
+    """The bytes of a file as they were before it was compressed."""
+    if compression == ".zst":
+        arrow = tables.pyarrow_for(path)
+        with Path(path).open("rb"):  # whether it can be read at all, in the words of the system
+            return io.BufferedReader(arrow.input_stream(path, compression="zstd"))
+    openers: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers[compression](path, "rb")

@@ -42,3 +42,13 @@ def test_each_source_is_read_in_its_own_format(two):
 def test_files_are_named_in_one_way(two, change, message):
     with pytest.raises(ConfigError, match=message):
         make_config({"model": {"path": "m"}, "data": {**two, **change}})
+
+
+def test_a_source_may_be_a_directory_or_a_pattern(two, tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "a.jsonl").rename(tmp_path / "more" / "a.jsonl")
+    (tmp_path / "b.jsonl").rename(tmp_path / "b2.jsonl")
+    two["sources"][0]["path"], two["sources"][1]["path"] = "more", "b*.jsonl"
+    section = DataSection.model_validate(two)
+    data = build_data(section, EvalSection(path="more/*"), TrainSection(steps=1, batch_size=2), word_tokenizer())
+    assert [part.lengths.rows for part in data.sources] == [1, 1, 1]

@@ -1,9 +1,20 @@
-"""Files: every way in which JSON can be wrong is told with file and line, and nothing right is refused."""
+"""Files: every way in which JSON can be wrong is told with file and line, nothing right is refused, and what a path
+names is found.
+"""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
+import random
 
+import pyarrow as pa
 import pytest
 
+from jaxtune.config import SourceSection
+from jaxtune.console import console
+from jaxtune.data.locate import with_files
 from jaxtune.data.sources import read_records
 from jaxtune.errors import DataError
 
@@ -125,7 +136,8 @@ def test_rows_must_be_objects(write, item, name):
 
 
 def test_unknown_ending_missing_file_and_directory(write, tmp_path):
-    assert "allowed: .json" in message("a.csv")
+    for name in ("a.doc", "a", "a.gz", "a.doc.gz", "a.parquet.gz", "a.jsonl.zip"):
+        assert "unknown kind of file; allowed: .json" in message(name)
     assert message("none.json") == "none.json: cannot be read: No such file or directory"
     (tmp_path / "d.json").mkdir()
     assert "cannot be read" in message("d.json")
@@ -141,3 +153,142 @@ def test_a_very_long_line_is_read(write):
     long = "x" * (8 << 20)
     ((_, value),) = read_records(write("a.jsonl", json.dumps({"x": long})))
     assert value["x"] == long
+
+
+# --- text, and what is compressed ---
+
+
+def test_each_line_of_a_text_file_is_a_row(write):
+    path = write("a.txt", b"\xef\xbb\xbfone \r\n\n \t\n  two\x0bthree\nfour")
+    assert list(read_records(path)) == [
+        ("a.txt:1", {"text": "one "}),
+        ("a.txt:4", {"text": "  two\x0bthree"}),
+        ("a.txt:5", {"text": "four"}),
+    ]
+
+
+def zst(data: bytes) -> bytes:
+    return pa.compress(data, codec="zstd", asbytes=True)
+
+
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zst}
+LINES = "".join(json.dumps({"x": random.Random(n).random()}) + "\n" for n in range(2000)).encode()
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_compressed_text_is_that_text(write, ending):
+    assert list(read_records(write(f"a.jsonl{ending}", COMPRESS[ending](LINES)))) == [
+        (f"a.jsonl{ending}:{number}", json.loads(line)) for number, line in enumerate(LINES.splitlines(), 1)
+    ]
+    for name, content in {"b.json": '[{"x": "é"}]', "b.csv": "x\né\n"}.items():
+        path = write(name + ending.upper(), COMPRESS[ending](content.encode()))
+        assert [value for _, value in read_records(path)] == [{"x": "é"}]
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_compressed_parts_one_after_another_are_one_text(write, ending):
+    content = b"".join(COMPRESS[ending](part) for part in (LINES[:99], LINES[99:]))
+    assert len(list(read_records(write(f"a.jsonl{ending}", content)))) == 2000
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize("part", [0.5, 0.95, -1])
+def test_a_compressed_file_that_is_cut_off_is_never_taken_for_a_short_one(write, ending, part):
+    whole = COMPRESS[ending](LINES)
+    text = message(write(f"a.jsonl{ending}", whole[: part if part == -1 else int(part * len(whole))]))
+    assert text.startswith(f"a.jsonl{ending}: damaged or cut off")
+
+
+def test_a_cut_off_file_is_told_with_the_last_good_row(write):
+    text = message(write("a.jsonl.gz", gzip.compress(LINES)[:-1]))
+    assert text.startswith("a.jsonl.gz: damaged or cut off (the last good row is a.jsonl.gz:2000): ")
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize("content", [b"not compressed at all\n", LINES])
+def test_a_file_that_is_not_compressed_as_its_name_says_is_an_error(write, ending, content):
+    assert message(write(f"a.jsonl{ending}", content)).startswith(f"a.jsonl{ending}: damaged or cut off")
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz"])  # .zst has a checksum only where its writer wanted one
+def test_a_flipped_bit_in_a_compressed_file_is_an_error(write, ending):
+    whole = bytearray(COMPRESS[ending](LINES))
+    whole[len(whole) // 2] ^= 16
+    text = message(write(f"a.jsonl{ending}", bytes(whole)))
+    assert text.startswith((f"a.jsonl{ending}: damaged or cut off", f"a.jsonl{ending}:"))
+
+
+def test_lines_are_read_as_they_are_needed(write):
+    path = write("a.jsonl.gz", gzip.compress(LINES)[:-200])  # the end of the file is not looked at
+    assert next(read_records(path)) == ("a.jsonl.gz:1", json.loads(LINES.splitlines()[0]))
+
+
+def test_a_line_without_end_is_refused_before_memory_is(write, monkeypatch):
+    monkeypatch.setattr("jaxtune.data.records.MAX_LINE", 1 << 20)
+    path = write("a.jsonl.gz", gzip.compress(b'{"x": 1}\n' + b"0" * (3 << 20)))
+    assert message(path) == "a.jsonl.gz:2: a line of more than 1 MiB; is it text at all?"
+
+
+# --- what a path names ---
+
+
+@pytest.fixture
+def found(tmp_path, monkeypatch):
+    """found(path, ...) -> the files of a source with these paths, below a directory with files of many kinds."""
+    monkeypatch.chdir(tmp_path)
+    names = ("b.jsonl", "a.csv.gz", "a.json", "README.md", ".hidden.jsonl", "dataset_info.json", "cache-1f.arrow")
+    for name in (*names, "deep/c.jsonl", "deep/er/d.parquet", ".git/e.jsonl", "deep/notes.md", "none/x.md"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text("")
+
+    return lambda *paths: with_files(SourceSection(path=list(paths))).paths
+
+
+def warnings(monkeypatch) -> io.StringIO:
+    text = io.StringIO()
+    monkeypatch.setattr(console, "file", text)
+    return text
+
+
+def test_a_directory_is_its_data_files_sorted_and_others_are_named(found, monkeypatch):
+    said = warnings(monkeypatch)
+    assert found("data") == ["data/a.csv.gz", "data/a.json", "data/b.jsonl"]
+    assert said.getvalue() == "Warning: data.path data: not read, being of another kind: README.md\n"
+
+
+def test_a_pattern_is_the_files_that_it_matches_sorted(found, monkeypatch):
+    said = warnings(monkeypatch)
+    assert found("data/*.json*") == ["data/a.json", "data/b.jsonl"]
+    assert found("data/[ab].json", "data/deep") == ["data/a.json", "data/deep/c.jsonl"]
+    assert said.getvalue().count("Warning") == 1  # of deep/notes.md
+    assert found("data/**/*.jsonl") == ["data/b.jsonl", "data/deep/c.jsonl"]
+    assert found("data/**/*.parquet") == ["data/deep/er/d.parquet"]
+
+
+def test_paths_stay_in_the_order_in_which_they_are_given(found):
+    assert found("data/b.jsonl", "data/a.json") == ["data/b.jsonl", "data/a.json"]
+    assert found("missing.jsonl") == ["missing.jsonl"]  # reading it says so
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("data/*.tsv", "data.path data/*.tsv: no data file; found nothing; allowed: .json"),
+        ("data/none", "data.path data/none: no data file; found x.md; allowed: .json"),
+        ("data/d*", "data.path data/d*: no data file; found deep/; allowed: .json"),
+    ],
+)
+def test_a_path_that_names_no_data_says_what_is_there(found, path, says):
+    with pytest.raises(DataError) as caught:
+        found(path)
+    assert str(caught.value).startswith(says)
+
+
+def test_a_name_that_looks_like_a_pattern_may_be_a_files_own(found, tmp_path):
+    (tmp_path / "a[1].jsonl").write_text("")
+    assert found("a[1].jsonl") == ["a[1].jsonl"]
+
+
+def test_home_is_found(found, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert found("~/data/a.json", "~/data/deep") == [f"{tmp_path}/data/a.json", f"{tmp_path}/data/deep/c.jsonl"]

@@ -1,0 +1,107 @@
+"""Rows out of text: JSON arrays, JSON lines, and lines that are rows themselves. The bytes may come decompressed."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from jaxtune.data.records import CUT_OFF, Bad, Record, as_object, decode, numbered, without_mark
+from jaxtune.errors import DataError
+
+_SPACE = re.compile(r"[ \t\n\r]*")  # what JSON calls white space, and nothing more
+
+
+def read_plain(file: BinaryIO, path: str, bad: Bad) -> Iterator[Record]:
+    """Each line that is not blank as {"text": line}, without its end."""
+    for number, raw in numbered(file, path):
+        try:
+            text = decode(raw, path, number).rstrip("\r\n")
+        except DataError as error:
+            bad(error)
+            continue
+        if text.strip():
+            yield f"{path}:{number}", {"text": text}
+
+
+def read_lines(file: BinaryIO, path: str, bad: Bad) -> Iterator[Record]:
+    """JSON lines: one object a line; blank lines are skipped."""
+    for number, raw in numbered(file, path):
+        where = f"{path}:{number}"
+        try:
+            text = decode(raw, path, number)
+            value = as_object(_parse_line(text, where, torn=not raw.endswith(b"\n")), where) if text.strip() else None
+        except DataError as error:
+            bad(error)
+            continue
+        if value is not None:
+            yield where, value
+
+
+def _parse_line(text: str, where: str, torn: bool) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = CUT_OFF if torn else ""
+        if text.lstrip().startswith("["):
+            hint = "; a JSON array over several lines is a .json file"
+        raise DataError(f"{where}: not valid JSON: {error.msg} (column {error.colno}){hint}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON: {error}") from None
+
+
+def read_array(file: BinaryIO, path: str, bad: Bad) -> Iterator[Record]:
+    """A JSON array of objects, which is read whole. After broken JSON nobody can tell where the next row begins, so
+    that is always an error; an element that is no object is a bad row.
+    """
+    text = decode(without_mark(file.read(), path), path, 1)
+    try:
+        yield from _array_items(text, path, bad)
+    except json.JSONDecodeError as error:
+        hint = CUT_OFF if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated") else ""
+        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}){hint}") from None
+
+
+def _array_items(text: str, path: str, bad: Bad) -> Iterator[Record]:
+    """One element after another, because json.loads would not tell where each begins."""
+    position = _skip(text, 0)
+    if position == len(text):
+        return
+    if text[position] != "[":
+        found = "an object; one object a line is a .jsonl file" if text[position] == "{" else f"{text[position]!r}"
+        raise DataError(f"{path}: expected an array of objects, found {found}")
+    position = _skip(text, position + 1)
+    more, line, counted, row = text[position : position + 1] != "]", 1, 0, 0
+    while more:
+        line, counted, row = line + text.count("\n", counted, position), position, row + 1
+        where = f"{path}:{line} (row {row})"
+        value, position = _parse_item(text, position, where)
+        try:
+            record = where, as_object(value, where)
+        except DataError as error:
+            bad(error)
+        else:
+            yield record
+        position = _skip(text, position)
+        more = text[position : position + 1] == ","
+        if more:
+            position = _skip(text, position + 1)
+        elif text[position : position + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+    if _skip(text, position + 1) != len(text):
+        raise json.JSONDecodeError("Extra data after the array", text, _skip(text, position + 1))
+
+
+_decode_item = json.JSONDecoder().raw_decode
+
+
+def _parse_item(text: str, position: int, where: str) -> tuple[Any, int]:
+    try:
+        return _decode_item(text, position)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON: {error}") from None
+
+
+def _skip(text: str, position: int) -> int:
+    return _SPACE.match(text, position).end()  # type: ignore[union-attr]  # it matches the empty string
