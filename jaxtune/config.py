@@ -40,20 +40,36 @@ class Columns(Section):
     instruction: str = "instruction"
     input: str | None = "input"
     output: str = "output"
-    system: str | None = "system"  # alpaca and sharegpt: read when present
+    system: str | None = "system"  # read when present
     history: str | None = "history"  # alpaca: [[question, answer], ...], read when present
     conversations: str = "conversations"  # sharegpt
     messages: str = "messages"
+    tools: str | None = "tools"  # functions to call: a list or its JSON text, read when present
     text: str = "text"
 
 
 # The columns that each format reads.
 DATA_COLUMNS = {
-    "alpaca": ("instruction", "input", "output", "system", "history"),
-    "sharegpt": ("conversations", "system"),
-    "messages": ("messages",),
+    "alpaca": ("instruction", "input", "output", "system", "history", "tools"),
+    "sharegpt": ("conversations", "system", "tools"),
+    "messages": ("messages", "system", "tools"),
     "text": ("text",),
 }
+
+
+class Tags(Section):
+    """What the turns of sharegpt and messages call their parts and their speakers; null: as the format does.
+
+    A speaker named "" does not occur.
+    """
+
+    role: str | None = None  # key of the speaker: from (sharegpt), role (messages)
+    content: str | None = None  # key of what is said: value, content
+    user: str | None = None  # human or user; user
+    assistant: str | None = None  # gpt or assistant; assistant
+    system: str | None = None  # system
+    observation: str | None = None  # what a tool replies: observation or tool; tool or function
+    function: str | None = None  # the assistant's call of a tool as JSON text: function_call; none
 
 
 class SourceSection(Section):
@@ -62,7 +78,10 @@ class SourceSection(Section):
     path: str | list[str] = []  # .json or .jsonl, or several
     format: Literal["alpaca", "sharegpt", "messages", "text"] = "alpaca"  # of the rows
     columns: Columns = Columns()
+    tags: Tags = Tags()  # sharegpt and messages
     system: str | None = None  # first message of every conversation that has none
+    num_samples: Positive | None = None  # rows, the same ones in each run; past those there are, some come again
+    dialect: Literal["jaxtune", "llamafactory"] = "jaxtune"  # llamafactory: rows that it leaves out are left out
 
     @property
     def paths(self) -> list[str]:
@@ -70,8 +89,12 @@ class SourceSection(Section):
 
     @model_validator(mode="after")
     def _only_this_format(self):
-        if self.format == "text" and self.system is not None:
-            raise ValueError("system is for conversations and would do nothing with format text")
+        if self.format == "text":
+            for name in ("system", "dialect"):
+                if getattr(self, name) != SourceSection.model_fields[name].default:
+                    raise ValueError(f"{name} is for conversations and would do nothing with format text")
+        if self.format not in ("sharegpt", "messages") and self.tags != Tags():
+            raise ValueError(f"tags are for sharegpt and messages and would do nothing with format {self.format}")
         for name, field in Columns.model_fields.items():
             if name not in DATA_COLUMNS[self.format] and getattr(self.columns, name) != field.default:
                 allowed = ", ".join(DATA_COLUMNS[self.format])
@@ -94,6 +117,9 @@ class DataSection(SourceSection):
     max_length: Annotated[int, Field(gt=1)] = 1024  # tokens of one sequence or pack
     too_long: Literal["drop", "truncate", "error"] = "truncate"  # what happens to a conversation past max_length
     train_on_prompt: bool = False  # the loss on every token, not on the assistant's turns alone
+    train_roles: list[Literal["assistant", "user", "system", "tool"]] = ["assistant"]  # whose turns are learnt
+    train_on: Literal["all", "last"] = "all"  # their turns: every one, or a conversation's last
+    turn_end: Literal["token", "template"] = "token"  # learnt up to: a turn's end token, or all that follows in it
     packing: bool = True  # several conversations in one sequence, each seeing only itself
     shuffle: bool = True  # anew in each epoch, by seed and epoch alone
 
@@ -111,9 +137,18 @@ class DataSection(SourceSection):
         elif not self.paths:
             raise ValueError("path is missing: name a file, several, or sources with a path each")
         if all(part.format == "text" for part in self.parts):
-            for name in ("template", "train_on_prompt"):
+            for name in ("template", "train_on_prompt", "train_roles", "train_on", "turn_end"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} is for conversations and would do nothing with format text")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_choose_turns(self):
+        if not self.train_roles or len(set(self.train_roles)) < len(self.train_roles):
+            raise ValueError("train_roles: expected at least one role, each once")
+        for name in ("train_roles", "train_on", "turn_end"):
+            if self.train_on_prompt and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} would do nothing with train_on_prompt, which learns every token")
         return self
 
 

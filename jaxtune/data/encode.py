@@ -5,14 +5,14 @@ The result is three flat arrays, whatever the number of rows.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxtune.config import DataSection
-from jaxtune.data.chat import shared_starts, special_tokens, supervised_spans, token_mask
+from jaxtune.data.chat import learnt_turns, shared_starts, special_tokens, supervised_spans, token_mask
 from jaxtune.data.formats import Row
 from jaxtune.data.template import ChatTemplate
 from jaxtune.errors import DataError
@@ -125,20 +125,31 @@ def _chats(
     rows: list[Row], section: DataSection, tokenizer: Any, template: ChatTemplate, counts: Lengths
 ) -> Iterator[_Example]:
     special = special_tokens(tokenizer)
-    answers = template.render(((row.where, row.messages or []) for row in rows), marks=not section.train_on_prompt)
+    turns = None if section.train_on_prompt else partial(learnt_turns, section=section)
+    answers = template.render(rows, turns)
     for chunk in _chunked(zip(rows, answers)):
         texts = [answer["text"] for _, answer in chunk]
         batch = _tokenise(tokenizer, texts, section.max_length, add_special_tokens=False)
         for (row, answer), (ids, offsets, whole) in zip(chunk, batch, strict=True):
             if section.train_on_prompt:
+                _check_all_learnt(row)
                 spans = [(0, len(answer["text"]))]
             else:
-                spans = supervised_spans(row.where, row.messages, answer, special)
+                spans = supervised_spans(row.where, row.messages, answer, special, section)
             characters = np.asarray(offsets, np.int64).reshape(-1, 2)
             counts.shared_starts += shared_starts(characters, spans)
             mask = token_mask(characters, spans)
             mask[:1] = False
             yield _Example(np.asarray(ids, np.int32), mask, whole)
+
+
+def _check_all_learnt(row: Row) -> None:
+    for number, message in enumerate(row.messages or ()):
+        if not message.get("train", True):
+            raise DataError(
+                f"{row.where}: message {number} (counted from 0) is not to be learnt, but data.train_on_prompt learns "
+                "every token; keep one"
+            )
 
 
 def _tokenise(

@@ -275,7 +275,7 @@ def _read(section: DataSection, eval_section: EvalSection) -> list[Part]:
         key = f"data.sources.{number}.path" if section.sources else "data.path"
         parts.append(Part(source, read_rows(source, key)))
     if eval_section.path is not None:
-        held = section.parts[0].model_copy(update={"path": eval_section.path})
+        held = section.parts[0].model_copy(update={"path": eval_section.path, "num_samples": None})
         parts.append(Part(held, read_rows(held, "eval.path"), held_out=True))
     return parts
 
@@ -303,7 +303,7 @@ def _template_notes(template: ChatTemplate, tokenizer: Any, spoken: Row | None) 
     if "strftime_now" in template.source:
         notes.append("The template may write today's date; here it is always 26 July 2024, so that a run can resume.")
     if template.has_marks and spoken:
-        answer = next(template.render([(spoken.where, spoken.messages or [])]))
+        answer = next(template.render([spoken]))
         ends = [special_tokens(tokenizer).match(answer["text"], end) for _, end in answer["marks"]]
         if ends and ends[0]:
             notes.append(
