@@ -113,6 +113,8 @@ class DataSection(SourceSection):
     """What it learns from."""
 
     sources: list[MixedSource] = []  # in place of path: several sources, each with a format of its own
+    dataset: str | list[str] = []  # in place of both: names in a dataset_info.json, which LLaMA-Factory's users have
+    dataset_dir: str = "data"  # where that dataset_info.json and its files are
     template: str | None = None  # file of a Jinja chat template in place of the tokenizer's own
     max_length: Annotated[int, Field(gt=1)] = 1024  # tokens of one sequence or pack
     too_long: Literal["drop", "truncate", "error"] = "truncate"  # what happens to a conversation past max_length
@@ -124,19 +126,42 @@ class DataSection(SourceSection):
     shuffle: bool = True  # anew in each epoch, by seed and epoch alone
 
     @property
+    def datasets(self) -> list[str]:
+        """The names in `dataset`, which may be one text with commas."""
+        names = self.dataset.split(",") if isinstance(self.dataset, str) else self.dataset
+        return [name.strip() for name in names]
+
+    @property
     def parts(self) -> list[SourceSection]:
-        """The sources; of one alone, this section itself."""
+        """The sources; of one alone, this section itself.
+
+        Raises:
+            DataError: the dataset_info.json of `dataset` is wrong.
+        """
+        if self.datasets:
+            from jaxtune.data.dataset_info import read_sources
+
+            return [*read_sources(self)]
         return [*self.sources] or [self]
 
     @model_validator(mode="after")
     def _one_way_to_name_files(self):
-        if self.sources:
+        several = "dataset" if self.datasets else "sources" if self.sources else None
+        if several:
+            if self.datasets and self.sources:
+                raise ValueError("dataset and sources are both set; keep one")
             for name, field in SourceSection.model_fields.items():
-                if getattr(self, name) != field.default:
-                    raise ValueError(f"{name} is for a single source; with sources, each has its own")
+                if getattr(self, name) != field.default and (several, name) != ("dataset", "system"):
+                    raise ValueError(f"{name} is for a single source; with {several}, each has its own")
         elif not self.paths:
-            raise ValueError("path is missing: name a file, several, or sources with a path each")
-        if all(part.format == "text" for part in self.parts):
+            raise ValueError("path is missing: name a file, several, sources with a path each, or a dataset")
+        if self.dataset_dir != type(self).model_fields["dataset_dir"].default and not self.datasets:
+            raise ValueError("dataset_dir would do nothing without dataset")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_of_conversations_alone(self):
+        if not self.datasets and all(part.format == "text" for part in self.parts):
             for name in ("template", "train_on_prompt", "train_roles", "train_on", "turn_end"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} is for conversations and would do nothing with format text")

@@ -28,6 +28,8 @@ RULES = {
     "model.double_quant": REFUSE,
     "data.path": REFUSE,
     "data.sources": REFUSE,
+    "data.dataset": REFUSE,
+    "data.dataset_dir": REFUSE,
     "data.format": REFUSE,
     "data.columns": REFUSE,
     "data.tags": REFUSE,

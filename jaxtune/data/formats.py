@@ -4,12 +4,12 @@ Templates and tokens come later, in chat.py.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from jaxtune.config import DATA_COLUMNS, Columns, SourceSection
+from jaxtune.data.columns import Cells, OddRow
 from jaxtune.data.packing import shuffled
-from jaxtune.data.record import OddRow, Record
 from jaxtune.data.sources import read_records
 from jaxtune.data.tools import Tool, read_tools
 from jaxtune.data.turns import Message, message, read_turns, said_by
@@ -37,52 +37,64 @@ class Rows:
 
 
 def read_rows(section: SourceSection, key: str = "data.path") -> Rows:
-    """Every row of a source's files, in order. `key` names the setting that lists them.
+    """Every row of a source's files, in order, all at once; see `stream_rows`."""
+    result = Rows()
+    result.rows.extend(stream_rows(section, result, key))
+    return result
+
+
+def stream_rows(section: SourceSection, seen: Rows, key: str = "data.path") -> Iterator[Row]:
+    """Every row of a source's files, in order, as they are read. `key` names the setting that lists them.
+
+    With num_samples all of them are read first, and then come those that are chosen.
+
+    seen: takes what is seen on the way, but not the rows.
 
     Raises:
         DataError: a file, line, column or role is wrong; the message names file, line and column.
     """
+    rows = _read(section, seen, key)
+    if section.num_samples is not None:
+        rows = _sample(list(rows), section.num_samples)
+    for row in rows:
+        seen.empty_answers += sum(
+            said["role"] == "assistant" and not (said["content"] or "tool_calls" in said) for said in row.messages or ()
+        )
+        yield row
+
+
+def _read(section: SourceSection, seen: Rows, key: str) -> Iterator[Row]:
     if not section.paths:
         raise DataError(f"{key}: an empty list; give at least one file")
-    result = Rows()
-    seen: set[str] = set()
+    columns: set[str] = set()
+    read = _READERS[section.format]
     for path in section.paths:
         for where, value in read_records(path):
-            seen.update(value)
-            _add(result, Record(where, value, section, result.unused))
-    _check_optional(section, seen, key)
-    if section.num_samples is not None:
-        result.rows = _sample(result.rows, section.num_samples)
-    for row in result.rows:
-        said = [row.messages[at] for at in said_by(row.messages, "assistant")] if row.messages else []
-        result.empty_answers += sum(not (turn["content"] or turn.get("tool_calls")) for turn in said)
-    return result
+            columns.update(value)
+            record = Cells(where, value, section, seen.unused)
+            try:
+                row = read(record)
+            except OddRow:
+                seen.odd.append(where)
+                continue
+            record.count_unused()
+            yield row if row.messages is None else _complete(row, record)
+    _check_optional(section, columns, key)
 
 
-def _add(result: Rows, record: Record) -> None:
-    section = record.section
-    try:
-        row = _READERS[section.format](record)
-    except OddRow:
-        result.odd.append(record.where)
-        return
-    record.count_unused()
-    if row.messages is not None:
-        row = replace(row, tools=read_tools(record), messages=_with_system(row.messages, section.system))
-    result.rows.append(row)
+def _complete(row: Row, record: Cells) -> Row:
+    """A conversation with its tools, and the source's system prompt if it has none of its own."""
+    return replace(row, tools=read_tools(record), messages=_with_system(row.messages or [], record.section.system))
 
 
-def _sample(rows: list[Row], count: int) -> list[Row]:
+def _sample(rows: list[Row], count: int) -> Iterator[Row]:
     """`count` of the rows in a random order that is always the same; past all of them, random ones once more."""
-    if not rows:
-        return []
-    chosen: list[int] = []
-    while len(chosen) < count:
-        chosen += shuffled(len(rows), f"samples {len(chosen)}", 0)[: count - len(chosen)].tolist()
-    return [rows[index] for index in chosen]
+    for start in range(0, count if rows else 0, max(len(rows), 1)):
+        for index in shuffled(len(rows), "samples", start)[: count - start]:
+            yield rows[index]
 
 
-def _alpaca(record: Record) -> Row:
+def _alpaca(record: Cells) -> Row:
     if record.like_llamafactory and not isinstance(record.get("output"), str):
         raise OddRow
     asked = record.optional_text("instruction") if record.like_llamafactory else record.text("instruction")
@@ -94,7 +106,7 @@ def _alpaca(record: Record) -> Row:
     return Row(record.where, messages)
 
 
-def _history(record: Record) -> list[tuple[str, str]]:
+def _history(record: Cells) -> list[tuple[str, str]]:
     pairs, name = record.get("history"), record.name("history")
     if pairs is None:
         return []
@@ -104,15 +116,15 @@ def _history(record: Record) -> list[tuple[str, str]]:
     return [(record.string(asked, what), record.string(answered, what)) for asked, answered in pairs]
 
 
-def _sharegpt(record: Record) -> Row:
+def _sharegpt(record: Cells) -> Row:
     return _conversation(record, "conversations")
 
 
-def _messages(record: Record) -> Row:
+def _messages(record: Cells) -> Row:
     return _conversation(record, "messages")
 
 
-def _conversation(record: Record, column: str) -> Row:
+def _conversation(record: Cells, column: str) -> Row:
     messages, system = read_turns(record, column), record.optional_text("system")
     if not system or not said_by(messages, "system"):
         return Row(record.where, _system(system) + messages)
@@ -122,11 +134,11 @@ def _conversation(record: Record, column: str) -> Row:
     raise DataError(f'{record.where}: a system prompt in column "{name}" and another among the "{turns}"; keep one')
 
 
-def _text(record: Record) -> Row:
+def _text(record: Cells) -> Row:
     return Row(record.where, text=record.text("text"))
 
 
-_READERS: dict[str, Callable[[Record], Row]] = {
+_READERS: dict[str, Callable[[Cells], Row]] = {
     "alpaca": _alpaca,
     "sharegpt": _sharegpt,
     "messages": _messages,

@@ -273,6 +273,8 @@ def _read(section: DataSection, eval_section: EvalSection) -> list[Part]:
     parts = []
     for number, source in enumerate(section.parts):
         key = f"data.sources.{number}.path" if section.sources else "data.path"
+        if section.datasets:
+            key = f"data.dataset {section.datasets[number]}"
         parts.append(Part(source, read_rows(source, key)))
     if eval_section.path is not None:
         held = section.parts[0].model_copy(update={"path": eval_section.path, "num_samples": None})

@@ -7,7 +7,7 @@ JSON text. https://huggingface.co/docs/transformers/chat_extras
 import json
 from typing import Any
 
-from jaxtune.data.record import Record
+from jaxtune.data.columns import Cells
 from jaxtune.data.sources import kind
 from jaxtune.errors import DataError
 
@@ -15,7 +15,7 @@ Tool = dict[str, Any]  # {"type": "function", "function": {"name": ..., "argumen
 _END_OF_THOUGHT = "</think>"
 
 
-def read_tools(record: Record) -> list[Tool] | None:
+def read_tools(record: Cells) -> list[Tool] | None:
     """The functions that a row offers, from a list or its JSON text; None: none."""
     found, what = record.get("tools"), f'column "{record.name("tools")}"'
     if isinstance(found, str):
@@ -26,14 +26,14 @@ def read_tools(record: Record) -> list[Tool] | None:
     return [tool if tool.get("type") == "function" else _function(tool) for tool in tools] or None
 
 
-def read_calls(record: Record, calls: Any, what: str) -> list[Tool]:
+def read_calls(record: Cells, calls: Any, what: str) -> list[Tool]:
     """A turn's `tool_calls`. Each is {"function": {"name", "arguments"}}, or that function alone."""
     if not isinstance(calls, list):
         raise DataError(f"{record.where}: {what} is {kind(calls)}; expected a list of calls")
     return [_call(record, call, f"{what}[{number}]") for number, call in enumerate(calls)]
 
 
-def read_call_text(record: Record, text: str, what: str) -> tuple[str, list[Tool]]:
+def read_call_text(record: Cells, text: str, what: str) -> tuple[str, list[Tool]]:
     """(thought, calls) of a sharegpt turn: {"name", "arguments"} as JSON text, or a list of such.
 
     A thought is what stands before it, up to and with </think>.
@@ -43,7 +43,7 @@ def read_call_text(record: Record, text: str, what: str) -> tuple[str, list[Tool
     return thought + end, read_calls(record, found if isinstance(found, list) else [found], what)
 
 
-def _call(record: Record, call: Any, what: str) -> Tool:
+def _call(record: Cells, call: Any, what: str) -> Tool:
     found = call.get("function", call) if isinstance(call, dict) else None
     if not (isinstance(found, dict) and isinstance(found.get("name"), str) and "arguments" in found):
         raise DataError(f"{record.where}: {what}: expected a function with a name and arguments; found {call!r:.60}")
@@ -60,7 +60,7 @@ def _function(function: dict[str, Any]) -> Tool:
     return {"type": "function", "function": function}
 
 
-def _parse(record: Record, text: str, what: str) -> Any:
+def _parse(record: Cells, text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

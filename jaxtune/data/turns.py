@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtune.config import SourceSection
-from jaxtune.data.record import OddRow, Record
+from jaxtune.data.columns import Cells, OddRow
 from jaxtune.data.sources import kind
 from jaxtune.data.tools import read_call_text, read_calls
 from jaxtune.errors import DataError, listing
@@ -60,7 +60,7 @@ def speech_of(section: SourceSection) -> Speech:
     return Speech(column, tags.role or role, tags.content or content, roles)
 
 
-def read_turns(record: Record, column: str) -> list[Message]:
+def read_turns(record: Cells, column: str) -> list[Message]:
     """The messages of a row."""
     speech = speech_of(record.section)
     messages = [_turn(record, turn, speech, number) for number, turn in enumerate(record.messages(column))]
@@ -77,7 +77,7 @@ def said_by(messages: Iterable[Message], role: str) -> list[int]:
     return [number for number, said in enumerate(messages) if said["role"] == role]
 
 
-def _turn(record: Record, turn: Any, speech: Speech, number: int) -> Message:
+def _turn(record: Cells, turn: Any, speech: Speech, number: int) -> Message:
     what = f"{speech.column}[{number}]"
     if not isinstance(turn, dict):
         raise DataError(
@@ -100,12 +100,12 @@ def _turn(record: Record, turn: Any, speech: Speech, number: int) -> Message:
     return result
 
 
-def _need(record: Record, turn: dict[str, Any], key: str, what: str) -> None:
+def _need(record: Cells, turn: dict[str, Any], key: str, what: str) -> None:
     if key not in turn:
         raise DataError(f'{record.where}: {what} has no "{key}"; found {listing(turn) or "nothing"}')
 
 
-def _role(record: Record, turn: dict[str, Any], speech: Speech, what: str) -> str:
+def _role(record: Cells, turn: dict[str, Any], speech: Speech, what: str) -> str:
     _need(record, turn, speech.role, what)
     name = turn[speech.role]
     if isinstance(name, str) and name in speech.roles:
@@ -117,7 +117,7 @@ def _role(record: Record, turn: dict[str, Any], speech: Speech, what: str) -> st
     )
 
 
-def _content(record: Record, content: Any, may_miss: bool, what: str) -> str:
+def _content(record: Cells, content: Any, may_miss: bool, what: str) -> str:
     """The text of a turn, which may be given in parts."""
     if content is None and may_miss:
         return ""
@@ -132,7 +132,7 @@ def _content(record: Record, content: Any, may_miss: bool, what: str) -> str:
     return "".join(texts)
 
 
-def _calls(record: Record, turn: dict[str, Any], role: str, what: str) -> list[dict[str, Any]]:
+def _calls(record: Cells, turn: dict[str, Any], role: str, what: str) -> list[dict[str, Any]]:
     """The tools that a turn calls; `function_call` is OpenAI's older way to name one."""
     calls, one = turn.get("tool_calls") or [], turn.get("function_call")
     if (calls or one) and role != "assistant":
@@ -143,7 +143,7 @@ def _calls(record: Record, turn: dict[str, Any], role: str, what: str) -> list[d
     return read_calls(record, [one] if one else calls, f"{what}.{key}")
 
 
-def _train(record: Record, turn: dict[str, Any], role: str, what: str) -> dict[str, bool]:
+def _train(record: Cells, turn: dict[str, Any], role: str, what: str) -> dict[str, bool]:
     """{"train": ...} where the turn says itself whether it is learnt: Axolotl's key, or OpenAI's `weight` of 0.
 
     A weight of 1 is what OpenAI takes without one, so it says nothing.
@@ -162,7 +162,7 @@ def _train(record: Record, turn: dict[str, Any], role: str, what: str) -> dict[s
     return {"train": said[0]} if said else {}
 
 
-def _count_extras(record: Record, turn: dict[str, Any], speech: Speech, role: str) -> None:
+def _count_extras(record: Cells, turn: dict[str, Any], speech: Speech, role: str) -> None:
     read = {speech.role, speech.content, *_TRAIN}
     read |= set(_OF_ASSISTANTS) if role == "assistant" else set(_OF_TOOLS) if role == "tool" else set()
     empty = (None, [])  # what says nothing needs no note

@@ -14,7 +14,7 @@ class OddRow(Exception):
 
 
 @dataclass
-class Record:
+class Cells:
     """An object, and the section that says how it is read."""
 
     where: str
@@ -39,7 +39,10 @@ class Record:
         name = self.name(column)
         if name not in self.value:
             found = f"found {listing(self.value)}" if self.value else "the object is empty"
-            raise DataError(f'{self.where}: no column "{name}"; {found}; set data.columns.{column}')
+            todo = f"set data.columns.{column}"
+            if self.like_llamafactory:
+                todo = "the columns of its entry in dataset_info.json name it"
+            raise DataError(f'{self.where}: no column "{name}"; {found}; {todo}')
         return self.value[name]
 
     def text(self, column: str) -> str:
