@@ -3,15 +3,16 @@
 Each section's docstring and field comments are the reference; `docs/config.md` is made from nothing else.
 """
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
+from jaxtune.data_names import DATA_COLUMNS, Columns, Tags
 from jaxtune.errors import ConfigError, listing, nearest
 from jaxtune.section import Fraction, NonNegative, Positive, Section, TuneSection
+from jaxtune.yaml_text import parse_yaml
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -32,44 +33,6 @@ class ModelSection(Section):
         if self.double_quant and self.quantize not in ("nf4", "fp4"):
             raise ValueError(f"double_quant belongs to quantize nf4 and fp4 and would do nothing with {self.quantize}")
         return self
-
-
-class Columns(Section):
-    """The names that the data's columns have; null: absent."""
-
-    instruction: str = "instruction"
-    input: str | None = "input"
-    output: str = "output"
-    system: str | None = "system"  # read when present
-    history: str | None = "history"  # alpaca: [[question, answer], ...], read when present
-    conversations: str = "conversations"  # sharegpt
-    messages: str = "messages"
-    tools: str | None = "tools"  # functions to call: a list or its JSON text, read when present
-    text: str = "text"
-
-
-# The columns that each format reads.
-DATA_COLUMNS = {
-    "alpaca": ("instruction", "input", "output", "system", "history", "tools"),
-    "sharegpt": ("conversations", "system", "tools"),
-    "messages": ("messages", "system", "tools"),
-    "text": ("text",),
-}
-
-
-class Tags(Section):
-    """What the turns of sharegpt and messages call their parts and their speakers; null: as the format does.
-
-    A speaker named "" does not occur.
-    """
-
-    role: str | None = None  # key of the speaker: from (sharegpt), role (messages)
-    content: str | None = None  # key of what is said: value, content
-    user: str | None = None  # human or user; user
-    assistant: str | None = None  # gpt or assistant; assistant
-    system: str | None = None  # system
-    observation: str | None = None  # what a tool replies: observation or tool; tool or function
-    function: str | None = None  # the assistant's call of a tool as JSON text: function_call; none
 
 
 class SourceSection(Section):
@@ -395,44 +358,6 @@ class Config(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
     log: LogSection = LogSection()
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases (their expansion has no bound) and without silent duplicate keys."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.YAMLError(f"line {mark.line + 1}: aliases are not allowed")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: key {key!r} is not a string")
-            if key in seen:
-                raise yaml.YAMLError(f'line {key_node.start_mark.line + 1}: key "{key}" stands twice')
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 reads 1e-4 as a string; everybody writes it and means a number.
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The YAML document in `text`; `where` names it in errors."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -128,7 +128,7 @@ def _columns(entry: _Entry, named: dict[str, str | None] | None, format: str) ->
     """Their columns under our names. Where an entry names any, those that it does not name are absent."""
     found = named if named is not None else _DEFAULTS
     if format == "text":
-        return Columns(text=found["prompt"])
+        return Columns(text=str(found["prompt"]))
     names = {**_COLUMNS[format], **_SHARED}
     given: dict[str, Any] = {ours: found.get(theirs) for theirs, ours in names.items()}
     for theirs, ours in names.items():

@@ -51,7 +51,7 @@ def speech_of(section: SourceSection) -> Speech:
     """From a source's format and its tags."""
     tags = section.tags
     role, content = _KEYS[section.format]
-    roles = {}
+    roles: dict[str, str] = {}
     for speaker, names in _NAMES[section.format].items():
         own = getattr(tags, speaker)
         roles |= dict.fromkeys(names if own is None else [own] if own else [], _ROLES.get(speaker, speaker))
@@ -165,10 +165,8 @@ def _train(record: Cells, turn: dict[str, Any], role: str, what: str) -> dict[st
 def _count_extras(record: Cells, turn: dict[str, Any], speech: Speech, role: str) -> None:
     read = {speech.role, speech.content, *_TRAIN}
     read |= set(_OF_ASSISTANTS) if role == "assistant" else set(_OF_TOOLS) if role == "tool" else set()
-    empty = (None, [])  # what says nothing needs no note
-    record.unused.update(
-        f"{speech.column}[].{key}" for key, value in turn.items() if key not in read and value not in empty
-    )
+    said = (key for key, value in turn.items() if key not in read and value is not None and value != [])
+    record.unused.update(f"{speech.column}[].{key}" for key in said)
 
 
 def _as_llamafactory(messages: list[Message], format: str) -> list[Message]:
