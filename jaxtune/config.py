@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
+from jaxtune.data_names import DATA_COLUMNS, Columns, Tags
 from jaxtune.errors import ConfigError, listing, nearest
 from jaxtune.section import Fraction, NonNegative, Positive, Section, TuneSection
 from jaxtune.yaml_text import parse_yaml
@@ -34,39 +35,20 @@ class ModelSection(Section):
         return self
 
 
-class Columns(Section):
-    """The names that the data's columns have; null: absent."""
-
-    instruction: str = "instruction"
-    input: str | None = "input"
-    output: str = "output"
-    system: str | None = "system"  # alpaca and sharegpt: read when present
-    history: str | None = "history"  # alpaca: [[question, answer], ...], read when present
-    conversations: str = "conversations"  # sharegpt
-    messages: str = "messages"
-    text: str = "text"
-
-
-# The columns that each format reads.
-DATA_COLUMNS = {
-    "alpaca": ("instruction", "input", "output", "system", "history"),
-    "sharegpt": ("conversations", "system"),
-    "messages": ("messages",),
-    "text": ("text",),
-}
-
-
 class SourceSection(Section):
     """Files whose rows are alike, and what stands in them."""
 
     path: str | list[str] = []  # a file, a directory, a pattern such as data/*.jsonl or a hub id, or several
     format: Literal["alpaca", "sharegpt", "messages", "text"] = "alpaca"  # of the rows
     columns: Columns = Columns()
+    tags: Tags = Tags()  # sharegpt and messages
     system: str | None = None  # first message of every conversation that has none
     split: str | None = None  # of a data set on the hub; null: train
     subset: str | None = None  # of a data set on the hub: a configuration of its README, or a directory
     revision: str | None = None  # of a data set on the hub: branch, tag or commit
     on_bad_line: Literal["error", "skip"] = "error"  # skip: left out and counted, up to 5 of them or 0.1% of the rows
+    num_samples: Positive | None = None  # rows, the same ones in each run; past those there are, some come again
+    dialect: Literal["jaxtune", "llamafactory"] = "jaxtune"  # llamafactory: rows that it leaves out are left out
 
     @property
     def paths(self) -> list[str]:
@@ -74,8 +56,12 @@ class SourceSection(Section):
 
     @model_validator(mode="after")
     def _only_this_format(self):
-        if self.format == "text" and self.system is not None:
-            raise ValueError("system is for conversations and would do nothing with format text")
+        if self.format == "text":
+            for name in ("system", "dialect"):
+                if getattr(self, name) != SourceSection.model_fields[name].default:
+                    raise ValueError(f"{name} is for conversations and would do nothing with format text")
+        if self.format not in ("sharegpt", "messages") and self.tags != Tags():
+            raise ValueError(f"tags are for sharegpt and messages and would do nothing with format {self.format}")
         for name, field in Columns.model_fields.items():
             if name not in DATA_COLUMNS[self.format] and getattr(self.columns, name) != field.default:
                 allowed = ", ".join(DATA_COLUMNS[self.format])
@@ -95,17 +81,36 @@ class DataSection(SourceSection):
     """What it learns from."""
 
     sources: list[MixedSource] = []  # in place of path: several sources, each with a format of its own
+    dataset: str | list[str] = []  # in place of both: names in a dataset_info.json, which LLaMA-Factory's users have
+    dataset_dir: str = "data"  # where that dataset_info.json and its files are
     template: str | None = None  # file of a Jinja chat template in place of the tokenizer's own
     max_length: Annotated[int, Field(gt=1)] = 1024  # tokens of one sequence or pack
     too_long: Literal["drop", "truncate", "error"] = "truncate"  # what happens to a conversation past max_length
     train_on_prompt: bool = False  # the loss on every token, not on the assistant's turns alone
+    train_roles: list[Literal["assistant", "user", "system", "tool"]] = ["assistant"]  # whose turns are learnt
+    train_on: Literal["all", "last"] = "all"  # their turns: every one, or a conversation's last
+    turn_end: Literal["token", "template"] = "token"  # learnt up to: a turn's end token, or all that follows in it
     packing: bool | Literal["in_order"] = True  # several conversations in one sequence; in_order: as they come
     shuffle: bool = True  # anew in each epoch, by seed and epoch alone
     cache: str | None = None  # where tokens are kept; null: $JAXTUNE_CACHE/tokens, else ~/.cache/jaxtune/tokens
 
     @property
+    def datasets(self) -> list[str]:
+        """The names in `dataset`, which may be one text with commas."""
+        names = self.dataset.split(",") if isinstance(self.dataset, str) else self.dataset
+        return [name.strip() for name in names]
+
+    @property
     def parts(self) -> list[SourceSection]:
-        """The sources; of one alone, this section itself."""
+        """The sources; of one alone, this section itself.
+
+        Raises:
+            DataError: the dataset_info.json of `dataset` is wrong.
+        """
+        if self.datasets:
+            from jaxtune.data.dataset_info import read_sources
+
+            return [*read_sources(self)]
         return [*self.sources] or [self]
 
     @model_validator(mode="after")
@@ -124,16 +129,34 @@ class DataSection(SourceSection):
 
     @model_validator(mode="after")
     def _one_way_to_name_files(self):
-        if self.sources:
+        several = "dataset" if self.datasets else "sources" if self.sources else None
+        if several:
+            if self.datasets and self.sources:
+                raise ValueError("dataset and sources are both set; keep one")
             for name, field in SourceSection.model_fields.items():
-                if getattr(self, name) != field.default:
-                    raise ValueError(f"{name} is for a single source; with sources, each has its own")
+                if getattr(self, name) != field.default and (several, name) != ("dataset", "system"):
+                    raise ValueError(f"{name} is for a single source; with {several}, each has its own")
         elif not self.paths:
-            raise ValueError("path is missing: name a file, several, or sources with a path each")
-        if all(part.format == "text" for part in self.parts):
-            for name in ("template", "train_on_prompt"):
+            raise ValueError("path is missing: name a file, several, sources with a path each, or a dataset")
+        if self.dataset_dir != type(self).model_fields["dataset_dir"].default and not self.datasets:
+            raise ValueError("dataset_dir would do nothing without dataset")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_of_conversations_alone(self):
+        if not self.datasets and all(part.format == "text" for part in self.parts):
+            for name in ("template", "train_on_prompt", "train_roles", "train_on", "turn_end"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} is for conversations and would do nothing with format text")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_choose_turns(self):
+        if not self.train_roles or len(set(self.train_roles)) < len(self.train_roles):
+            raise ValueError("train_roles: expected at least one role, each once")
+        for name in ("train_roles", "train_on", "turn_end"):
+            if self.train_on_prompt and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} would do nothing with train_on_prompt, which learns every token")
         return self
 
 

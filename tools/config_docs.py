@@ -34,9 +34,9 @@ One YAML file describes a run; `section.key=value` on the command line goes over
 python -m jaxtune.train --config configs/demo.yaml train.epochs=2 optim.lr=5e-4
 ```
 
-Only `model.path` and `data.path` (or `data.sources`) have no default. A key that is not below is an error, and so is
-a value of another type, or a key that the chosen method, format or optimiser would not use. The file is plain YAML
-without aliases. The run directory holds the configuration as it was resolved, in `config.yaml`.
+Only `model.path` and `data.path` (or `data.sources`, or `data.dataset`) have no default. A key that is not below is an
+error, and so is a value of another type, or a key that the chosen method, format or optimiser would not use. The file
+is plain YAML without aliases. The run directory holds the configuration as it was resolved, in `config.yaml`.
 
 This page is made from `jaxtune/config.py` and the methods in `jaxtune/tune/` by `python tools/config_docs.py`.
 
@@ -45,8 +45,13 @@ This page is made from `jaxtune/config.py` and the methods in `jaxtune/tune/` by
 | what | why |
 |---|---|
 | a key of `tune` that belongs to another method | it would do nothing |
-| `data.system`, `template` or `train_on_prompt` with format text; a column that the format does not read | likewise |
-| `data.sources` beside `path`, `format`, `columns` or `system` | each source has its own |
+| `data.system`, `template`, `dialect`, `turn_end` or `train_on_prompt`, `train_on`, `train_roles` with format text; a \
+column that the format does not read | likewise |
+| `data.tags` with format alpaca or text | likewise |
+| `data.train_on`, `train_roles` or `turn_end` with `train_on_prompt` | it learns every token |
+| `data.sources` or `dataset` beside `path` or another key of a source's own; `sources` beside `system`, or beside \
+`dataset` | each source has its own |
+| `data.dataset_dir` without `dataset` | it would do nothing |
 | `data.split`, `subset` or `revision` of a local path | they are of a data set on the hub |
 | `eval.split` without `eval.path` | likewise |
 | a key of `optim` that belongs to another optimiser or schedule | likewise |

@@ -5,12 +5,13 @@ A chunk of rows is the unit of work, in whatever process; tokenise.py has them d
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxtune.config import DataSection
-from jaxtune.data.chat import shared_starts, special_tokens, supervised_spans, token_mask
+from jaxtune.data.chat import learnt_turns, shared_starts, special_tokens, supervised_spans, token_mask
 from jaxtune.data.examples import Chosen, Examples, concatenate, join
 from jaxtune.data.formats import Row
 from jaxtune.data.template import ChatTemplate
@@ -133,20 +134,30 @@ def _chats(
     rows: list[Row], section: DataSection, tokenizer: Any, template: ChatTemplate, counts: Lengths
 ) -> Iterator[_Example]:
     special = special_tokens(tokenizer)
-    conversations = ((row.where, row.messages or []) for row in rows)
-    answers = list(template.render(conversations, marks=not section.train_on_prompt))
+    turns = None if section.train_on_prompt else partial(learnt_turns, section=section)
+    answers = list(template.render(rows, turns))
     texts = [answer["text"] for answer in answers]
     batch = _tokenise(tokenizer, texts, section.max_length, add_special_tokens=False)
     for row, answer, (ids, offsets, whole) in zip(rows, answers, batch, strict=True):
         if section.train_on_prompt:
+            _check_all_learnt(row)
             spans = [(0, len(answer["text"]))]
         else:
-            spans = supervised_spans(row.where, row.messages or [], answer, special)
+            spans = supervised_spans(row.where, row.messages or [], answer, special, section)
         characters = np.asarray(offsets, np.int64).reshape(-1, 2)
         counts.shared_starts += shared_starts(characters, spans)
         mask = token_mask(characters, spans)
         mask[:1] = False
         yield _Example(np.asarray(ids, np.int32), mask, whole)
+
+
+def _check_all_learnt(row: Row) -> None:
+    for number, message in enumerate(row.messages or ()):
+        if not message.get("train", True):
+            raise DataError(
+                f"{row.where}: message {number} (counted from 0) is not to be learnt, but data.train_on_prompt learns "
+                "every token; keep one"
+            )
 
 
 def _tokenise(

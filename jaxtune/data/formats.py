@@ -5,19 +5,16 @@ Templates and tokens come later, in chat.py.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from jaxtune.config import DATA_COLUMNS, Columns, SourceSection
+from jaxtune.data.columns import Cells, OddRow
+from jaxtune.data.packing import shuffled
 from jaxtune.data.records import BadRows, refuse
-from jaxtune.data.sources import kind, read_records
+from jaxtune.data.sources import read_records
+from jaxtune.data.tools import Tool, read_tools
+from jaxtune.data.turns import Message, message, read_turns, said_by
 from jaxtune.errors import DataError, listing
-
-Message = dict[str, str]  # role (system, user, assistant) and content
-
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_OPENAI_ROLES = {role: role for role in ("system", "user", "assistant")}
-_CHANGES_MEANING = ("tool_calls", "function_call", "weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +24,7 @@ class Row:
     where: str  # file:line
     messages: list[Message] | None = None
     text: str | None = None
+    tools: list[Tool] | None = None  # that the conversation may call
 
 
 @dataclass
@@ -35,9 +33,11 @@ class Rows:
 
     rows: list[Row] = field(default_factory=list)
     unused: Counter = field(default_factory=Counter)  # column -> in how many rows it stands unread
-    empty_answers: int = 0  # assistant turns without text
+    empty_answers: int = 0  # assistant turns that say nothing
     bad: int = 0  # how many were left out, under on_bad_line: skip
     bad_first: list[str] = field(default_factory=list)  # what is wrong with the first few of them
+    odd: int = 0  # how many the dialect leaves out
+    odd_first: str = ""  # file:line of the first of them
 
 
 def read_rows(section: SourceSection, key: str = "data.path") -> Rows:
@@ -50,13 +50,25 @@ def read_rows(section: SourceSection, key: str = "data.path") -> Rows:
 def stream_rows(section: SourceSection, seen: Rows, key: str = "data.path") -> Iterator[Row]:
     """Every row of a source's files, in order, as they are read. `key` names the setting that lists them.
 
-    seen: takes what is seen on the way, but not the rows.
+    With num_samples all of them are read first, and then come those that are chosen.
 
-    section: its path names files, each of them; sources.with_files makes such a one.
+    section: its path names files, each of them; locate.with_files makes such a one. seen: takes what is seen on the
+    way, but not the rows.
 
     Raises:
         DataError: a file, line, column or role is wrong; the message names file, line and column.
     """
+    rows = _read(section, seen, key)
+    if section.num_samples is not None:
+        rows = _sample(list(rows), section.num_samples)
+    for row in rows:
+        seen.empty_answers += sum(
+            said["role"] == "assistant" and not (said["content"] or "tool_calls" in said) for said in row.messages or ()
+        )
+        yield row
+
+
+def _read(section: SourceSection, seen: Rows, key: str) -> Iterator[Row]:
     if not section.paths:
         raise DataError(f"{key}: an empty list; give at least one file")
     left_out = BadRows()
@@ -65,85 +77,52 @@ def stream_rows(section: SourceSection, seen: Rows, key: str = "data.path") -> I
     read, good = _READERS[section.format], 0
     for path in section.paths:
         for where, value in read_records(path, bad):
-            record = _Record(where, value, section.columns, seen.unused)
+            record = Cells(where, value, section, seen.unused)
             try:
                 row = read(record)
+                row = row if row.messages is None else _complete(row, record)
+            except OddRow:
+                seen.odd, seen.odd_first = seen.odd + 1, seen.odd_first or where
+                columns.update(value)
+                continue
             except DataError as error:
                 bad(error)
                 continue
-            record.count_unused(section.format)
+            record.count_unused()
             columns.update(value)
-            seen.empty_answers += sum(m["role"] == "assistant" and not m["content"] for m in row.messages or ())
             good += 1
-            yield _with_system(row, section.system)
+            yield row
     left_out.check(good, key)
     seen.bad, seen.bad_first = left_out.count, left_out.first
     _check_optional(section, columns, key)
 
 
-@dataclass
-class _Record:
-    """One object, with the errors that a wrong column gives."""
-
-    where: str
-    value: dict[str, Any]
-    columns: Columns
-    unused: Counter
-
-    def get(self, column: str) -> Any:
-        """The value in a column that may be absent."""
-        name = getattr(self.columns, column)
-        return None if name is None else self.value.get(name)
-
-    def need(self, column: str) -> Any:
-        name = getattr(self.columns, column)
-        if name not in self.value:
-            found = f"found {listing(self.value)}" if self.value else "the object is empty"
-            raise DataError(f'{self.where}: no column "{name}"; {found}; set data.columns.{column}')
-        return self.value[name]
-
-    def text(self, column: str) -> str:
-        return self.string(self.need(column), f'column "{getattr(self.columns, column)}"')
-
-    def optional_text(self, column: str) -> str:
-        """The text in a column that may be absent or null: empty then."""
-        value = self.get(column)
-        return "" if value is None else self.string(value, f'column "{getattr(self.columns, column)}"')
-
-    def string(self, value: Any, what: str) -> str:
-        if not isinstance(value, str):
-            raise DataError(f"{self.where}: {what} is {kind(value)}; expected a string; found {value!r:.60}")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            bad = value[error.start].encode("unicode_escape").decode()
-            raise DataError(f"{self.where}: {what} holds {bad}, half of a surrogate pair, which is no text") from None
-        return value
-
-    def messages(self, column: str) -> list[Any]:
-        value, name = self.need(column), getattr(self.columns, column)
-        if not isinstance(value, list):
-            raise DataError(f'{self.where}: column "{name}" is {kind(value)}; expected a list of messages')
-        if not value:
-            raise DataError(f'{self.where}: column "{name}" is an empty list; expected at least one message')
-        return value
-
-    def count_unused(self, format: str) -> None:
-        read = {getattr(self.columns, column) for column in DATA_COLUMNS[format]}
-        self.unused.update(name for name in self.value if name not in read)
+def _complete(row: Row, record: Cells) -> Row:
+    """A conversation with its tools, and the source's system prompt if it has none of its own."""
+    return replace(row, tools=read_tools(record), messages=_with_system(row.messages or [], record.section.system))
 
 
-def _alpaca(record: _Record) -> Row:
-    question = "\n".join(filter(None, (record.text("instruction"), record.optional_text("input"))))
+def _sample(rows: list[Row], count: int) -> Iterator[Row]:
+    """`count` of the rows in a random order that is always the same; past all of them, random ones once more."""
+    for start in range(0, count if rows else 0, max(len(rows), 1)):
+        for index in shuffled(len(rows), "samples", start)[: count - start]:
+            yield rows[index]
+
+
+def _alpaca(record: Cells) -> Row:
+    if record.like_llamafactory and not isinstance(record.get("output"), str):
+        raise OddRow
+    asked = record.optional_text("instruction") if record.like_llamafactory else record.text("instruction")
+    question = "\n".join(filter(None, (asked, record.optional_text("input"))))
     turns = [*_history(record), (question, record.text("output"))]
     messages = _system(record.optional_text("system"))
     for asked, answered in turns:
-        messages += [_message("user", asked), _message("assistant", answered)]
+        messages += [message("user", asked), message("assistant", answered)]
     return Row(record.where, messages)
 
 
-def _history(record: _Record) -> list[tuple[str, str]]:
-    pairs, name = record.get("history"), record.columns.history
+def _history(record: Cells) -> list[tuple[str, str]]:
+    pairs, name = record.get("history"), record.name("history")
     if pairs is None:
         return []
     if not (isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)):
@@ -152,24 +131,29 @@ def _history(record: _Record) -> list[tuple[str, str]]:
     return [(record.string(asked, what), record.string(answered, what)) for asked, answered in pairs]
 
 
-def _sharegpt(record: _Record) -> Row:
-    messages = _turns(record, "conversations", "from", "value", _SHAREGPT_ROLES)
-    system = record.optional_text("system")
-    if system and any(message["role"] == "system" for message in messages):
-        name, turns = record.columns.system, record.columns.conversations
-        raise DataError(f'{record.where}: a system prompt in column "{name}" and another among the "{turns}"; keep one')
-    return Row(record.where, _system(system) + messages)
+def _sharegpt(record: Cells) -> Row:
+    return _conversation(record, "conversations")
 
 
-def _messages(record: _Record) -> Row:
-    return Row(record.where, _turns(record, "messages", "role", "content", _OPENAI_ROLES))
+def _messages(record: Cells) -> Row:
+    return _conversation(record, "messages")
 
 
-def _text(record: _Record) -> Row:
+def _conversation(record: Cells, column: str) -> Row:
+    messages, system = read_turns(record, column), record.optional_text("system")
+    if not system or not said_by(messages, "system"):
+        return Row(record.where, _system(system) + messages)
+    if record.like_llamafactory:  # there the one among the turns wins
+        return Row(record.where, messages)
+    name, turns = record.name("system"), record.name(column)
+    raise DataError(f'{record.where}: a system prompt in column "{name}" and another among the "{turns}"; keep one')
+
+
+def _text(record: Cells) -> Row:
     return Row(record.where, text=record.text("text"))
 
 
-_READERS: dict[str, Callable[[_Record], Row]] = {
+_READERS: dict[str, Callable[[Cells], Row]] = {
     "alpaca": _alpaca,
     "sharegpt": _sharegpt,
     "messages": _messages,
@@ -177,45 +161,12 @@ _READERS: dict[str, Callable[[_Record], Row]] = {
 }
 
 
-def _turns(record: _Record, column: str, role_key: str, text_key: str, roles: dict[str, str]) -> list[Message]:
-    messages, name = [], getattr(record.columns, column)
-    for number, turn in enumerate(record.messages(column)):
-        what = f"{name}[{number}]"
-        if not isinstance(turn, dict):
-            raise DataError(f"{record.where}: {what} is {kind(turn)}; expected an object with {role_key}, {text_key}")
-        for key in (role_key, text_key):
-            if key not in turn:
-                raise DataError(f'{record.where}: {what} has no "{key}"; found {listing(turn) or "nothing"}')
-        role = turn[role_key]
-        if not isinstance(role, str) or role not in roles:
-            raise DataError(f"{record.where}: {what}: unknown role {role!r:.40}; allowed: {listing(roles)}")
-        _check_extras(record, turn, (role_key, text_key), what, name)
-        messages.append(_message(roles[role], record.string(turn[text_key], f"{what}.{text_key}")))
-    return messages
-
-
-def _check_extras(record: _Record, turn: dict, read: tuple[str, str], what: str, name: str) -> None:
-    """Keys of a turn that nobody reads are counted; those that would change what is learnt are refused."""
-    for key, value in turn.items():
-        if key in read or value is None:
-            continue
-        if key in _CHANGES_MEANING and value not in ([], 1):
-            raise DataError(f'{record.where}: {what} has "{key}", which is not supported; take it out of the data')
-        record.unused[f"{name}[].{key}"] += 1
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
 def _system(text: str) -> list[Message]:
-    return [_message("system", text)] if text else []
+    return [message("system", text)] if text else []
 
 
-def _with_system(row: Row, system: str | None) -> Row:
-    if system is None or row.messages is None or any(message["role"] == "system" for message in row.messages):
-        return row
-    return Row(row.where, [_message("system", system), *row.messages])
+def _with_system(messages: list[Message], system: str | None) -> list[Message]:
+    return messages if system is None or said_by(messages, "system") else [message("system", system), *messages]
 
 
 def _check_optional(section: SourceSection, seen: Iterable[str], key: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.config import DataSection, EvalSection, SourceSection, TrainSection
+from jaxtune.config import DataSection, EvalSection, MixedSource, SourceSection, TrainSection
 from jaxtune.data.cache import cached
 from jaxtune.data.dataset import NONE, Batch, Dataset
 from jaxtune.data.encode import Lengths
@@ -104,7 +104,7 @@ def build_data(
         "packing": section.packing,
         "virtual": virtual,
     }
-    sources = _sources(section, examples, ends)
+    sources = _sources(parts, examples, ends)
     training = Dataset(
         examples, sources=sources, shuffle=section.shuffle, steps=train.steps, epochs=train.epochs, **shape
     )
@@ -117,6 +117,7 @@ def _parts(section: DataSection, eval_section: EvalSection, tokenizer: Any, virt
     sources = section.parts
     held = [] if eval_section.path is None else [held_source(sources[0], eval_section)]
     keys = [f"data.sources.{number}.path" if section.sources else "data.path" for number in range(len(sources))]
+    keys = [f"data.dataset {name}" for name in section.datasets] or keys
     with ExitStack() as stack:
         talks = any(source.format != "text" for source in sources)
         template = stack.enter_context(open_template(tokenizer, section.template)) if talks else None
@@ -127,17 +128,18 @@ def _parts(section: DataSection, eval_section: EvalSection, tokenizer: Any, virt
             yield Part(source, found.examples, found.rows, found.lengths, found.notes, key == "eval.path")
 
 
-def _sources(section: DataSection, examples: Examples | Chosen, ends: np.ndarray) -> Sources | None:
+def _sources(parts: list[Part], examples: Examples | Chosen, ends: np.ndarray) -> Sources | None:
     """Of several sources, what of the training data is of each. ends: where each ended before any was held out."""
-    if len(section.sources) < 2:
+    sources = [part.section for part in parts if isinstance(part.section, MixedSource) and not part.held_out]
+    if len(sources) < 2:
         return None
     names: list[str] = []
-    for part in section.sources:
-        name = part.name or listing(part.paths, 2)
+    for source in sources:
+        name = source.name or listing(source.paths, 2)
         names.append(f"{name} ({names.count(name) + 1})" if name in names else name)
     indices = examples.indices if isinstance(examples, Chosen) else np.arange(len(examples))
     counts = np.diff(np.searchsorted(indices, ends), prepend=0).tolist()
-    weights = tuple(part.weight for part in section.sources if part.weight is not None)
+    weights = tuple(source.weight for source in sources if source.weight is not None)
     if weights and 0 in counts:
         raise DataError(f"data.sources: nothing is left of {names[counts.index(0)]}, which has a weight")
     return Sources(tuple(names), tuple(counts), weights or None)

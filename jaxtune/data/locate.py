@@ -14,8 +14,8 @@ def held_source(first: SourceSection, section: EvalSection) -> SourceSection:
     """The source of eval.path, which is read as the first of the data is. Of the same data set on the hub it takes
     the same revision and subset.
     """
-    same = {} if section.path == first.path else {"subset": None, "revision": None}
-    return first.model_copy(update={"path": section.path, "split": section.split, **same})
+    other = {} if section.path == first.path else {"subset": None, "revision": None}
+    return first.model_copy(update={"path": section.path, "split": section.split, "num_samples": None, **other})
 
 
 def with_files(section: SourceSection, key: str = "data.path", split: str = "train") -> SourceSection:

@@ -99,6 +99,11 @@ def _notes(data: Data) -> list[str]:
         if rows.unused:
             names = (f'"{name}" (in {count:,} rows)' for name, count in sorted(rows.unused.items()))
             notes.append(f"Columns that are not read: {listing(names)}; data.columns says which are.")
+        if rows.odd:
+            notes.append(
+                f"Left out, as LLaMA-Factory does: {rows.odd:,} rows without an answer, or whose turns do not "
+                f"alternate; the first is {rows.odd_first}."
+            )
         if rows.empty_answers:
             notes.append(f"Empty assistant turns: {rows.empty_answers:,}; only their end is learnt.")
         if counts.shared_starts:

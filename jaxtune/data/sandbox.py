@@ -9,7 +9,7 @@ lstrip_blocks, loop controls, `tojson` that leaves HTML alone, `raise_exception`
 `{% generation %}` around what the assistant says. One thing differs: the clock stands still, because a run that
 is resumed on another day must see the same data.
 
-Protocol: JSON lines. In: {template, variables, memory} once, then lists of {messages, marks, limit} for
+Protocol: JSON lines. In: {template, variables, memory} once, then lists of {messages, tools, turns, limit} for
 conversations; or {messages, limit, prompt: true}. Out, for each line in, one line: {error} or the answer.
 """
 
@@ -28,6 +28,9 @@ import jinja2.sandbox
 TODAY = datetime(2024, 7, 26)  # the day that Llama 3's templates fall back on
 _NONCE = secrets.token_hex(8)  # no conversation can hold the marks
 _OPEN, _CLOSE = f"\ufdd0{_NONCE}\ufdd1", f"\ufdd1{_NONCE}\ufdd0"
+
+
+Nowhere = tuple[None, None]
 
 
 class Refused(Exception):
@@ -113,11 +116,11 @@ class Renderer:
         self.variables = variables
         self.has_marks: bool = self.environment.has_marks
 
-    def render(self, messages: list, prompt: bool, limit: int, marking: bool = False) -> str:
+    def render(self, messages: list, tools: list | None, prompt: bool, limit: int, marking: bool = False) -> str:
         """The text of `messages`; with `prompt`, up to where the assistant begins to speak."""
         pieces, length = [], 0
         self.environment.marking = marking
-        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
+        given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         for piece in self.template.generate(**{**self.variables, **given}):
             pieces.append(piece)
             length += len(piece)
@@ -125,19 +128,22 @@ class Renderer:
                 raise Refused(f"it gives more than {limit} characters")
         return "".join(pieces)
 
-    def conversation(self, messages: list, marks: bool, limit: int) -> dict[str, Any]:
-        """The whole text and, if asked, where the assistant speaks: from marks, or from the turns' prefixes."""
-        text = self.render(messages, False, limit)
+    def conversation(self, messages: list, tools: list | None, turns: list[int] | None, limit: int) -> dict[str, Any]:
+        """The whole text and, if asked, where turns are: the assistant's by marks if there are any, else by prefixes.
+
+        turns: which messages; None: nothing is asked.
+        """
+        text = self.render(messages, tools, False, limit)
         answer: dict[str, Any] = {"text": text}
-        if marks and self.has_marks:
-            answer["marks"] = self._marks(messages, text, limit)
-        elif marks:
-            said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-            answer["turns"] = [self._turn(messages, i, text, limit) for i in said]
+        if turns is not None and self.has_marks:
+            answer["marks"] = self._marks(messages, tools, text, limit)
+            turns = [i for i in turns if messages[i]["role"] != "assistant"]
+        if turns is not None:
+            answer["turns"] = [self._turn(messages, tools, i, text, limit) for i in turns]
         return answer
 
-    def _marks(self, messages: list, text: str, limit: int) -> list[tuple[int, int]]:
-        parts = re.split(f"({_OPEN}|{_CLOSE})", self.render(messages, False, 2 * limit, marking=True))
+    def _marks(self, messages: list, tools: list | None, text: str, limit: int) -> list[tuple[int, int]]:
+        parts = re.split(f"({_OPEN}|{_CLOSE})", self.render(messages, tools, False, 2 * limit, marking=True))
         marks, position, starts = [], 0, []
         for part in parts:
             if part == _OPEN:
@@ -150,11 +156,32 @@ class Renderer:
             raise Refused("what stands in {% generation %} is changed after the block, so it cannot be found again")
         return marks
 
-    def _turn(self, messages: list, index: int, text: str, limit: int) -> list[int | None]:
-        """[message, end of the prompt before it, end of the text through it]; None: not a prefix of `text`."""
-        prompt = self.render(messages[:index], True, limit)
-        through = text if index + 1 == len(messages) else self.render(messages[: index + 1], False, limit)
+    def _turn(self, messages: list, tools: list | None, index: int, text: str, limit: int) -> list[int | None]:
+        """[message, where it begins, end of the text through it]; None: not to be found in `text`.
+
+        An assistant's turn begins after a generation prompt.
+        """
+        if messages[index]["role"] != "assistant":
+            return [index, *self._said(messages, tools, index, text, limit)]
+        prompt = self.render(messages[:index], tools, True, limit)
+        through = text if index + 1 == len(messages) else self.render(messages[: index + 1], tools, False, limit)
         return [index, *(len(part) if text.startswith(part) else None for part in (prompt, through))]
+
+    def _said(self, messages: list, tools: list | None, index: int, text: str, limit: int) -> tuple[int, int] | Nowhere:
+        """Where what a message says stands: at the place of a mark that is said in its stead."""
+        message = messages[index]
+        marked = [*messages[:index], {**message, "content": _OPEN}]
+        before, _, after = self.render(marked, tools, False, limit).partition(_OPEN)
+        for said in (message["content"], message["content"].strip()):
+            if text.startswith(before + said):
+                end = len(before) + len(said)
+                return len(before), end + _common(text[end:], after)
+        return None, None
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two texts have in common from the start."""
+    return next((at for at, (one, other) in enumerate(zip(a, b)) if one != other), min(len(a), len(b)))
 
 
 def explain(error: BaseException) -> str:
@@ -182,8 +209,8 @@ def _limit_memory(limit: int) -> None:
 def _answer(renderer: Renderer, request: dict) -> dict[str, Any]:
     try:
         if request.get("prompt"):
-            return {"text": renderer.render(request["messages"], True, request["limit"])}
-        return renderer.conversation(request["messages"], request["marks"], request["limit"])
+            return {"text": renderer.render(request["messages"], None, True, request["limit"])}
+        return renderer.conversation(*(request[name] for name in ("messages", "tools", "turns", "limit")))
     except Exception as error:  # whatever a template does is the template's fault
         return {"error": explain(error)}
 

@@ -7,11 +7,13 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxtune.data.formats import Message
+from jaxtune.data.formats import Row
+from jaxtune.data.tools import Tool
+from jaxtune.data.turns import Message, said_by
 from jaxtune.errors import DataError
 
 SECONDS = 10.0  # for one request; a usual one takes a few milliseconds
@@ -19,6 +21,14 @@ MEMORY = 2 << 30  # bytes of address space
 MAX_SOURCE = 1 << 20  # characters of a template
 MAX_TEXT = 1 << 20  # characters of a rendering, beyond four times the conversation's own
 _CHUNK_WORK, _CHUNK_TEXT = 4096, 1 << 22  # squared messages (each prefix is rendered) and characters of a request
+
+
+Turns = Callable[[list[Message]], list[int]]  # which messages of a conversation
+
+
+def assistant_turns(messages: list[Message]) -> list[int]:
+    """Which messages are the assistant's."""
+    return said_by(messages, "assistant")
 
 
 class ChatTemplate:
@@ -42,29 +52,44 @@ class ChatTemplate:
             self.close()
             raise
 
-    def render(
-        self, conversations: Iterable[tuple[str, list[Message]]], marks: bool = True
-    ) -> Iterator[dict[str, Any]]:
-        """For each (file:line, messages): {"text"} and, with `marks`, where the assistant speaks in it.
+    def render(self, rows: Iterable[Row], turns: Turns | None = assistant_turns) -> Iterator[dict[str, Any]]:
+        """For each conversation {"text"} and, unless `turns` is None, where those messages that it gives stand in it.
 
-        The latter is either "marks", the [start, end) characters of the template's {% generation %} blocks, or
-        "turns": for each assistant message [its index, end of the generation prompt before it, end of the text
-        through it], both counted in characters of the text, or None where that rendering is not a prefix of the text.
+        That is "turns": for each [its index, where it begins, end of the text through it], counted in characters of
+        the text. An assistant's turn begins after the generation prompt, those of others with what they say; None
+        stands for a place that a rendering of the messages so far does not tell, not being a prefix of the text.
+        A template with {% generation %} blocks says itself where every assistant speaks, which is "marks" then, their
+        [start, end) characters, and only the others' are in "turns".
 
         Raises:
-            DataError: the template refuses a conversation, fails, or goes over a limit.
+            DataError: the template refuses a conversation, fails, goes over a limit, or does not read its tools.
         """
-        for chunk in _chunks(conversations):
-            requests = [{"messages": messages, "marks": marks, "limit": _limit(messages)} for _, messages in chunk]
-            wheres = [where for where, _ in chunk]
+        for chunk in _chunks(self._readable(rows)):
+            requests = [_request(row, turns) for row in chunk]
+            wheres = [row.where for row in chunk]
             for where, answer in zip(wheres, self._ask(requests, wheres), strict=True):
                 if "error" in answer:
                     raise DataError(f"{where}: {self.where} does not take this conversation: {answer['error']}")
                 yield answer
 
+    def _readable(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The rows, unless one has what the template would leave out without a word."""
+        tools, calls = ("tools" in self.source), ("tool_calls" in self.source)
+        for row in rows:
+            if row.tools and not tools:
+                raise DataError(
+                    f"{row.where}: {self.where} does not read tools; set data.template to one that does, "
+                    "or data.columns.tools: null to learn without them"
+                )
+            if not calls and any("tool_calls" in said for said in row.messages or ()):
+                raise DataError(
+                    f"{row.where}: {self.where} does not read tool_calls; set data.template to one that does"
+                )
+            yield row
+
     def prompt(self, messages: list[Message]) -> str:
         """The text up to where the assistant begins to speak: what generation starts from."""
-        request = {"messages": messages, "prompt": True, "limit": _limit(messages)}
+        request = {"messages": messages, "prompt": True, "limit": _limit(_size(messages))}
         (answer,) = self._ask([request], ["the messages"])
         if "error" in answer:
             raise DataError(f"{self.where} does not take the messages: {answer['error']}")
@@ -147,20 +172,33 @@ def _own_template(tokenizer: Any) -> str:
     return source
 
 
-def _limit(messages: list[Message]) -> int:
-    return MAX_TEXT + 4 * sum(len(message["content"]) for message in messages)
+def _request(row: Row, turns: Turns | None) -> dict[str, Any]:
+    messages = row.messages or []
+    seen = [{key: value for key, value in said.items() if key != "train"} for said in messages]
+    asked = None if turns is None else turns(messages)
+    return {"messages": seen, "tools": row.tools, "turns": asked, "limit": _limit(_size(messages, row.tools))}
 
 
-def _chunks(conversations: Iterable[tuple[str, list[Message]]]) -> Iterator[list[tuple[str, list[Message]]]]:
+def _limit(size: int) -> int:
+    return MAX_TEXT + 4 * size
+
+
+def _size(messages: list[Message], tools: list[Tool] | None = None) -> int:
+    """Characters of a conversation."""
+    called = (said["tool_calls"] for said in messages if "tool_calls" in said)
+    return sum(len(said["content"]) for said in messages) + sum(len(str(part)) for part in (*called, tools or ""))
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
     """Requests of bounded work, so that the time limit means the same for all."""
-    chunk: list[tuple[str, list[Message]]] = []
+    chunk: list[Row] = []
     work = text = 0
-    for where, messages in conversations:
-        more_work, more_text = len(messages) ** 2, sum(len(message["content"]) for message in messages)
+    for row in rows:
+        more_work, more_text = len(row.messages or ()) ** 2, _size(row.messages or [], row.tools)
         if chunk and (work + more_work > _CHUNK_WORK or text + more_text > _CHUNK_TEXT):
             yield chunk
             chunk, work, text = [], 0, 0
-        chunk.append((where, messages))
+        chunk.append(row)
         work, text = work + more_work, text + more_text
     if chunk:
         yield chunk

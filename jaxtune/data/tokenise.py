@@ -92,7 +92,7 @@ def template_notes(template: ChatTemplate, tokenizer: Any, spoken: Row | None) -
     if "strftime_now" in template.source:
         notes.append("The template may write today's date; here it is always 26 July 2024, so that a run can resume.")
     if template.has_marks and spoken:
-        answer = next(template.render([(spoken.where, spoken.messages or [])]))
+        answer = next(template.render([spoken]))
         ends = [special_tokens(tokenizer).match(answer["text"], end) for _, end in answer["marks"]]
         if ends and ends[0]:
             notes.append(

@@ -50,6 +50,15 @@ PLAIN = (  # no special token ends a turn
     "{% for message in messages %}{{ message['role'] + ':\n' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
+TOOLED = (  # one word after another: tools before the conversation, calls after what is said
+    "{% if tools %}{{ '<|im_start|> system' }}{% for t in tools %}{{ ' ' + t.function.name }}{% endfor %}"
+    "{{ ' <|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|> ' + m.role + '\n' + m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ ' ' + call.function.name }}"
+    "{% for key, value in call.function.arguments.items() %}{{ ' ' + key + ' ' + value }}{% endfor %}{% endfor %}"
+    "{{ ' <|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|> assistant\n' }}{% endif %}"
+)
 SPECIAL = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>"),
     *("</s>", "<|user|>", "<|assistant|>", "<|end|>"),
@@ -90,6 +99,7 @@ def word_tokenizer():
         "user",
         "assistant",
         *"abcdefghijklmnopqrstuvwxyz",
+        "tool",
     ]
     core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -154,7 +154,7 @@ def test_an_answer_that_is_changed_still_ends_at_its_token():
 
 
 def spans(answer: dict, *contents: str) -> list[tuple[int, int]]:
-    return supervised_spans("a:1", say(*contents), answer, special_tokens(tokenizer()))
+    return supervised_spans("a:1", say(*contents), answer, special_tokens(tokenizer()), SECTION)
 
 
 def test_a_turn_ends_before_the_next_prompt():
@@ -170,7 +170,7 @@ def test_a_turn_whose_end_cannot_be_told_is_refused():
 
 
 def test_marks_come_in_order():
-    assert spans({"text": "abcd", "marks": [(2, 3), (0, 1)]}, "q", "a") == [(0, 1), (2, 3)]
+    assert spans({"text": "abcd", "marks": [(2, 3), (0, 1)], "turns": []}, "q", "a") == [(0, 1), (2, 3)]
 
 
 def test_token_mask_takes_tokens_that_overlap_and_not_those_that_touch():

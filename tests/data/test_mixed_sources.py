@@ -36,7 +36,7 @@ def test_each_source_is_read_in_its_own_format(two):
     [
         ({"path": "c.json"}, "data: path is for a single source; with sources, each has its own"),
         ({"system": "Be brief."}, "data: system is for a single source; with sources, each has its own"),
-        ({"sources": []}, "data: path is missing: name a file, several, or sources with a path each"),
+        ({"sources": []}, "data: path is missing: name a file, several, sources with a path each, or a data"),
     ],
 )
 def test_files_are_named_in_one_way(two, change, message):

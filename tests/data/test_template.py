@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from jaxtune.data import sandbox, template
+from jaxtune.data.formats import Row
 from jaxtune.data.template import ChatTemplate, open_template
 from jaxtune.errors import DataError
 from tests.data.templates import LLAMA3, MARKED, MISTRAL, PHI3, PLAIN, QWEN, QWEN3, say, tokenizer
@@ -16,7 +17,7 @@ VARIABLES = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
 
 def render(source: str, *conversations, **settings) -> list[dict]:
     with ChatTemplate(source, VARIABLES, "the template", **settings) as chat:
-        return list(chat.render([(f"a:{n}", messages) for n, messages in enumerate(conversations, 1)]))
+        return list(chat.render([Row(f"a:{n}", messages) for n, messages in enumerate(conversations, 1)]))
 
 
 def refused(source: str, messages=None, **settings) -> str:
@@ -54,7 +55,7 @@ def test_rendering_is_that_of_transformers(source, messages):
     ]
     variables = {name: value for name, value in tok.special_tokens_map.items() if isinstance(value, str)}
     with ChatTemplate(source, variables, "the template") as chat:
-        (answer,) = chat.render([("a:1", messages)])
+        (answer,) = chat.render([Row("a:1", messages)])
         assert [answer["text"], chat.prompt(messages)] == peer
 
 
@@ -194,7 +195,7 @@ def test_a_process_that_dies_is_told(monkeypatch):
     chat._process.kill()
     chat._process.wait()
     with pytest.raises(DataError, match=r"^a:1: the template: its process ended: exit code -9"):
-        next(chat.render([("a:1", say("q", "a"))]))
+        next(chat.render([Row("a:1", say("q", "a"))]))
     chat.close()
 
 
@@ -209,7 +210,7 @@ def test_template_comes_from_the_tokenizer_or_a_file(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf[{{ messages[0].content }}|{{ bos_token }}]")
     for source, expected in ((None, "<|im_start|>user\nq<|im_end|>\n"), (str(path), "[q|<s>]")):
         with open_template(tokenizer(), source) as chat:
-            assert next(chat.render([("a:1", say("q"))]))["text"] == expected
+            assert next(chat.render([Row("a:1", say("q"))]))["text"] == expected
 
 
 def test_a_dict_of_templates_gives_the_default_one():

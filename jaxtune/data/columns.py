@@ -1,0 +1,76 @@
+"""One object of a data file, and the errors that its columns give. What the columns mean is for formats and turns."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtune.config import DATA_COLUMNS, SourceSection
+from jaxtune.data.sources import kind
+from jaxtune.errors import DataError, listing
+
+
+class OddRow(Exception):
+    """A row that LLaMA-Factory would leave out; only with `dialect: llamafactory`."""
+
+
+@dataclass
+class Cells:
+    """An object, and the section that says how it is read."""
+
+    where: str
+    value: dict[str, Any]
+    section: SourceSection
+    unused: Counter
+
+    @property
+    def like_llamafactory(self) -> bool:
+        return self.section.dialect == "llamafactory"
+
+    def name(self, column: str) -> Any:
+        """What the data call a column; None: it is absent."""
+        return getattr(self.section.columns, column)
+
+    def get(self, column: str) -> Any:
+        """The value in a column that may be absent."""
+        name = self.name(column)
+        return None if name is None else self.value.get(name)
+
+    def need(self, column: str) -> Any:
+        name = self.name(column)
+        if name not in self.value:
+            found = f"found {listing(self.value)}" if self.value else "the object is empty"
+            todo = f"set data.columns.{column}"
+            if self.like_llamafactory:
+                todo = "the columns of its entry in dataset_info.json name it"
+            raise DataError(f'{self.where}: no column "{name}"; {found}; {todo}')
+        return self.value[name]
+
+    def text(self, column: str) -> str:
+        return self.string(self.need(column), f'column "{self.name(column)}"')
+
+    def optional_text(self, column: str) -> str:
+        """The text in a column that may be absent or null: empty then."""
+        value = self.get(column)
+        return "" if value is None else self.string(value, f'column "{self.name(column)}"')
+
+    def string(self, value: Any, what: str) -> str:
+        if not isinstance(value, str):
+            raise DataError(f"{self.where}: {what} is {kind(value)}; expected a string; found {value!r:.60}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            bad = value[error.start].encode("unicode_escape").decode()
+            raise DataError(f"{self.where}: {what} holds {bad}, half of a surrogate pair, which is no text") from None
+        return value
+
+    def messages(self, column: str) -> list[Any]:
+        value, name = self.need(column), self.name(column)
+        if not isinstance(value, list):
+            raise DataError(f'{self.where}: column "{name}" is {kind(value)}; expected a list of messages')
+        if not value:
+            raise DataError(f'{self.where}: column "{name}" is an empty list; expected at least one message')
+        return value
+
+    def count_unused(self) -> None:
+        read = {self.name(column) for column in DATA_COLUMNS[self.section.format]}
+        self.unused.update(name for name in self.value if name not in read)

@@ -1,0 +1,162 @@
+"""Tools: what a row offers and calls becomes what chat templates read, in whichever way it is written down."""
+
+import json
+
+import pytest
+
+from jaxtune.config import Columns, Tags
+from jaxtune.config import DataSection as Section
+from jaxtune.data.formats import read_rows
+from jaxtune.errors import DataError
+
+TIDES = {"name": "tides", "description": "High water at a port.", "parameters": {"type": "object"}}
+CALL = {"name": "tides", "arguments": {"port": "Brest"}}
+
+
+def function(function: dict, **more) -> dict:
+    return {**more, "type": "function", "function": function}
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """read(row, ...) -> the row as it was read, of format messages unless said otherwise."""
+    monkeypatch.chdir(tmp_path)
+
+    def read(row: dict, format: str = "messages", **settings):
+        (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+        return read_rows(Section(path="a.jsonl", format=format, **settings)).rows[0]
+
+    return read
+
+
+def refused(read, row: dict, **settings) -> str:
+    with pytest.raises(DataError) as caught:
+        read(row, **settings)
+    return str(caught.value)
+
+
+def talk(**assistant) -> dict:
+    """A conversation in which the assistant's one turn has these keys."""
+    return {"messages": [{"role": "user", "content": "When?"}, {"role": "assistant", **assistant}]}
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [[TIDES], json.dumps([TIDES]), [function(TIDES)], json.dumps([function(TIDES)]), json.dumps(TIDES), TIDES],
+)
+def test_tools_are_functions_in_openais_form(read, tools):
+    assert read({**talk(content="Soon."), "tools": tools}).tools == [function(TIDES)]
+
+
+@pytest.mark.parametrize("tools", [None, "", " ", [], "[]"])
+def test_no_tools_are_none(read, tools):
+    assert read({**talk(content="Soon."), "tools": tools}).tools is None
+    assert read(talk(content="Soon.")).tools is None
+
+
+def test_every_format_of_conversations_reads_tools(read):
+    alpaca = {"instruction": "q", "output": "a", "functions": [TIDES]}
+    assert read(alpaca, "alpaca", columns=Columns(tools="functions")).tools == [function(TIDES)]
+    sharegpt = {"conversations": [{"from": "human", "value": "q"}], "tools": json.dumps([TIDES])}
+    assert read(sharegpt, "sharegpt").tools == [function(TIDES)]
+    assert read({"text": "a", "tools": [TIDES]}, "text").tools is None
+
+
+@pytest.mark.parametrize("tools", ["{", 3, ["tides"], '"tides"'])
+def test_tools_of_a_wrong_shape_are_refused(read, tools):
+    assert refused(read, {**talk(content="a"), "tools": tools}).startswith('a.jsonl:1: column "tools": ')
+
+
+@pytest.mark.parametrize("arguments", [{"port": "Brest"}, '{"port": "Brest"}'])
+def test_a_call_has_an_object_of_arguments(read, arguments):
+    """OpenAI writes them as JSON text, which templates would quote."""
+    called = function({"name": "tides", "arguments": arguments}, id="call_1")
+    for content in ({"content": None}, {}):
+        row = read(talk(tool_calls=[called], **content))
+        assert row.messages[1] == {"role": "assistant", "content": "", "tool_calls": [function(CALL, id="call_1")]}
+
+
+def test_what_is_said_beside_a_call_is_kept(read):
+    assert read(talk(content="I look.", tool_calls=[CALL])).messages[1]["content"] == "I look."
+
+
+def test_openais_older_call_is_a_call(read):
+    message = read(talk(content=None, function_call=CALL)).messages[1]
+    assert message["tool_calls"] == [function(CALL)]
+
+
+def test_what_a_tool_replies_keeps_its_name_and_its_call(read):
+    reply = {"role": "tool", "content": "04:12", "tool_call_id": "call_1", "name": "tides"}
+    assert read({"messages": [reply]}).messages == [reply]
+    assert read({"messages": [{**reply, "role": "function"}]}).messages == [reply]
+
+
+@pytest.mark.parametrize("said", [CALL, [CALL], [CALL, CALL]])
+def test_a_sharegpt_call_is_json_text(read, said):
+    turns = [("human", "q"), ("function_call", json.dumps(said)), ("observation", "04:12"), ("gpt", "At 04:12.")]
+    row = read({"conversations": [{"from": who, "value": text} for who, text in turns]}, "sharegpt")
+    assert [message["role"] for message in row.messages] == ["user", "assistant", "tool", "assistant"]
+    calls = [function(CALL)] * (len(said) if isinstance(said, list) else 1)
+    assert row.messages[1] == {"role": "assistant", "content": "", "tool_calls": calls}
+    assert row.messages[2]["content"] == "04:12"
+
+
+def test_a_thought_before_a_sharegpt_call_is_said(read):
+    turn = {"from": "function_call", "value": f"<think>\nA port.\n</think>\n\n{json.dumps(CALL)}"}
+    message = read({"conversations": [turn]}, "sharegpt").messages[0]
+    assert message["content"] == "<think>\nA port.\n</think>"
+    assert message["tool_calls"] == [function(CALL)]
+
+
+def test_openais_messages_may_hold_calls_as_text_when_tagged(read):
+    row = {"messages": [{"role": "call", "content": json.dumps(CALL)}]}
+    assert read(row, tags=Tags(function="call")).messages[0]["tool_calls"] == [function(CALL)]
+
+
+@pytest.mark.parametrize(
+    ("turn", "complaint"),
+    [
+        ({"tool_calls": {}, "content": None}, "messages[1].content is null"),
+        ({"tool_calls": {"a": 1}}, "messages[1].tool_calls is an object; expected a list of calls"),
+        ({"tool_calls": [3]}, "messages[1].tool_calls[0]: expected a function with a name and arguments; found 3"),
+        ({"tool_calls": [{"name": "a"}]}, "messages[1].tool_calls[0]: expected a function with"),
+        ({"tool_calls": [{"name": "a", "arguments": "{"}]}, "messages[1].tool_calls[0]: arguments: not valid JSON"),
+        ({"tool_calls": [{"name": "a", "arguments": [1]}]}, "tool_calls[0]: arguments is a list; expected an object"),
+        ({"tool_calls": [CALL], "function_call": CALL}, "messages[1] has tool_calls and function_call; keep one"),
+    ],
+)
+def test_calls_of_a_wrong_shape_are_refused(read, turn, complaint):
+    assert complaint in refused(read, talk(**turn))
+
+
+def test_only_the_assistant_calls_tools(read):
+    row = {"messages": [{"role": "user", "content": "q", "tool_calls": [CALL]}]}
+    assert refused(read, row) == "a.jsonl:1: messages[0] calls a tool, but is not the assistant's"
+
+
+def test_a_sharegpt_call_that_is_no_json_is_refused(read):
+    row = {"conversations": [{"from": "function_call", "value": "tides()"}]}
+    assert refused(read, row, format="sharegpt").startswith("a.jsonl:1: conversations[0].value: not valid JSON")
+
+
+def test_text_in_parts_is_joined(read):
+    parts = [{"type": "text", "text": "Low "}, {"type": "text", "text": "water."}]
+    assert read(talk(content=parts)).messages[1]["content"] == "Low water."
+
+
+def test_keys_and_speakers_can_have_other_names(read):
+    tags = Tags(role="who", content="says", user="guest", assistant="keeper", system="rules", observation="sea")
+    said = [("rules", "s"), ("guest", "q"), ("keeper", "a"), ("sea", "t")]
+    row = {"messages": [{"who": who, "says": text} for who, text in said]}
+    messages = read(row, tags=tags).messages
+    assert [(m["role"], m["content"]) for m in messages] == [
+        ("system", "s"), ("user", "q"), ("assistant", "a"), ("tool", "t")
+    ]  # fmt: skip
+    row = {"conversations": row["messages"]}
+    assert read(row, "sharegpt", tags=tags).messages == messages
+
+
+def test_a_renamed_speaker_loses_its_old_name(read):
+    row = {"messages": [{"role": "user", "content": "q"}]}
+    for name in ("guest", ""):
+        assert "unknown role 'user'" in refused(read, row, tags=Tags(user=name))
