@@ -53,19 +53,21 @@ DATA_COLUMNS = {
     "sharegpt": ("conversations", "system"),
     "messages": ("messages",),
     "text": ("text",),
+    "megatron": (),
 }
+TEXTS = ("text", "megatron")  # formats of documents, which are learnt throughout; the others are of conversations
 
 
 class DataSection(Section):
     """What it learns from."""
 
-    path: str | list[str]  # .json or .jsonl, or several
-    format: Literal["alpaca", "sharegpt", "messages", "text"] = "alpaca"  # of the rows
+    path: str | list[str]  # .json or .jsonl, or several; format megatron: PREFIX of a PREFIX.bin and .idx, or several
+    format: Literal["alpaca", "sharegpt", "messages", "text", "megatron"] = "alpaca"  # of the rows; megatron: tokens
     columns: Columns = Columns()
     system: str | None = None  # first message of every conversation that has none
     template: str | None = None  # file of a Jinja chat template in place of the tokenizer's own
     max_length: Annotated[int, Field(gt=1)] = 1024  # tokens of one sequence or pack
-    too_long: Literal["drop", "truncate", "error"] = "truncate"  # what happens to a conversation past max_length
+    too_long: Literal["drop", "truncate", "error", "split"] = "truncate"  # past max_length; split: a text, into pieces
     train_on_prompt: bool = False  # the loss on every token, not on the assistant's turns alone
     packing: bool = True  # several conversations in one sequence, each seeing only itself
     shuffle: bool = True  # anew in each epoch, by seed and epoch alone
@@ -73,11 +75,16 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _only_this_format(self):
         for name in ("system", "template", "train_on_prompt"):
-            if self.format == "text" and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is for conversations and would do nothing with format text")
+            if self.format in TEXTS and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is for conversations and would do nothing with format {self.format}")
+        if self.too_long == "split" and self.format not in TEXTS:
+            raise ValueError(
+                f"too_long: split is for format {' and '.join(TEXTS)}: the second piece of a conversation would be an "
+                f"answer without its question; allowed with format {self.format}: drop, truncate, error"
+            )
         for name, field in Columns.model_fields.items():
             if name not in DATA_COLUMNS[self.format] and getattr(self.columns, name) != field.default:
-                allowed = ", ".join(DATA_COLUMNS[self.format])
+                allowed = ", ".join(DATA_COLUMNS[self.format]) or "no columns"
                 raise ValueError(f"columns.{name} is not read by format {self.format}, which reads {allowed}")
         return self
 

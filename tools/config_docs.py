@@ -45,7 +45,9 @@ This page is made from `jaxtune/config.py` and the methods in `jaxtune/tune/` by
 | what | why |
 |---|---|
 | a key of `tune` that belongs to another method | it would do nothing |
-| `data.system`, `template` or `train_on_prompt` with format text; a column that the format does not read | likewise |
+| `data.system`, `template` or `train_on_prompt` with format text or megatron; a column that the format does not read \
+| likewise |
+| `data.too_long: split` with a format of conversations | later pieces would be answers without their question |
 | a key of `optim` that belongs to another optimiser or schedule | likewise |
 | `optim.warmup` or `decay` of 1 or more that is no whole number; with wsd, more steps of both than the run has | they \
 are a share below 1, or a number of steps |

@@ -3,6 +3,7 @@
 The result is three flat arrays, whatever the number of rows.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.config import DataSection
+from jaxtune.config import TEXTS, DataSection
 from jaxtune.data.chat import shared_starts, special_tokens, supervised_spans, token_mask
 from jaxtune.data.formats import Row
+from jaxtune.data.pieces import split
 from jaxtune.data.template import ChatTemplate
 from jaxtune.errors import DataError
 
@@ -38,10 +40,24 @@ class Examples:
         """int64 [examples]"""
         return np.diff(self.starts)
 
+    @property
+    def num_supervised(self) -> int:
+        return int(np.count_nonzero(self.supervised))
+
+    def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, which of them are supervised)"""
+        part = slice(self.starts[index], self.starts[index + 1])
+        return self.tokens[part], self.supervised[part]
+
+    def add_to(self, digest: Any) -> None:
+        """Hash all that the examples are made of."""
+        for array, kind in ((self.starts, "<i8"), (self.tokens, "<i4")):
+            digest.update(array.astype(kind, copy=False).tobytes())
+        digest.update(np.packbits(self.supervised).tobytes())
+
     def take(self, indices: np.ndarray) -> "Examples":
         """Only these examples, in this order."""
-        parts = [slice(self.starts[i], self.starts[i + 1]) for i in indices]
-        return join([(self.tokens[part], self.supervised[part]) for part in parts])
+        return join([self.example(i) for i in indices])
 
 
 def join(parts: list[tuple[np.ndarray, np.ndarray]]) -> Examples:
@@ -61,6 +77,7 @@ class Lengths:
     dropped_cut: int = 0  # truncated until nothing supervised was left
     dropped_silent: int = 0  # without a supervised token from the start
     truncated: int = 0  # and kept
+    split: int = 0  # into pieces, all of which are kept
     shared_starts: int = 0  # assistant turns whose first token is also the prompt's last
 
     @property
@@ -86,10 +103,8 @@ def encode(
         _texts(rows, section, tokenizer) if template is None else _chats(rows, section, tokenizer, template, counts)
     )
     for row, example in zip(rows, encoded, strict=True):
-        kept = _fit(example, section, section.max_length - virtual, row.where, counts)
-        if kept is not None:
-            parts.append(kept)
-    _check(counts, section, virtual, bool(parts))
+        parts += _fit(example, section, section.max_length - virtual, row.where, counts)
+    check_lengths(counts, section, virtual, bool(parts))
     return join(parts), counts
 
 
@@ -102,8 +117,9 @@ class _Example(NamedTuple):
 def _texts(rows: list[Row], section: DataSection, tokenizer: Any) -> Iterator[_Example]:
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no eos token, with which each text of data.format: text ends")
+    limit = None if section.too_long == "split" else section.max_length
     for chunk in _chunked(iter(rows)):
-        for ids, _, whole in _tokenise(tokenizer, [row.text or "" for row in chunk], section.max_length):
+        for ids, _, whole in _tokenise(tokenizer, [row.text or "" for row in chunk], limit):
             if ids[-1:] != [tokenizer.eos_token_id]:
                 ids.append(tokenizer.eos_token_id)
             mask: np.ndarray = np.ones(len(ids), bool)
@@ -132,20 +148,21 @@ def _chats(
 
 
 def _tokenise(
-    tokenizer: Any, texts: list[str], max_length: int, **options
+    tokenizer: Any, texts: list[str], max_length: int | None, **options
 ) -> Iterator[tuple[list[int], list[tuple[int, int]], bool]]:
     """(tokens, their characters, whether that is all) of each text.
 
-    Of a text that is far too long only the beginning is tokenised: a tokenizer may take minutes for a line of 64 MB.
+    Of a text that is far too long for max_length only the beginning is tokenised: a tokenizer may take minutes for a
+    line of 64 MB.
     """
-    limit = _CHARACTERS * max_length
+    limit = sys.maxsize if max_length is None else _CHARACTERS * max_length
     # verbose: no warning that a text is longer than the model's context; data.max_length is ours to check.
     options |= {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     options |= {"return_offsets_mapping": True}
     batch = tokenizer([text[:limit] for text in texts], **options)
     for text, ids, offsets in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True):
         whole = len(text) <= limit
-        if not whole and len(ids) <= max_length + _MARGIN:
+        if not whole and len(ids) <= limit // _CHARACTERS + _MARGIN:
             one = tokenizer(text, **options)
             ids, offsets, whole = one["input_ids"], one["offset_mapping"], True
         yield ids, offsets, whole
@@ -158,14 +175,17 @@ def _chunked(items: Iterator[Any]) -> Iterator[list[Any]]:
 
 def _fit(
     example: _Example, section: DataSection, room: int, where: str, counts: Lengths
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """The example as it will be trained on, at most `room` tokens, or None; counted either way."""
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The example as it will be trained on, at most `room` tokens: whole, cut, in pieces, or not at all; counted."""
     tokens, mask, whole = example
     if whole and not mask.any():
         counts.dropped_silent += 1
-        return None
+        return []
     if len(tokens) <= room:
-        return tokens, mask
+        return [(tokens, mask)]
+    if section.too_long == "split":
+        counts.split += 1
+        return _pieces(tokens, room)
     counts.too_long.append((len(tokens), f"{where}{'' if whole else ', at least'}"))
     tokens, mask = tokens[:room].copy(), mask[:room].copy()
     if section.too_long != "truncate":
@@ -174,18 +194,29 @@ def _fit(
         counts.dropped_cut += 1
     else:
         counts.truncated += 1
-        return tokens, mask
-    return None
+        return [(tokens, mask)]
+    return []
 
 
-def _check(counts: Lengths, section: DataSection, virtual: int, any_left: bool) -> None:
+def _pieces(tokens: np.ndarray, room: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A text in pieces, each supervised but for its first token."""
+    _, offsets, lengths = split(np.array([len(tokens)]), room)
+    return [(tokens[at : at + length], np.arange(length) > 0) for at, length in zip(offsets, lengths)]
+
+
+def check_lengths(counts: Lengths, section: DataSection, virtual: int, any_left: bool) -> None:
+    """Nothing is too long under too_long: error, and something is left to learn from.
+
+    Raises:
+        DataError: that is not so; the message says what became of the rows.
+    """
     limit = f"data.max_length {section.max_length}" + (f" less {virtual} virtual tokens" if virtual else "")
     if counts.too_long and section.too_long == "error":
         length, where = max(counts.too_long, key=lambda item: item[0])
         raise DataError(
             f"{len(counts.too_long)} of {counts.rows} rows are longer than {limit}, "
             f"the first {counts.too_long[0][1]}: {counts.too_long[0][0]} tokens, the longest {where}: {length}; "
-            "raise data.max_length, or set data.too_long to truncate or drop"
+            f"raise data.max_length, or set data.too_long to truncate{', split' * (section.format in TEXTS)} or drop"
         )
     if not any_left:
         raise DataError(

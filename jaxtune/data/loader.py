@@ -23,11 +23,13 @@ import numpy as np
 
 from jaxtune.config import DataSection, EvalSection, TrainSection
 from jaxtune.data.chat import special_tokens
+from jaxtune.data.documents import Documents, read_documents
 from jaxtune.data.encode import Examples, Lengths, encode
 from jaxtune.data.formats import Row, Rows, read_rows
 from jaxtune.data.packing import Epoch, plan_epoch, shuffled
 from jaxtune.data.template import ChatTemplate, open_template
 from jaxtune.errors import ConfigError, DataError
+from jaxtune.tokenizer import vocabulary_size
 
 STREAM_VERSION = 1  # to be raised with any change of order or packing, so that an old run is not resumed on a new one
 TIME_MULTIPLE = 64  # unpacked rows are padded to one
@@ -74,7 +76,7 @@ class Dataset:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: Examples | Documents,
         *,
         time: int,
         batch_size: int,
@@ -119,9 +121,7 @@ class Dataset:
         if self.virtual:
             settings["virtual"] = [self.virtual.start, self.virtual.stop]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for array, kind in ((self.examples.starts, "<i8"), (self.examples.tokens, "<i4")):
-            digest.update(array.astype(kind, copy=False).tobytes())
-        digest.update(np.packbits(self.examples.supervised).tobytes())
+        self.examples.add_to(digest)
         return digest.hexdigest()
 
     def batch(self, step: int, rows: Container[int] | None = None) -> Batch:
@@ -151,9 +151,9 @@ class Dataset:
         """Write the examples `members` one after another into a row."""
         at, before = 0, np.array(self.virtual, np.int32)
         for segment, example in enumerate(members, 1):
-            part = slice(self.examples.starts[example], self.examples.starts[example + 1])
-            tokens = np.concatenate([before, self.examples.tokens[part]])
-            mask = np.concatenate([np.zeros(len(before), bool), self.examples.supervised[part]])
+            tokens, mask = self.examples.example(example)
+            tokens = np.concatenate([before, tokens])
+            mask = np.concatenate([np.zeros(len(before), bool), mask])
             here, targets = slice(at, at + len(tokens)), slice(at, at + len(tokens) - 1)
             batch.tokens[row, here] = tokens
             batch.targets[row, targets] = np.where(mask[1:], tokens[1:], 0)
@@ -211,11 +211,6 @@ class Data:
         """The most tokens that a conversation may have."""
         return self.section.max_length - len(self.train.virtual)
 
-    @property
-    def largest_token(self) -> int:
-        """The largest token id in the data, virtual ones aside."""
-        return max(int(part.examples.tokens.max()) for part in (self.train, self.eval) if part is not None)
-
     def report(self, console: Any) -> None:
         """Print what the data is, and one example with its supervised tokens marked, on a rich console."""
         from jaxtune.data.report import print_report
@@ -224,11 +219,17 @@ class Data:
 
 
 def build_data(
-    section: DataSection, eval_section: EvalSection, train: TrainSection, tokenizer: Any, virtual: range = NONE
+    section: DataSection,
+    eval_section: EvalSection,
+    train: TrainSection,
+    tokenizer: Any,
+    virtual: range = NONE,
+    vocab_size: int = 0,
 ) -> Data:
     """Read, template, tokenise, split and plan all data of a run.
 
-    virtual: the ids that the tuning method puts before every conversation.
+    virtual: the ids that the tuning method puts before every conversation. vocab_size: the rows of the model's
+    embedding, where they are more than the tokenizer's tokens; data that is tokenised already may have them all.
 
     Raises:
         DataError: a file, a row, the template or the lengths are wrong, or nothing is left to learn from.
@@ -246,8 +247,14 @@ def build_data(
             "it must be a multiple"
         )
     paths = {"data.path": section.path, "eval.path": eval_section.path}
-    raw = {key: read_rows(path, section, key) for key, path in paths.items() if path is not None}
-    encoded, notes = _encode(raw, section, tokenizer, len(virtual))
+    if section.format == "megatron":
+        size = max(vocab_size, vocabulary_size(tokenizer))
+        given = {key: _listed(path) for key, path in paths.items() if path is not None}
+        raw, notes = {key: Rows() for key in given}, []
+        encoded = {key: read_documents(names, section, len(virtual), size, key) for key, names in given.items()}
+    else:
+        raw = {key: read_rows(path, section, key) for key, path in paths.items() if path is not None}
+        encoded, notes = _encode(raw, section, tokenizer, len(virtual))
     sources = [Part(_listed(paths[key]), raw[key], lengths) for key, (_, lengths) in encoded.items()]
     examples = encoded["data.path"][0]
     held = encoded["eval.path"][0] if "eval.path" in encoded else None
@@ -299,7 +306,7 @@ def _template_notes(template: ChatTemplate, tokenizer: Any, spoken: list[Row]) -
     return notes
 
 
-def _hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
+def _hold_out(examples: Examples | Documents, fraction: float, seed: int) -> tuple[Any, Any]:
     """(training, held out): whole examples, chosen by seed; at least one of each."""
     count = len(examples)
     if count < 2:
@@ -309,7 +316,7 @@ def _hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples,
     return examples.take(np.sort(order[held:])), examples.take(np.sort(order[:held]))
 
 
-def _row_length(parts: list[Examples], section: DataSection, virtual: int) -> int:
+def _row_length(parts: list[Examples | Documents], section: DataSection, virtual: int) -> int:
     """Tokens of a row: max_length when packing, else the longest example's rounded up, at most max_length."""
     if section.packing:
         return section.max_length

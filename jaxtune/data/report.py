@@ -55,7 +55,7 @@ def _numbers(part: Dataset) -> dict[str, str]:
         "tokens": f"{tokens:,}",
         "mean length": _number(tokens / len(lengths)),
         "longest": f"{int(lengths.max()):,}",
-        "supervised": f"{np.count_nonzero(part.examples.supervised) / tokens:.1%}",
+        "supervised": f"{part.examples.num_supervised / tokens:.1%}",
         **({"virtual tokens before each": f"{len(part.virtual):,}"} if virtual else {}),
         f"{kind} of {time:,} tokens": f"{part.rows:,}",
         "padding": f"{1 - (tokens + virtual) / (part.rows * time):.1%}",
@@ -94,7 +94,8 @@ def _fate(counts: Lengths, max_length: int) -> str:
     }
     why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
     dropped = f"{counts.dropped:,} dropped ({why})" if why else "none dropped"
-    return f"{dropped}, {f'{counts.truncated:,}' if counts.truncated else 'none'} truncated"
+    split = f", {counts.split:,} split" if counts.split else ""
+    return f"{dropped}, {f'{counts.truncated:,}' if counts.truncated else 'none'} truncated{split}"
 
 
 def _print_example(data: Data, console: Console) -> None:
@@ -104,8 +105,7 @@ def _print_example(data: Data, console: Console) -> None:
     title = Text("\nOne example as the model sees it; the loss is on what stands ")
     title.append("in bold green" if coloured else "between « and »", style=_STYLE if coloured else "")
     _line(console, title.append(":"))
-    tokens, mask = examples.tokens[: examples.starts[1]], examples.supervised[: examples.starts[1]]
-    _line(console, marked(tokens, mask, data.tokenizer, coloured).append("\n"))
+    _line(console, marked(*examples.example(0), data.tokenizer, coloured).append("\n"))
 
 
 def marked(tokens: np.ndarray, mask: np.ndarray, tokenizer: Any, coloured: bool, shown: int = SHOWN) -> Text:
