@@ -43,10 +43,19 @@ def read_records(path: str) -> Iterator[Record]:
 def _read_lines(path: str) -> Iterator[Record]:
     with Path(path).open("rb") as file:
         for number, raw in enumerate(file, 1):
-            text = _decode(raw, path, number)
-            if text.strip():
-                where = f"{path}:{number}"
-                yield where, _object(_parse_line(text, where, torn=not raw.endswith(b"\n")), where)
+            record = read_line(raw, path, number)
+            if record is not None:
+                yield record
+
+
+def read_line(raw: bytes, path: str, number: int) -> Record | None:
+    """The object on line `number` of a .jsonl file; None of a blank line.
+
+    Raises:
+        DataError: the line is something else.
+    """
+    text, where = _decode(raw, path, number), f"{path}:{number}"
+    return (where, _object(_parse_line(text, where, torn=not raw.endswith(b"\n")), where)) if text.strip() else None
 
 
 def _parse_line(text: str, where: str, torn: bool) -> Any:
