@@ -38,7 +38,7 @@ class Meter:
         """interval: documents between two updates."""
         self._documents = self._size = self._shown = 0
         self._shares, self._interval, self._console, self._clock = [0.0] * partitions, interval, console, clock
-        self._began = clock()
+        self._first: tuple | None = None  # time, documents, size and share when the first workers had begun to answer
         text = TextColumn("{task.percentage:>3.0f}%  {task.description}", markup=False)
         self._bar = Progress(BarColumn(16), text, console=console) if console.is_terminal else None
         self._task = self._bar.add_task("starting the workers", total=1.0) if self._bar else None
@@ -56,6 +56,7 @@ class Meter:
         """What a partition has done since it was last heard of; share: of all that it is to do."""
         self._documents, self._size = self._documents + documents, self._size + size
         self._shares[partition] = share
+        self._first = self._first or (self._clock(), self._documents, self._size, self._done)
         if self._documents // self._interval == self._shown:
             return
         self._shown = self._documents // self._interval
@@ -69,10 +70,16 @@ class Meter:
         return sum(self._shares) / len(self._shares)
 
     def summary(self) -> str:
-        passed = max(self._clock() - self._began, 1e-9)
-        minutes, seconds = divmod(round(passed / self._done - passed) if self._done else 0, 60)
-        speed = f"{self._documents / passed:,.0f} documents/s, {self._size / passed / 1e6:.2f} MB/s"
-        return f"{self._documents:,} documents, {speed}, {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+        began, documents, size, done = self._first or (0.0, 0, 0, 0.0)
+        passed, share = self._clock() - began, self._done - done
+        text = f"{self._documents:,} documents"
+        if passed > 0 and self._documents > documents:
+            text += f", {(self._documents - documents) / passed:,.0f} documents/s"
+            text += f", {(self._size - size) / passed / 1e6:.2f} MB/s"
+        if passed > 0 and share > 0:
+            minutes, seconds = divmod(round(passed * (1 - self._done) / share), 60)
+            text += f", {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+        return text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -130,9 +137,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add(
-        "--input", required=True, metavar="FILE", help="JSON lines, .gz or not; a pattern as 'data/*.jsonl' for several"
-    )
+    add("--input", required=True, metavar="FILE", help="JSON lines, .gz or not; 'data/*.jsonl' for several")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="columns to take; by default text")
     add("--output-prefix", required=True, metavar="PREFIX", help="path of the files without _KEY_document.bin and .idx")
     add("--tokenizer-type", choices=["HuggingFaceTokenizer"], default="HuggingFaceTokenizer", help="the only one")

@@ -6,6 +6,7 @@ The peer is megatron.core.datasets.indexed_dataset, of the package megatron-core
 import json
 import re
 import struct
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -371,6 +372,16 @@ def test_examples_are_views_of_the_files(tmp_path):
     for index in range(len(examples)):
         tokens, _ = examples.example(index)
         assert any(np.shares_memory(tokens, file) for file in examples.files)
+
+
+def test_tokens_are_looked_at_and_hashed_without_a_copy_of_them_in_memory(tmp_path):
+    path = write(tmp_path / "a", [np.arange(2_000_000) % VOCAB] * 2, DTYPES[8])
+    tracemalloc.start()
+    data = build(path, max_length=1024, too_long="split")
+    assert data.train.fingerprint and data.train.batch(1).num_tokens == 2048
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < Path(path + ".bin").stat().st_size / 4
 
 
 LONG = [list(range(7, 17)), [1, 2]]
