@@ -43,8 +43,9 @@ class Documents:
 
     def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, which of them are supervised), the tokens a view of the file."""
-        number = bisect_right(self._bases, self.starts[index]) - 1
-        start, length = self.starts[index] - self._bases[number], self.lengths[index]
+        start, length = int(self.starts[index]), int(self.lengths[index])
+        number = bisect_right(self._bases, start) - 1
+        start -= self._bases[number]
         return self.files[number][start : start + length], np.arange(length) > 0
 
     def take(self, indices: np.ndarray) -> "Documents":

@@ -247,11 +247,13 @@ def build_data(
             "it must be a multiple"
         )
     paths = {"data.path": section.path, "eval.path": eval_section.path}
+    encoded: dict[str, tuple[Any, Lengths]]
+    notes: list[str] = []
     if section.format == "megatron":
         size = max(vocab_size, vocabulary_size(tokenizer))
         given = {key: _listed(path) for key, path in paths.items() if path is not None}
-        raw, notes = {key: Rows() for key in given}, []
         encoded = {key: read_documents(names, section, len(virtual), size, key) for key, names in given.items()}
+        raw = {key: Rows() for key in given}
     else:
         raw = {key: read_rows(path, section, key) for key, path in paths.items() if path is not None}
         encoded, notes = _encode(raw, section, tokenizer, len(virtual))

@@ -131,7 +131,7 @@ def _check_sequences(
     if len(negative):
         first = int(negative[0])
         raise _fault(index, _HEADER.size + 4 * first, f"sequence {first} has {lengths[first]} tokens")
-    ends = _ends(lengths) * dtype.itemsize
+    ends: np.ndarray = _ends(lengths) * dtype.itemsize
     wrong = np.flatnonzero(pointers != ends[:-1])
     if len(wrong):
         first, at = int(wrong[0]), _HEADER.size + lengths.nbytes
@@ -228,7 +228,7 @@ class DatasetWriter:
     def finalize(self) -> None:
         """Write the index, and give both files their names. Files of the same names are replaced."""
         lengths, documents = np.array(self._lengths, "<i4"), np.array(self._documents, "<i8")
-        pointers = (_ends(lengths)[:-1] * self.dtype.itemsize).astype("<i8")
+        pointers: np.ndarray = (_ends(lengths)[:-1] * self.dtype.itemsize).astype("<i8")
         _close(self._file)
         with open(self._temporary("idx"), "wb") as index:
             index.write(_HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(documents)))

@@ -21,8 +21,8 @@ def split(lengths: np.ndarray, room: int) -> Pieces:
 
     lengths: int [documents], each 2 or more.
     """
-    counts = -(-(lengths - 1) // (room - 1))
-    documents = np.repeat(np.arange(len(lengths)), counts)
-    first = np.repeat(np.cumsum(counts) - counts, counts)
+    counts: np.ndarray = -(-(lengths - 1) // (room - 1))
+    documents: np.ndarray = np.repeat(np.arange(len(lengths)), counts)
+    first: np.ndarray = np.repeat(np.cumsum(counts) - counts, counts)
     offsets = (np.arange(len(documents)) - first) * (room - 1)
     return Pieces(documents, offsets, np.minimum(lengths[documents] - offsets, room))

@@ -90,7 +90,8 @@ class Chunk(NamedTuple):
 
 def chunks_of(task: Task, partition: int) -> Iterator[Chunk]:
     """The lines of a partition."""
-    lines, size, share = [], 0, 0.0
+    lines: list[tuple[str, int, bytes]] = []
+    size, share = 0, 0.0
     for path, number, raw, after in _lines_of(task, partition):
         if lines and (len(lines) == CHUNK_LINES or size + len(raw) > CHUNK_BYTES):
             yield Chunk(lines, share)
