@@ -199,6 +199,11 @@ def test_a_token_that_the_model_does_not_have_is_refused_where_it_stands(tmp_pat
         build(path)
 
 
+def test_a_signed_type_is_looked_through_however_many_tokens_the_model_has(tmp_path):
+    with pytest.raises(DataError, match="byte 1: token -3"):
+        build(write(tmp_path / "a", [[1, -3]], DTYPES[2]), vocab_size=1000)
+
+
 def test_rows_of_the_embedding_without_a_word_may_be_tokens(tmp_path):
     path = write(tmp_path / "a", [[1, VOCAB]])
     assert segments(build(path, vocab_size=VOCAB + 1).train) == [[1, VOCAB]]
