@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from jaxtune.data_names import DATA_COLUMNS, Columns, Tags
+from jaxtune.data_names import DATA_COLUMNS, TEXTS, Columns, Tags
 from jaxtune.errors import ConfigError, listing, nearest
 from jaxtune.section import Fraction, NonNegative, Positive, Section, TuneSection
 from jaxtune.yaml_text import parse_yaml
@@ -39,7 +39,7 @@ class SourceSection(Section):
     """Files whose rows are alike, and what stands in them."""
 
     path: str | list[str] = []  # a file, a directory, a pattern such as data/*.jsonl or a hub id, or several
-    format: Literal["alpaca", "sharegpt", "messages", "text"] = "alpaca"  # of the rows
+    format: Literal["alpaca", "sharegpt", "messages", "text", "megatron"] = "alpaca"  # of the rows; megatron: tokens
     columns: Columns = Columns()
     tags: Tags = Tags()  # sharegpt and messages
     system: str | None = None  # first message of every conversation that has none
@@ -56,15 +56,16 @@ class SourceSection(Section):
 
     @model_validator(mode="after")
     def _only_this_format(self):
-        if self.format == "text":
-            for name in ("system", "dialect"):
-                if getattr(self, name) != SourceSection.model_fields[name].default:
-                    raise ValueError(f"{name} is for conversations and would do nothing with format text")
+        of_rows = ("split", "subset", "revision", "on_bad_line", "num_samples") * (self.format == "megatron")
+        for name in ("system", "dialect", *of_rows) if self.format in TEXTS else ():
+            if getattr(self, name) != SourceSection.model_fields[name].default:
+                what = "rows" if name in of_rows else "conversations"
+                raise ValueError(f"{name} is for {what} and would do nothing with format {self.format}")
         if self.format not in ("sharegpt", "messages") and self.tags != Tags():
             raise ValueError(f"tags are for sharegpt and messages and would do nothing with format {self.format}")
         for name, field in Columns.model_fields.items():
             if name not in DATA_COLUMNS[self.format] and getattr(self.columns, name) != field.default:
-                allowed = ", ".join(DATA_COLUMNS[self.format])
+                allowed = ", ".join(DATA_COLUMNS[self.format]) or "no columns"
                 raise ValueError(f"columns.{name} is not read by format {self.format}, which reads {allowed}")
         return self
 
@@ -85,7 +86,7 @@ class DataSection(SourceSection):
     dataset_dir: str = "data"  # where that dataset_info.json and its files are
     template: str | None = None  # file of a Jinja chat template in place of the tokenizer's own
     max_length: Annotated[int, Field(gt=1)] = 1024  # tokens of one sequence or pack
-    too_long: Literal["drop", "truncate", "error"] = "truncate"  # what happens to a conversation past max_length
+    too_long: Literal["drop", "truncate", "error", "split"] = "truncate"  # past max_length; split: a text, into pieces
     train_on_prompt: bool = False  # the loss on every token, not on the assistant's turns alone
     train_roles: list[Literal["assistant", "user", "system", "tool"]] = ["assistant"]  # whose turns are learnt
     train_on: Literal["all", "last"] = "all"  # their turns: every one, or a conversation's last
@@ -99,6 +100,11 @@ class DataSection(SourceSection):
         """The names in `dataset`, which may be one text with commas."""
         names = self.dataset.split(",") if isinstance(self.dataset, str) else self.dataset
         return [name.strip() for name in names]
+
+    @property
+    def only_texts(self) -> bool:
+        """Whether there are no conversations, as far as the configuration alone tells."""
+        return not self.datasets and all(part.format in TEXTS for part in self.parts)
 
     @property
     def parts(self) -> list[SourceSection]:
@@ -144,10 +150,17 @@ class DataSection(SourceSection):
 
     @model_validator(mode="after")
     def _nothing_of_conversations_alone(self):
-        if not self.datasets and all(part.format == "text" for part in self.parts):
+        if self.only_texts:
             for name in ("template", "train_on_prompt", "train_roles", "train_on", "turn_end"):
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} is for conversations and would do nothing with format text")
+                    raise ValueError(
+                        f"{name} is for conversations and would do nothing with format {self.parts[0].format}"
+                    )
+        elif self.too_long == "split":
+            raise ValueError(
+                f"too_long: split is for format {' and '.join(TEXTS)}: the second piece of a conversation would be an "
+                "answer without its question; allowed with conversations: drop, truncate, error"
+            )
         return self
 
     @model_validator(mode="after")

@@ -23,7 +23,9 @@ DATA_COLUMNS = {
     "sharegpt": ("conversations", "system", "tools"),
     "messages": ("messages", "system", "tools"),
     "text": ("text",),
+    "megatron": (),
 }
+TEXTS = ("text", "megatron")  # formats of documents, which are learnt throughout; the others are of conversations
 
 
 class Tags(Section):

@@ -45,15 +45,17 @@ This page is made from `jaxtune/config.py` and the methods in `jaxtune/tune/` by
 | what | why |
 |---|---|
 | a key of `tune` that belongs to another method | it would do nothing |
-| `data.system`, `template`, `dialect`, `turn_end` or `train_on_prompt`, `train_on`, `train_roles` with format text; a \
-column that the format does not read | likewise |
-| `data.tags` with format alpaca or text | likewise |
+| `data.system`, `template`, `dialect`, `turn_end` or `train_on_prompt`, `train_on`, `train_roles` with format text or \
+megatron; a column that the format does not read | likewise |
+| `data.tags` with format alpaca, text or megatron | likewise |
 | `data.train_on`, `train_roles` or `turn_end` with `train_on_prompt` | it learns every token |
 | `data.sources` or `dataset` beside `path` or another key of a source's own; `sources` beside `system`, or beside \
 `dataset` | each source has its own |
 | `data.dataset_dir` without `dataset` | it would do nothing |
 | `data.split`, `subset` or `revision` of a local path | they are of a data set on the hub |
 | `eval.split` without `eval.path` | likewise |
+| `data.too_long: split` with a format of conversations | later pieces would be answers without their question |
+| `data.num_samples`, `on_bad_line`, `split`, `subset` or `revision` with format megatron | it has no rows |
 | a key of `optim` that belongs to another optimiser or schedule | likewise |
 | `optim.warmup` or `decay` of 1 or more that is no whole number; with wsd, more steps of both than the run has | they \
 are a share below 1, or a number of steps |

@@ -21,7 +21,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from jaxtune.data.examples import Chosen, Examples
+from jaxtune.data.examples import Many
 from jaxtune.data.mixing import Sources
 from jaxtune.data.packing import Epoch, plan_epoch
 
@@ -70,7 +70,7 @@ class Dataset:
 
     def __init__(
         self,
-        examples: Examples | Chosen,
+        examples: Many,
         *,
         time: int,
         batch_size: int,
@@ -118,12 +118,7 @@ class Dataset:
         if self.sources is not None and self.sources.weights is not None:
             settings["sources"] = [self.sources.counts, self.sources.weights]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        starts = np.concatenate(([0], np.cumsum(self.examples.lengths)))
-        digest.update(starts.astype("<i8", copy=False).tobytes())
-        for tokens, _ in self.examples.runs():
-            digest.update(tokens.astype("<i4", copy=False).tobytes())
-        for bits in _packed(mask for _, mask in self.examples.runs()):
-            digest.update(bits)
+        self.examples.add_to(digest)
         return digest.hexdigest()
 
     def batch(self, step: int, rows: Container[int] | None = None) -> Batch:
@@ -201,14 +196,3 @@ class Dataset:
         whole, part = int(epochs), epochs - int(epochs)
         rows = self._rows_before(whole)
         return rows + (math.ceil(part * (self._rows_before(whole + 1) - rows) - 1e-9) if part else 0)
-
-
-def _packed(masks: Iterator[np.ndarray]) -> Iterator[bytes]:
-    """The bytes of np.packbits of all masks, joined."""
-    rest: np.ndarray = np.zeros(0, bool)
-    for mask in masks:
-        bits = np.concatenate([rest, mask])
-        whole = len(bits) // 8 * 8
-        yield np.packbits(bits[:whole]).tobytes()
-        rest = bits[whole:]
-    yield np.packbits(rest).tobytes()

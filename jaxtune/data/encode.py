@@ -3,6 +3,7 @@
 A chunk of rows is the unit of work, in whatever process; tokenise.py has them done one after another.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
@@ -14,6 +15,7 @@ from jaxtune.config import DataSection
 from jaxtune.data.chat import learnt_turns, shared_starts, special_tokens, supervised_spans, token_mask
 from jaxtune.data.examples import Chosen, Examples, concatenate, join
 from jaxtune.data.formats import Row
+from jaxtune.data.pieces import split
 from jaxtune.data.template import ChatTemplate
 from jaxtune.errors import DataError
 
@@ -36,6 +38,7 @@ class Lengths:
     dropped_cut: int = 0  # truncated until nothing supervised was left
     dropped_silent: int = 0  # without a supervised token from the start
     truncated: int = 0  # and kept
+    split: int = 0  # into pieces, all of which are kept
     shared_starts: int = 0  # assistant turns whose first token is also the prompt's last
 
     @classmethod
@@ -92,9 +95,7 @@ def encode_chunk(
         _texts(rows, section, tokenizer) if template is None else _chats(rows, section, tokenizer, template, counts)
     )
     for row, example in zip(rows, encoded, strict=True):
-        kept = _fit(example, section, section.max_length - virtual, row.where, counts)
-        if kept is not None:
-            parts.append(kept)
+        parts += _fit(example, section, section.max_length - virtual, row.where, counts)
     return join(parts), counts
 
 
@@ -122,7 +123,8 @@ class _Example(NamedTuple):
 def _texts(rows: list[Row], section: DataSection, tokenizer: Any) -> Iterator[_Example]:
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no eos token, with which each text of data.format: text ends")
-    for ids, _, whole in _tokenise(tokenizer, [row.text or "" for row in rows], section.max_length):
+    limit = None if section.too_long == "split" else section.max_length
+    for ids, _, whole in _tokenise(tokenizer, [row.text or "" for row in rows], limit):
         if ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
         mask: np.ndarray = np.ones(len(ids), bool)
@@ -161,20 +163,21 @@ def _check_all_learnt(row: Row) -> None:
 
 
 def _tokenise(
-    tokenizer: Any, texts: list[str], max_length: int, **options
+    tokenizer: Any, texts: list[str], max_length: int | None, **options
 ) -> Iterator[tuple[list[int], list[tuple[int, int]], bool]]:
     """(tokens, their characters, whether that is all) of each text.
 
-    Of a text that is far too long only the beginning is tokenised: a tokenizer may take minutes for a line of 64 MB.
+    Of a text that is far too long for max_length only the beginning is tokenised: a tokenizer may take minutes for a
+    line of 64 MB.
     """
-    limit = _CHARACTERS * max_length
+    limit = sys.maxsize if max_length is None else _CHARACTERS * max_length
     # verbose: no warning that a text is longer than the model's context; data.max_length is ours to check.
     options |= {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     options |= {"return_offsets_mapping": True}
     batch = tokenizer([text[:limit] for text in texts], **options)
     for text, ids, offsets in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True):
         whole = len(text) <= limit
-        if not whole and len(ids) <= max_length + _MARGIN:
+        if not whole and len(ids) <= limit // _CHARACTERS + _MARGIN:
             one = tokenizer(text, **options)
             ids, offsets, whole = one["input_ids"], one["offset_mapping"], True
         yield ids, offsets, whole
@@ -182,14 +185,17 @@ def _tokenise(
 
 def _fit(
     example: _Example, section: DataSection, room: int, where: str, counts: Lengths
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """The example as it will be trained on, at most `room` tokens, or None; counted either way."""
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The example as it will be trained on, at most `room` tokens: whole, cut, in pieces, or not at all; counted."""
     tokens, mask, whole = example
     if whole and not mask.any():
         counts.dropped_silent += 1
-        return None
+        return []
     if len(tokens) <= room:
-        return tokens, mask
+        return [(tokens, mask)]
+    if section.too_long == "split":
+        counts.split += 1
+        return _pieces(tokens, room)
     counts.add_long(len(tokens), f"{where}{'' if whole else ', at least'}")
     tokens, mask = tokens[:room].copy(), mask[:room].copy()
     if section.too_long != "truncate":
@@ -198,8 +204,14 @@ def _fit(
         counts.dropped_cut += 1
     else:
         counts.truncated += 1
-        return tokens, mask
-    return None
+        return [(tokens, mask)]
+    return []
+
+
+def _pieces(tokens: np.ndarray, room: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A text in pieces, each supervised but for its first token."""
+    _, offsets, lengths = split(np.array([len(tokens)]), room)
+    return [(tokens[at : at + length], np.arange(length) > 0) for at, length in zip(offsets, lengths)]
 
 
 def check(counts: Lengths, section: DataSection, virtual: int) -> None:
@@ -214,7 +226,7 @@ def check(counts: Lengths, section: DataSection, virtual: int) -> None:
         raise DataError(
             f"{counts.too_long} of {counts.rows} rows are longer than {limit}, "
             f"the first {where}: {first} tokens, the longest {there}: {longest}; "
-            "raise data.max_length, or set data.too_long to truncate or drop"
+            f"raise data.max_length, or set data.too_long to truncate{', split' * section.only_texts} or drop"
         )
     if counts.dropped == counts.rows:
         raise DataError(

@@ -2,10 +2,11 @@
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -14,8 +15,8 @@ BLOCK = 1 << 20  # tokens that are looked at together where all are looked at
 Pair = tuple[np.ndarray, np.ndarray]  # tokens, and which of them are supervised
 
 
-class _Many(ABC):
-    """What all kinds of examples can do, told by their `lengths` and their `runs`."""
+class Many(ABC):
+    """What all kinds of examples can do. The first token of each is never supervised: nothing comes before it."""
 
     lengths: np.ndarray  # int64 [examples]
 
@@ -23,8 +24,29 @@ class _Many(ABC):
         return len(self.lengths)
 
     @abstractmethod
+    def read(self, index: int) -> Pair:
+        """One example."""
+
+    @abstractmethod
+    def take(self, indices: np.ndarray) -> "Many":
+        """Only these examples, in this order."""
+
+    def between(self, first: int, last: int) -> Iterator[Pair]:
+        """The tokens of examples `first` up to `last`, in pieces."""
+        return (self.read(index) for index in range(first, last))
+
     def runs(self) -> Iterator[Pair]:
-        """All tokens in order, in pieces of at most BLOCK."""
+        """All tokens in order, in pieces."""
+        return self.between(0, len(self))
+
+    def add_to(self, digest: Any) -> None:
+        """Hash all that the examples are made of, the same for every way in which they may be kept."""
+        starts = np.concatenate(([0], np.cumsum(self.lengths)))
+        digest.update(starts.astype("<i8", copy=False).tobytes())
+        for tokens, _ in self.runs():
+            digest.update(tokens.astype("<i4", copy=False).tobytes())
+        for bits in _packed(mask for _, mask in self.runs()):
+            digest.update(bits)
 
     @cached_property
     def num_tokens(self) -> int:
@@ -34,14 +56,10 @@ class _Many(ABC):
     def num_supervised(self) -> int:
         return sum(int(np.count_nonzero(mask)) for _, mask in self.runs())
 
-    @cached_property
-    def largest_token(self) -> int:
-        return max(int(tokens.max(initial=0)) for tokens, _ in self.runs())
-
 
 @dataclass(frozen=True)
-class Examples(_Many):
-    """Examples end to end. The first token of each is never supervised: nothing comes before it."""
+class Examples(Many):
+    """Examples end to end."""
 
     tokens: np.ndarray  # int32, or of fewer bits without a sign, [all tokens]
     supervised: np.ndarray  # bool [all tokens]
@@ -52,7 +70,6 @@ class Examples(_Many):
         return np.diff(self.starts)
 
     def read(self, index: int) -> Pair:
-        """One example."""
         part = slice(self.starts[index], self.starts[index + 1])
         return self.tokens[part], self.supervised[part]
 
@@ -63,19 +80,16 @@ class Examples(_Many):
             part = slice(start, min(start + BLOCK, end))
             yield self.tokens[part], self.supervised[part]
 
-    def runs(self) -> Iterator[Pair]:
-        return self.between(0, len(self))
-
     def take(self, indices: np.ndarray) -> "Examples":
         """A copy of these examples, in this order."""
         return join([self.read(i) for i in indices])
 
 
 @dataclass(frozen=True)
-class Chosen(_Many):
+class Chosen(Many):
     """Examples out of several parts, which stay where they are: nothing is copied but one number for each."""
 
-    parts: list[Examples]
+    parts: Sequence[Many]
     indices: np.ndarray  # int64 [examples], counted through all parts
 
     @cached_property
@@ -87,13 +101,12 @@ class Chosen(_Many):
     def lengths(self) -> np.ndarray:  # type: ignore[override]
         return np.concatenate([part.lengths for part in self.parts])[self.indices]
 
-    def _place(self, index: int) -> tuple[Examples, int]:
+    def _place(self, index: int) -> tuple[Many, int]:
         """The part of an example, counted through all of them, and its number there."""
         number = bisect_right(self.ends, index)
         return self.parts[number], index - (self.ends[number - 1] if number else 0)
 
     def read(self, index: int) -> Pair:
-        """One example."""
         part, own = self._place(int(self.indices[index]))
         return part.read(own)
 
@@ -108,7 +121,6 @@ class Chosen(_Many):
                 yield from part.between(own, own + last - first)
 
     def take(self, indices: np.ndarray) -> "Chosen":
-        """Only these examples, in this order."""
         return Chosen(self.parts, self.indices[indices])
 
     @cached_property
@@ -136,8 +148,19 @@ def join(parts: list[Pair]) -> Examples:
     return Examples(tokens, np.concatenate([np.zeros(0, bool), *(mask for _, mask in parts)]), starts.astype(np.int64))
 
 
-def concatenate(parts: list[Examples]) -> "Examples | Chosen":
+def concatenate(parts: Sequence[Many]) -> Many:
     """The examples of all parts, one part after another."""
     if len(parts) == 1:
         return parts[0]
     return Chosen(parts, np.arange(sum(len(part) for part in parts)))
+
+
+def _packed(masks: Iterator[np.ndarray]) -> Iterator[bytes]:
+    """The bytes of np.packbits of all masks, joined."""
+    rest: np.ndarray = np.zeros(0, bool)
+    for mask in masks:
+        bits = np.concatenate([rest, mask])
+        whole = len(bits) // 8 * 8
+        yield np.packbits(bits[:whole]).tobytes()
+        rest = bits[whole:]
+    yield np.packbits(rest).tobytes()

@@ -10,15 +10,18 @@ import numpy as np
 from jaxtune.config import DataSection, EvalSection, MixedSource, SourceSection, TrainSection
 from jaxtune.data.cache import cached
 from jaxtune.data.dataset import NONE, Batch, Dataset
+from jaxtune.data.documents import read_documents
 from jaxtune.data.encode import Lengths
-from jaxtune.data.examples import Chosen, Examples, concatenate
+from jaxtune.data.examples import Chosen, Many, concatenate
 from jaxtune.data.formats import Rows
 from jaxtune.data.locate import held_source, with_files
 from jaxtune.data.mixing import Sources
 from jaxtune.data.packing import shuffled
 from jaxtune.data.template import open_template
 from jaxtune.data.tokenise import Tokenising
+from jaxtune.data_names import TEXTS
 from jaxtune.errors import ConfigError, DataError, listing
+from jaxtune.tokenizer import vocabulary_size
 
 __all__ = ["Batch", "Data", "Dataset", "Part", "build_data"]
 
@@ -31,7 +34,7 @@ class Part:
     """The tokens of one source, and what was seen when they were made."""
 
     section: SourceSection
-    examples: Examples
+    examples: Many
     rows: Rows  # without the rows
     lengths: Lengths
     notes: list[str] = field(default_factory=list)
@@ -54,11 +57,6 @@ class Data:
         """The most tokens that a conversation may have."""
         return self.section.max_length - len(self.train.virtual)
 
-    @property
-    def largest_token(self) -> int:
-        """The largest token id in the data, virtual ones aside."""
-        return max(part.examples.largest_token for part in (self.train, self.eval) if part is not None)
-
     def report(self, console: Any) -> None:
         """Print what the data is, and one example with its supervised tokens marked, on a rich console."""
         from jaxtune.data.report import print_report
@@ -67,11 +65,17 @@ class Data:
 
 
 def build_data(
-    section: DataSection, eval_section: EvalSection, train: TrainSection, tokenizer: Any, virtual: range = NONE
+    section: DataSection,
+    eval_section: EvalSection,
+    train: TrainSection,
+    tokenizer: Any,
+    virtual: range = NONE,
+    vocab_size: int = 0,
 ) -> Data:
     """Read, template, tokenise, split and plan all data of a run.
 
-    virtual: the ids that the tuning method puts before every conversation.
+    virtual: the ids that the tuning method puts before every conversation. vocab_size: the rows of the model's
+    embedding, where they are more than the tokenizer's tokens; data that is tokenised already may have them all.
 
     Raises:
         DataError: a file, a row, the template or the lengths are wrong, or nothing is left to learn from.
@@ -88,10 +92,11 @@ def build_data(
             f"train.batch_size {train.batch_size} does not split into train.micro_batches {train.micro_batches}; "
             "it must be a multiple"
         )
-    parts = list(_parts(section, eval_section, tokenizer, len(virtual)))
+    size = max(vocab_size, vocabulary_size(tokenizer))
+    parts = list(_parts(section, eval_section, tokenizer, len(virtual), size))
     notes = list(dict.fromkeys(note for part in parts if not part.held_out for note in part.notes))
     examples = concatenate([part.examples for part in parts if not part.held_out])
-    held: Examples | Chosen | None = next((part.examples for part in parts if part.held_out), None)
+    held: Many | None = next((part.examples for part in parts if part.held_out), None)
     ends = np.cumsum([len(part.examples) for part in parts if not part.held_out])
     if eval_section.fraction:
         examples, held = _hold_out(examples, eval_section.fraction, train.seed)
@@ -112,23 +117,29 @@ def build_data(
     return Data(training, evaluation, parts, section, tokenizer, notes)
 
 
-def _parts(section: DataSection, eval_section: EvalSection, tokenizer: Any, virtual: int) -> Iterator[Part]:
+def _parts(
+    section: DataSection, eval_section: EvalSection, tokenizer: Any, virtual: int, vocab_size: int
+) -> Iterator[Part]:
     """Every source, and eval.path, which is read as data.path is."""
     sources = section.parts
     held = [] if eval_section.path is None else [held_source(sources[0], eval_section)]
     keys = [f"data.sources.{number}.path" if section.sources else "data.path" for number in range(len(sources))]
     keys = [f"data.dataset {name}" for name in section.datasets] or keys
     with ExitStack() as stack:
-        talks = any(source.format != "text" for source in sources)
+        talks = any(source.format not in TEXTS for source in sources)
         template = stack.enter_context(open_template(tokenizer, section.template)) if talks else None
         for key, source in zip([*keys, "eval.path"], [*sources, *held]):
+            if source.format == "megatron":
+                documents, lengths = read_documents(source.paths, section, virtual, vocab_size, key)
+                yield Part(source, documents, Rows(), lengths, [], key == "eval.path")
+                continue
             own = template if source.format != "text" else None
             files = with_files(source, key, "validation" if key == "eval.path" else "train")
             found = cached(Tokenising(files, key, section, tokenizer, own, virtual), section.cache)
             yield Part(source, found.examples, found.rows, found.lengths, found.notes, key == "eval.path")
 
 
-def _sources(parts: list[Part], examples: Examples | Chosen, ends: np.ndarray) -> Sources | None:
+def _sources(parts: list[Part], examples: Many, ends: np.ndarray) -> Sources | None:
     """Of several sources, what of the training data is of each. ends: where each ended before any was held out."""
     sources = [part.section for part in parts if isinstance(part.section, MixedSource) and not part.held_out]
     if len(sources) < 2:
@@ -145,7 +156,7 @@ def _sources(parts: list[Part], examples: Examples | Chosen, ends: np.ndarray) -
     return Sources(tuple(names), tuple(counts), weights or None)
 
 
-def _hold_out(examples: Examples | Chosen, fraction: float, seed: int) -> tuple[Chosen, Chosen]:
+def _hold_out(examples: Many, fraction: float, seed: int) -> tuple[Chosen, Chosen]:
     """(training, held out): whole examples, chosen by seed; at least one of each."""
     count = len(examples)
     if count < 2:
@@ -156,7 +167,7 @@ def _hold_out(examples: Examples | Chosen, fraction: float, seed: int) -> tuple[
     return whole.take(np.sort(order[held:])), whole.take(np.sort(order[:held]))
 
 
-def _row_length(parts: list[Examples | Chosen], section: DataSection, virtual: int) -> int:
+def _row_length(parts: list[Many], section: DataSection, virtual: int) -> int:
     """Tokens of a row: max_length when packing, else the longest example's rounded up, at most max_length."""
     if section.packing:
         return section.max_length

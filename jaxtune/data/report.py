@@ -122,7 +122,8 @@ def _fate(counts: Lengths, max_length: int) -> str:
     }
     why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
     dropped = f"{counts.dropped:,} dropped ({why})" if why else "none dropped"
-    return f"{dropped}, {f'{counts.truncated:,}' if counts.truncated else 'none'} truncated"
+    split = f", {counts.split:,} split" if counts.split else ""
+    return f"{dropped}, {f'{counts.truncated:,}' if counts.truncated else 'none'} truncated{split}"
 
 
 def _print_example(data: Data, console: Console) -> None:
