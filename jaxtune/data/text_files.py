@@ -26,15 +26,23 @@ def read_plain(file: BinaryIO, path: str, bad: Bad) -> Iterator[Record]:
 def read_lines(file: BinaryIO, path: str, bad: Bad) -> Iterator[Record]:
     """JSON lines: one object a line; blank lines are skipped."""
     for number, raw in numbered(file, path):
-        where = f"{path}:{number}"
         try:
-            text = decode(raw, path, number)
-            value = as_object(_parse_line(text, where, torn=not raw.endswith(b"\n")), where) if text.strip() else None
+            record = read_line(raw, path, number)
         except DataError as error:
             bad(error)
             continue
-        if value is not None:
-            yield where, value
+        if record is not None:
+            yield record
+
+
+def read_line(raw: bytes, path: str, number: int) -> Record | None:
+    """The object on line `number` of a .jsonl file; None of a blank line.
+
+    Raises:
+        DataError: the line is something else.
+    """
+    text, where = decode(raw, path, number), f"{path}:{number}"
+    return (where, as_object(_parse_line(text, where, torn=not raw.endswith(b"\n")), where)) if text.strip() else None
 
 
 def _parse_line(text: str, where: str, torn: bool) -> Any:
