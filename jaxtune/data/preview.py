@@ -22,6 +22,7 @@ from jaxtune.console import console, say, stage
 from jaxtune.data.loader import Batch, Data, build_data
 from jaxtune.errors import ConfigError
 
+_TALKS = ("alpaca", "sharegpt", "messages")  # formats of conversations
 _BROKEN = "\ufffd"  # what a decoder puts for bytes that are no character, or not yet one
 _VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "\u2421"}
 
@@ -98,7 +99,7 @@ def preview(config: Config, rows: int, html: Path | None = None, packs: bool = F
     stage("Reading the data")
     data = _first_rows(config, source, rows, packs)
     seen = list(look(data.train.batch(1), source.tokenizer, data.train.virtual))
-    name = "conversation" if any(part.format != "text" for part in config.data.parts) else "text"
+    name = "conversation" if any(part.format in _TALKS for part in config.data.parts) else "text"
     if html is None:
         print_rows(seen, name, packs, console)
         say(f"{len(seen):,} of {data.train.rows:,} rows of the first epoch")

@@ -36,15 +36,13 @@ def read_lines(file: BinaryIO, path: str, bad: Bad) -> Iterator[Record]:
 
 
 def read_line(raw: bytes, path: str, number: int) -> Record | None:
-    """The object on line `number` of a file of JSON lines; None: the line is blank.
+    """The object on line `number` of a .jsonl file; None of a blank line.
 
     Raises:
-        DataError: it is something else.
+        DataError: the line is something else.
     """
     text, where = decode(raw, path, number), f"{path}:{number}"
-    if not text.strip():
-        return None
-    return where, as_object(_parse_line(text, where, torn=not raw.endswith(b"\n")), where)
+    return (where, as_object(_parse_line(text, where, torn=not raw.endswith(b"\n")), where)) if text.strip() else None
 
 
 def _parse_line(text: str, where: str, torn: bool) -> Any:

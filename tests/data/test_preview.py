@@ -13,7 +13,7 @@ from rich.console import Console
 from jaxtune import cli
 from jaxtune.config import DataSection, EvalSection, TrainSection
 from jaxtune.data import build_data
-from jaxtune.data.preview import look, pieces, print_rows, visible
+from jaxtune.data.preview import Document, SeenRow, Token, look, pieces, print_rows, visible
 from jaxtune.data.preview_html import page
 from tests.data.templates import say, tokenizer, word_tokenizer
 
@@ -207,6 +207,13 @@ def test_nothing_in_the_data_becomes_part_of_the_page(rows):
     assert "\x1b" not in text and "\0" not in text
     joined = "".join(Page(text).shown).replace("▪", "")
     assert joined.count(visible(HOSTILE)) == 2
+
+
+def test_a_token_is_escaped_in_its_text_and_in_its_hint():
+    token = Token(7, "<i x>&\"'", 0, False, False, False, 9)
+    text = page([SeenRow(1, [Document(1, 0, [token])], 0)], "conversation", True, {})
+    assert "<i x>" not in text and "<i x>&\"'" in Page(text).shown
+    assert len(Page(text).hints) == 1 and "<i x>&" in Page(text).hints[0]
 
 
 def test_the_page_stands_alone(rows):
