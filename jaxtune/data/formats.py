@@ -33,7 +33,8 @@ class Rows:
     rows: list[Row] = field(default_factory=list)
     unused: Counter = field(default_factory=Counter)  # column -> in how many rows it stands unread
     empty_answers: int = 0  # assistant turns that say nothing
-    odd: list[str] = field(default_factory=list)  # file:line of rows that the dialect leaves out
+    odd: int = 0  # rows that the dialect leaves out
+    first_odd: str = ""  # file:line
 
 
 def read_rows(section: SourceSection, key: str = "data.path") -> Rows:
@@ -73,18 +74,20 @@ def _read(section: SourceSection, seen: Rows, key: str) -> Iterator[Row]:
             columns.update(value)
             record = Cells(where, value, section, seen.unused)
             try:
-                row = read(record)
+                row = _complete(read(record), record)
             except OddRow:
-                seen.odd.append(where)
+                seen.odd, seen.first_odd = seen.odd + 1, seen.first_odd or where
                 continue
             record.count_unused()
-            yield row if row.messages is None else _complete(row, record)
+            yield row
     _check_optional(section, columns, key)
 
 
 def _complete(row: Row, record: Cells) -> Row:
     """A conversation with its tools, and the source's system prompt if it has none of its own."""
-    return replace(row, tools=read_tools(record), messages=_with_system(row.messages or [], record.section.system))
+    if row.messages is None:
+        return row
+    return replace(row, tools=read_tools(record), messages=_with_system(row.messages, record.section.system))
 
 
 def _sample(rows: list[Row], count: int) -> Iterator[Row]:

@@ -78,8 +78,8 @@ def _notes(data: Data) -> list[str]:
             notes.append(f"Columns that are not read: {listing(names)}; data.columns says which are.")
         if rows.odd:
             notes.append(
-                f"Left out, as LLaMA-Factory does: {len(rows.odd):,} rows without an answer, or whose turns do not "
-                f"alternate; the first is {rows.odd[0]}."
+                f"Left out, as LLaMA-Factory does: {rows.odd:,} rows without an answer, or whose turns do not "
+                f"alternate; the first is {rows.first_odd}."
             )
         if rows.empty_answers:
             notes.append(f"Empty assistant turns: {rows.empty_answers:,}; only their end is learnt.")
