@@ -79,8 +79,7 @@ def _read(section: SourceSection, seen: Rows, key: str) -> Iterator[Row]:
         for where, value in read_records(path, bad):
             record = Cells(where, value, section, seen.unused)
             try:
-                row = read(record)
-                row = row if row.messages is None else _complete(row, record)
+                row = _complete(read(record), record)
             except OddRow:
                 seen.odd, seen.odd_first = seen.odd + 1, seen.odd_first or where
                 columns.update(value)
@@ -99,7 +98,9 @@ def _read(section: SourceSection, seen: Rows, key: str) -> Iterator[Row]:
 
 def _complete(row: Row, record: Cells) -> Row:
     """A conversation with its tools, and the source's system prompt if it has none of its own."""
-    return replace(row, tools=read_tools(record), messages=_with_system(row.messages or [], record.section.system))
+    if row.messages is None:
+        return row
+    return replace(row, tools=read_tools(record), messages=_with_system(row.messages, record.section.system))
 
 
 def _sample(rows: list[Row], count: int) -> Iterator[Row]:

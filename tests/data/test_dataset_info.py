@@ -101,7 +101,7 @@ def test_a_speaker_that_the_tags_do_not_name_does_not_occur(folder):
         [("human", "q"), ("gpt", "a")],
     )]  # fmt: skip
     result = folder({**SHAREGPT, "tags": tags}, *rows)
-    assert (conversations(result), len(result.odd)) == ([say("q", "a")], 1)
+    assert (conversations(result), result.odd) == ([say("q", "a")], 1)
 
 
 def test_a_system_turn_goes_over_the_system_column_and_an_empty_one_is_none(folder):
@@ -135,7 +135,7 @@ ODD = [
 @pytest.mark.parametrize("said", ODD, ids=range(len(ODD)))
 def test_rows_whose_turns_do_not_alternate_are_left_out(folder, said):
     result = folder(SHAREGPT, {"conversations": turns(*said)}, {"conversations": turns(("human", "q"), ("gpt", "a"))})
-    assert (conversations(result), result.odd) == ([say("q", "a")], ["data/x.json:1 (row 1)"])
+    assert (conversations(result), result.odd, result.first_odd) == ([say("q", "a")], 1, "data/x.json:1 (row 1)")
 
 
 OPENAI = {

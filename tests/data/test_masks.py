@@ -45,6 +45,18 @@ def test_turns_that_call_tools_are_learnt_and_replies_are_not():
     assert learnt(CALLED, tools=TOOLS) == ["b <|im_end|>", "d e f g <|im_end|>", "j <|im_end|>"]
 
 
+def test_a_call_may_have_a_special_token_of_its_own():
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ '<|endoftext|>' + call.function.name }}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "tides"}}]}
+    for said in ("", "I look."):
+        found = learnt([*say("q"), {**called, "content": said}, *say("r")], source, tokenizer())
+        assert found == [f"{said}<|endoftext|>tides<|im_end|>"]
+
+
 def test_the_template_sees_tools_and_not_whether_a_message_is_learnt():
     source = "{{ messages | tojson }}{{ tools | tojson }}"
     messages = [{"role": "user", "content": "a", "train": False}]
@@ -260,3 +272,16 @@ def test_qwens_template_is_opened_with_tools(qwen):
     with open_template(qwen) as chat:
         (answer,) = chat.render([Row("a:1", say("q", "a"), tools=[{"type": "function", "function": TIDES}])])
     assert '<tools>\n{"type": "function", "function": {"name": "tides"' in answer["text"]
+
+
+def test_the_last_turn_can_be_told_where_the_past_is_rewritten():
+    messages = say("q", "<think>\nhm\n</think>\n\na", "r", "<think>\nhm\n</think>\n\nb")
+    with pytest.raises(DataError, match="rewrites history"):
+        learnt(messages, QWEN3, tokenizer())
+    assert learnt(messages, QWEN3, tokenizer(), train_on="last") == ["<think>\nhm\n</think>\n\nb<|im_end|>"]
+
+
+def test_a_turn_of_which_the_template_says_something_else_is_not_found():
+    shouting = CHATML.replace("message['content']", "message['content'].upper()")
+    with pytest.raises(DataError, match=r"rewrites history: .* message 0 \(the user's"):
+        learnt(say("quiet", "loud"), shouting, tokenizer(), train_roles=["user"])
