@@ -18,6 +18,7 @@ from jaxtune.config import DataSection, EvalSection, TrainSection
 from jaxtune.data import build_data, cache, encode, tokenise
 from jaxtune.data.formats import read_rows
 from jaxtune.data.template import ChatTemplate
+from jaxtune.data.worker import hello
 from jaxtune.errors import DataError
 from tests.conftest import child_environment
 from tests.data.templates import MARKED, tokenizer, word_tokenizer
@@ -356,6 +357,18 @@ class TestWorkers:
         monkeypatch.setattr(workers, "asdict", lambda row: {"nonsense": 1})
         with pytest.raises(RuntimeError, match=r"a\.jsonl:1 to .* failed:\nTraceback(.|\n)*nonsense"):
             build()
+
+    def test_none_outlives_the_one_that_asked(self):
+        """Told nothing more, or heard by nobody, it ends without a word."""
+        told = json.dumps(hello(DataSection(path="a"), word_tokenizer(), False, 0)).encode()
+        command, pipe = [sys.executable, "-m", "jaxtune.data.worker"], subprocess.PIPE
+        with subprocess.Popen(command, env=child_environment(), stdin=pipe, stdout=pipe, stderr=pipe) as deaf:
+            deaf.stdout.close()
+            deaf.stdin.write(told + b"\n[]\n")
+            deaf.stdin.close()
+            assert deaf.stderr.read() == b"" and deaf.wait() == 1
+        done = subprocess.run(command, env=child_environment(), input=told + b"\n", capture_output=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"{}\n", b"")
 
     def test_they_import_no_jax(self, run_python):
         code = "import jaxtune.data.worker, sys; print({'jax', 'grain', 'torch', 'transformers'} & set(sys.modules))"
