@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -167,7 +168,7 @@ def _read(place: Path) -> Entry:
 def _build(place: Path, task: Tokenising, lines: int | None) -> Entry | None:
     """Make the entry, whole or not at all."""
     _discard(place)
-    partial = Path(tempfile.mkdtemp(PARTIAL, f"{place.name}.", place.parent))
+    partial = _beside(place)
     try:
         kind = "<u2" if vocabulary_size(task.tokenizer) <= 1 << 16 else "<i4"
         _write(partial, task.examples(lines), kind)
@@ -204,9 +205,16 @@ def _write(home: Path, parts: Iterator[Examples], kind: str) -> None:
 def _discard(place: Path) -> None:
     """Remove an entry that is not to be used: out of its place first, at once."""
     if place.exists():
-        old = Path(tempfile.mkdtemp(PARTIAL, f"{place.name}.", place.parent))
+        old = _beside(place)
         place.rename(old / "old")
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(place: Path) -> Path:
+    """A new directory for what is not the entry. Not tempfile's: others may share the cache, and read."""
+    found = place.with_name(f"{place.name}.{secrets.token_hex(4)}{PARTIAL}")
+    found.mkdir()
+    return found
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The token cache: made once, never half made, another entry for whatever changes the tokens."""
 
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,9 @@ import pytest
 
 from jaxtune.config import DataSection, EvalSection, TrainSection
 from jaxtune.data import build_data, cache, encode, tokenise
+from jaxtune.data.formats import read_rows
+from jaxtune.data.template import ChatTemplate
+from jaxtune.data.worker import hello
 from jaxtune.errors import DataError
 from tests.conftest import child_environment
 from tests.data.templates import MARKED, tokenizer, word_tokenizer
@@ -87,13 +91,9 @@ def test_notes_on_the_template_are_kept(home, no_reading):
 
 def test_tokens_are_those_that_are_made_without_a_cache(home):
     made = build().train
-    with_template = encode.encode
-    from jaxtune.data.formats import read_rows
-    from jaxtune.data.template import ChatTemplate
-
     section = DataSection(path="a.jsonl", max_length=64)
     with ChatTemplate(CHATML, {}, "the template") as template:
-        examples, _ = with_template(read_rows(section).rows, section, word_tokenizer(), template)
+        examples, _ = encode.encode(read_rows(section).rows, section, word_tokenizer(), template)
     for name in ("tokens", "supervised", "starts"):
         np.testing.assert_array_equal(getattr(made.examples, name), getattr(examples, name))
     assert made.examples.tokens.dtype == np.uint16
@@ -310,6 +310,17 @@ class TestWorkers:
         assert side_by_side.sources[0].lengths == alone.sources[0].lengths
         assert side_by_side.sources[0].lengths.truncated > 0
 
+    def test_a_terminal_shows_how_far_they_are(self, monkeypatch):
+        from rich.console import Console
+
+        from jaxtune import console
+
+        monkeypatch.setattr(console, "console", Console(file=io.StringIO(), force_terminal=True, width=120))
+        monkeypatch.setattr(tokenise, "cores", lambda: 1)
+        build()
+        text = console.console.file.getvalue()
+        assert "Tokenising a.jsonl" in text and "40 rows" in text and "rows/s" in text and "0:00:00" in text
+
     def test_texts_too(self, monkeypatch):
         settings = {"format": "text", "columns": {"text": "output"}}
         side_by_side = build(**settings, cache="one").train.fingerprint
@@ -347,6 +358,18 @@ class TestWorkers:
         with pytest.raises(RuntimeError, match=r"a\.jsonl:1 to .* failed:\nTraceback(.|\n)*nonsense"):
             build()
 
+    def test_none_outlives_the_one_that_asked(self):
+        """Told nothing more, or heard by nobody, it ends without a word."""
+        told = json.dumps(hello(DataSection(path="a"), word_tokenizer(), False, 0)).encode()
+        command, pipe = [sys.executable, "-m", "jaxtune.data.worker"], subprocess.PIPE
+        with subprocess.Popen(command, env=child_environment(), stdin=pipe, stdout=pipe, stderr=pipe) as deaf:
+            deaf.stdout.close()
+            deaf.stdin.write(told + b"\n[]\n")
+            deaf.stdin.close()
+            assert deaf.stderr.read() == b"" and deaf.wait() == 1
+        done = subprocess.run(command, env=child_environment(), input=told + b"\n", capture_output=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"{}\n", b"")
+
     def test_they_import_no_jax(self, run_python):
         code = "import jaxtune.data.worker, sys; print({'jax', 'grain', 'torch', 'transformers'} & set(sys.modules))"
         assert run_python(code).stdout == "set()\n"
@@ -373,6 +396,14 @@ def test_memory_does_not_grow_with_the_rows(home, monkeypatch):
     small, large = peak(500), peak(2000)
     kept = 1500 * 60  # an order, lengths and starts: some numbers an example, whatever its length
     assert large < small + kept, (small, large)
+
+
+def test_another_user_may_read_an_entry(home):
+    build()
+    (entry,) = entries(home)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert entry.stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_an_entry_that_is_used_is_young(home):

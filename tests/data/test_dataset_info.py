@@ -135,7 +135,7 @@ ODD = [
 @pytest.mark.parametrize("said", ODD, ids=range(len(ODD)))
 def test_rows_whose_turns_do_not_alternate_are_left_out(folder, said):
     result = folder(SHAREGPT, {"conversations": turns(*said)}, {"conversations": turns(("human", "q"), ("gpt", "a"))})
-    assert (conversations(result), result.odd, result.first_odd) == ([say("q", "a")], 1, "data/x.json:1 (row 1)")
+    assert (conversations(result), result.odd, result.odd_first) == ([say("q", "a")], 1, "data/x.json:1 (row 1)")
 
 
 OPENAI = {
