@@ -123,15 +123,26 @@ REST = {
     "a key of `tune`": [says(tune={"method": "full", "rank": 4}), says(tune={"freeze_first": 1})],
     "`data.system`": [
         says(data={"format": "text", "system": "-"}),
-        says(data={"format": "text", "template": "-"}),
+        says(data={"format": "megatron", "template": "-"}),
         says(data={"columns": {"text": "-"}}),
     ],
+    "`data.tags`": [says(data={"tags": {"user": "-"}})],
+    "`data.train_on`": [says(data={"train_on_prompt": True, "train_on": "last"}), says(data={"train_roles": []})],
     "`data.sources`": [
         says(data={"sources": [{"path": "-"}]}),
         says(data={"path": [], "sources": []}),
+        says(data={"path": [], "sources": [{"path": "-"}], "dataset": "-"}),
     ],
+    "a `weight` for": [
+        says(data={"path": [], "sources": [{"path": "-"}, {"path": "-", "weight": 1.0}]}),
+        says(data={"path": [], "sources": [{"path": "-", "weight": 1.0}]}),
+        says(data={"path": [], "sources": [{"path": "-", "name": "a"}, {"path": "-", "name": "a"}]}),
+    ],
+    "`data.dataset_dir`": [says(data={"dataset_dir": "-"})],
     "`data.split`": [lambda: with_files(DataSection(path="-", split="test"))],
     "`eval.split`": [says(eval={"split": "test"})],
+    "`data.too_long: split`": [says(data={"too_long": "split"})],
+    "`data.num_samples`": [says(data={"format": "megatron", "num_samples": 2})],
     "a key of `optim`": [says(optim={"name": "sgd", "beta1": 0.5}), says(optim={"schedule": "linear", "decay": 0.2})],
     "`optim.warmup` or": [runs(warmup=2.5), runs(schedule="wsd", warmup=8, decay=4)],
     "`model.double_quant`": [
@@ -148,11 +159,12 @@ VALUES = [
     lambda: check_numbers("1f1b", 2, 0, 1),
     says(memory={"offload": "optimizer"}),
 ]
-# Where combinations are judged: all of a file, or these functions of it. config.py has its judges in classes.
+# Where combinations are judged: all of a file, or these functions of it. The configuration's judges are in classes.
 JUDGES = {
     "assemble.py": {"open"},
     "data/locate.py": {"_only_of_the_hub"},
     "config.py": None,
+    "data_section.py": None,
     "loading.py": {"as_mesh", "_for_inference"},
     "mesh.py": None,
     "optim.py": None,
@@ -209,9 +221,9 @@ def lines_of(attempt: Callable) -> set[tuple[str, int]]:
 
 
 def raises(name: str, functions: set[str] | None) -> list[tuple[int, int]]:
-    """First and last lines of the `raise` statements in a file's functions; in config.py, of its classes."""
+    """First and last lines of the `raise` statements in a file's functions; in the configuration, of its classes."""
     tree = ast.parse((REPOSITORY / "jaxtune" / name).read_text(encoding="utf-8"))
-    kind = ast.ClassDef if name == "config.py" else ast.FunctionDef
+    kind = ast.ClassDef if name in ("config.py", "data_section.py") else ast.FunctionDef
     judges = [node for node in ast.walk(tree) if isinstance(node, kind) and node.name != "_Loader"]
     return [
         (node.lineno, node.end_lineno or node.lineno)

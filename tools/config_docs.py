@@ -51,6 +51,8 @@ megatron; a column that the format does not read | likewise |
 | `data.train_on`, `train_roles` or `turn_end` with `train_on_prompt` | it learns every token |
 | `data.sources` or `dataset` beside `path` or another key of a source's own; `sources` beside `system`, or beside \
 `dataset` | each source has its own |
+| a `weight` for some of `data.sources`, or for the only one; a `name` that two have | a weight is a share beside the \
+others', a name tells them apart |
 | `data.dataset_dir` without `dataset` | it would do nothing |
 | `data.split`, `subset` or `revision` of a local path | they are of a data set on the hub |
 | `eval.split` without `eval.path` | likewise |

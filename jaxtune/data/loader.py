@@ -19,7 +19,7 @@ from jaxtune.data.mixing import Sources
 from jaxtune.data.packing import shuffled
 from jaxtune.data.template import open_template
 from jaxtune.data.tokenise import Tokenising
-from jaxtune.data_names import TEXTS
+from jaxtune.data_section import TEXTS
 from jaxtune.errors import ConfigError, DataError, listing
 from jaxtune.tokenizer import vocabulary_size
 

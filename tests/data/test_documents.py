@@ -90,7 +90,7 @@ def test_examples_are_views_of_the_files(tmp_path):
     examples = build([write(tmp_path / "a"), write(tmp_path / "b")], too_long="split", max_length=4).train.examples
     assert len(examples.files) == 2
     for index in range(len(examples)):
-        tokens, _ = examples.example(index)
+        tokens, _ = examples.read(index)
         assert any(np.shares_memory(tokens, file) for file in examples.files)
 
 
@@ -229,8 +229,8 @@ def test_data_with_nothing_to_learn_is_refused(tmp_path, texts):
 
 
 def test_an_empty_list_of_data_sets_is_refused():
-    with pytest.raises(DataError, match=r"data\.path: an empty list; give the prefix"):
-        build([])
+    with pytest.raises(DataError, match=r"eval\.path: an empty list; give the prefix"):
+        documents.read_documents([], DataSection(path="-", format="megatron"), 0, VOCAB, "eval.path")
 
 
 # The fingerprint, by which a run that goes on knows its data
