@@ -74,7 +74,7 @@ class Recorder:
         loss_scale: float | None = None,
     ) -> None:
         """Record a step. tokens and supervised_tokens: of its batch, padding not counted, all devices together;
-        bad_steps: how many steps of the run were skipped so far, for a loss or gradient that was not finite;
+        bad_steps: how many steps of the run were skipped so far, for numbers that were not finite or a spike;
         loss_scale: of float16, the next step's.
 
         Raises:
@@ -141,7 +141,7 @@ class Recorder:
             f"{duration(left)} left",
         ]
         if self._latest["bad_steps"]:
-            parts.append(f"{self._latest['bad_steps']} skipped (not finite)")
+            parts.append(f"{self._latest['bad_steps']} skipped")
         return "  ".join(parts)
 
 
