@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from jaxtune.errors import ConfigError, listing, nearest
-from jaxtune.section import Fraction, NonNegative, Positive, Section, TuneSection
+from jaxtune.section import LARGEST, Fraction, NonNegative, Positive, Section, TuneSection
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -64,7 +64,7 @@ class DataSection(Section):
     columns: Columns = Columns()
     system: str | None = None  # first message of every conversation that has none
     template: str | None = None  # file of a Jinja chat template in place of the tokenizer's own
-    max_length: Annotated[int, Field(gt=1)] = 1024  # tokens of one sequence or pack
+    max_length: Annotated[int, Field(gt=1, le=LARGEST)] = 1024  # tokens of one sequence or pack
     too_long: Literal["drop", "truncate", "error"] = "truncate"  # what happens to a conversation past max_length
     train_on_prompt: bool = False  # the loss on every token, not on the assistant's turns alone
     packing: bool = True  # several conversations in one sequence, each seeing only itself
