@@ -2,7 +2,7 @@
 this file reads the command line and turns what can go wrong into one line and an exit code.
 
 Exit codes: 0 done, 2 the input is wrong, 130 stopped by Ctrl-C, 143 stopped by SIGTERM after a save, 75 another
-process of the run is gone or never came, 1 a failure.
+process of the run is gone, is stuck or never came, 1 a failure.
 
 Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/jaxtune/xla, so that a second start
 is quick; JAX_ENABLE_COMPILATION_CACHE=false turns that off.
