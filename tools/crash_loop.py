@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
         home = options.home or Path(temporary)
         whole, cut = (write_run(home / name) for name in ("uninterrupted", "killed"))
         Trainer(whole).finish()
-        crash(cut, options.rounds, options.seed, print)
+        crash(cut, options.rounds, options.seed, partial(print, flush=True))
         found = differences(result(cut.parent / "run"), result(whole.parent / "run"))
     for line in found:
         print(f"DIFFERENT {line}")

@@ -35,7 +35,7 @@ WHOLE = {"at once": SHORT, "in blocks": LONG}
 def whole(time: int) -> str:
     """One device has the sequence."""
     segments = packed(time)
-    return compare(lambda *qkv: attention(*qkv, segments, segments), time)
+    return compare(lambda q, k, v: attention(q, k, v, segments, segments), time)
 
 
 def spread(kind: str) -> str:

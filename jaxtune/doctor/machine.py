@@ -7,6 +7,7 @@ import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,8 +82,8 @@ def compiler() -> str:
     return f"a matmul on each of {len(jax.local_devices())} devices and a sum over them are right"
 
 
-def require_close(what: str, found: jax.Array, wanted: np.ndarray, tolerance: float = TOLERANCE) -> None:
-    """Compare in float32, by the largest number that is wanted.
+def require_close(what: str, found: Any, wanted: Any, tolerance: float = TOLERANCE) -> None:
+    """Compare two arrays in float32, by the largest number that is wanted.
 
     Raises:
         Problem: they differ, or something is not finite.

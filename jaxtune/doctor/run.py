@@ -129,7 +129,7 @@ class Examined:
         config = self.config.model_copy(update={**usual, "tune": section, "optim": PLAIN})
         real = self.source.config
         kv_heads = max(HEADS * real.num_kv_heads // real.num_heads, 1)
-        sizes = {"hidden_size": HIDDEN, "intermediate_size": MLP, "head_dim": HIDDEN // HEADS}
+        sizes: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": MLP, "head_dim": HIDDEN // HEADS}
         model = replace(real, num_heads=HEADS, num_kv_heads=kv_heads, **sizes)
         source, mesh = replace(self.source, config=model, scheme=None), single_device_mesh()
         execution = Execution.of(config, jnp.float32)
@@ -146,7 +146,7 @@ class Examined:
             examples = self.data.train.examples
         except UserError as problem:
             raise NotHere("the data has to be right first") from problem
-        parts = []
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
         for index in np.argsort(examples.lengths, kind="stable"):
             part = slice(max(examples.starts[index], examples.starts[index + 1] - LONGEST), examples.starts[index + 1])
             mask = examples.supervised[part].copy()
