@@ -85,7 +85,7 @@ class Checkpointer:
             return
         missing = max(self.keep + 1 - len(saved_steps(self.directory)), 1)
         try:
-            _require_space(self.directory, missing * _size(_by_path(state)))
+            _require_space(self.directory, missing * state_bytes(state))
         except OSError as error:
             raise CheckpointError(f"{self.directory}: no room for {missing} checkpoints: {error}") from None
 
@@ -318,8 +318,12 @@ def _by_path(tree: Any) -> Arrays:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
+def state_bytes(state: Any) -> int:
+    """Of a checkpoint of this state (arrays or their shapes), before Orbax compresses it."""
+    return _size(_by_path(state))
+
+
 def _size(arrays: Arrays) -> int:
-    """Bytes, before Orbax compresses them."""
     return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())
 
 

@@ -1,8 +1,8 @@
-"""The command `jaxtune`: train, preview, generate, chat, export, quantize, plan, schedule. What they do is elsewhere;
-this file reads the command line and turns what can go wrong into one line and an exit code.
+"""The command `jaxtune`: train, preview, generate, chat, export, quantize, plan, doctor, schedule. What they do is
+elsewhere; this file reads the command line and turns what can go wrong into one line and an exit code.
 
 Exit codes: 0 done, 2 the input is wrong, 130 stopped by Ctrl-C, 143 stopped by SIGTERM after a save, 75 another
-process of the run is gone or never came, 1 a failure.
+process of the run is gone, is stuck or never came, 1 a failure.
 
 Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/jaxtune/xla, so that a second start
 is quick; JAX_ENABLE_COMPILATION_CACHE=false turns that off.
@@ -284,6 +284,25 @@ def plan(
         from jaxtune.plan import command
 
         (command.search_and_print if search else command.plan)(settings, chosen, size)
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file whose data, method and disk are looked at too.")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+) -> None:
+    """Look whether this machine, and a configuration, are fit to train: exit code 1 when something is not."""
+    with _one_line_errors():
+        _keep_compiled_programs()
+        from jaxtune.config import load_config
+
+        settings = None if config is None else load_config(config, overrides or [])
+        from jaxtune.doctor.command import doctor as examine
+
+        if not examine(settings):
+            raise SystemExit(1)
 
 
 @app.command()

@@ -18,7 +18,7 @@ from jaxtune.errors import LostProcess, ProcessError, listing
 COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 LOCAL_DEVICES, HEARTBEAT = "JAX_LOCAL_DEVICE_IDS", "JAXTUNE_HEARTBEAT_SECONDS"
 PATIENCE, STUCK = "JAXTUNE_START_SECONDS", "JAXTUNE_STUCK_SECONDS"
-DEFAULT_SECONDS = {HEARTBEAT: "100", PATIENCE: "300", STUCK: "1800"}
+DEFAULT_SECONDS = {HEARTBEAT: "100", PATIENCE: "300", STUCK: "1800"}  # STUCK: until steps were timed; see fate.Pace
 AUTO = "auto"  # in place of the number of processes: JAX shall find everything out
 DOCS = "docs/many_processes.md has an example for each launcher"
 

@@ -44,7 +44,10 @@ class TrainSection(Section):
     batch_size: Positive = 8  # sequences (packs, when packing) of an optimiser step, all devices together
     micro_batches: Positive = 1  # equal parts of the batch, one after another
     seed: NonNegative = 0  # of the data's order, first values and dropout
-    max_bad_steps: Positive = 10  # stop after this many non-finite steps in a row
+    # a step is not applied when its loss is so many standard deviations above the mean of the last 128 good ones, of
+    # which there must be 16; 6 is usual. null: only what is not finite is skipped
+    skip_spikes: Annotated[float, Field(gt=0)] | None = None
+    max_bad_steps: Positive = 10  # stop after this many skipped steps in a row
 
 
 class OptimSection(Section):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from jaxtune.errors import listing
-from jaxtune.section import Positive, Section
+from jaxtune.section import LARGEST, Positive, Section
 
 
 class Columns(Section):
@@ -101,7 +101,7 @@ class DataSection(SourceSection):
     dataset: str | list[str] = []  # in place of both: names in a dataset_info.json, which LLaMA-Factory's users have
     dataset_dir: str = "data"  # where that dataset_info.json and its files are
     template: str | None = None  # file of a Jinja chat template in place of the tokenizer's own
-    max_length: Annotated[int, Field(gt=1)] = 1024  # tokens of one sequence or pack
+    max_length: Annotated[int, Field(gt=1, le=LARGEST)] = 1024  # tokens of one sequence or pack
     too_long: Literal["drop", "truncate", "error", "split"] = "truncate"  # past max_length; split: a text, into pieces
     train_on_prompt: bool = False  # the loss on every token, not on the assistant's turns alone
     train_roles: list[Literal["assistant", "user", "system", "tool"]] = ["assistant"]  # whose turns are learnt

@@ -56,6 +56,7 @@ RULES = {
     "train.batch_size": REFUSE,
     "train.micro_batches": ALLOW,
     "train.seed": REFUSE,
+    "train.skip_spikes": LOG,
     "train.max_bad_steps": ALLOW,
     "optim.name": REFUSE,  # its state is another tree
     "optim.lr": LOG,

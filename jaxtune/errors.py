@@ -63,13 +63,19 @@ class TrainingStopped(UserError):
     exit_code = 1
 
 
+class OutOfMemory(UserError):
+    """A device or the host has not the memory that was asked for."""
+
+    exit_code = 1
+
+
 def explained(error: BaseException) -> tuple[str, int] | None:
     """The message and the exit code of what a person can put right, or did on purpose; None for anything else."""
     if isinstance(error, UserError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "Stopped by Ctrl-C.", 130
-    if not _is_out_of_memory(error):
+    if not is_out_of_memory(error):
         return None
     first = (str(error).splitlines() or [type(error).__name__])[0]
     return (
@@ -79,7 +85,8 @@ def explained(error: BaseException) -> tuple[str, int] | None:
     )
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is what XLA or Python raise when memory runs out."""
     return isinstance(error, MemoryError) or (
         type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
     )

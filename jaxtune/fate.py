@@ -12,10 +12,12 @@ import json
 import os
 import re
 import socket
+import statistics
 import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -27,6 +29,9 @@ from jaxtune.errors import LostProcess, explained, listing
 from jaxtune.processes import EVER, client, count, first_line, is_first, key_of, missing_from
 
 GRACE = 1.0  # seconds for the others to read an error before process 0, who holds the service, goes
+
+LEAST_WAIT, TIMES = 60.0, 10  # a step is waited for so many seconds, or so many times the usual step's if that is more
+TIMED = 5  # steps before what is usual is known
 
 _joined: "_Joined | None" = None
 
@@ -67,6 +72,34 @@ def waited_for(step: int) -> Iterator[None]:
     finally:
         if _joined is not None:
             _joined.waits = None
+            _joined.pace.step(time.monotonic())
+
+
+class Pace:
+    """How long a step usually takes, and so how long one is to be waited for.
+
+    given: seconds that the environment asks for, which then hold always; first: those until enough steps were timed.
+    """
+
+    def __init__(self, given: int | None, first: int):
+        self._given, self._first = given, first
+        self._last: float | None = None
+        self._times: deque[float] = deque(maxlen=50)
+
+    def step(self, now: float) -> None:
+        """A step is done. now: of a clock in seconds."""
+        if self._last is not None:
+            self._times.append(now - self._last)
+        self._last = now
+
+    @property
+    def limit(self) -> float:
+        """Seconds."""
+        if self._given is not None:
+            return self._given
+        if len(self._times) < TIMED:
+            return self._first
+        return max(LEAST_WAIT, TIMES * statistics.median(tuple(self._times)))
 
 
 class _Joined:
@@ -80,6 +113,8 @@ class _Joined:
         self._failing = False
         self._ended = threading.Event()
         self.waits: tuple[int, float] | None = None
+        first = seconds(os.environ, STUCK)
+        self.pace = Pace(first if STUCK in os.environ else None, first)
         targets = self._hear, self._watch, self._time
         self._threads = [threading.Thread(target=target, daemon=True) for target in targets]
         for thread in self._threads:
@@ -144,12 +179,11 @@ class _Joined:
                 _leave(str(lost) if is_first() or lost.process == 0 else "", lost.exit_code)
 
     def _time(self) -> None:
-        limit = seconds(os.environ, STUCK)
-        while not self._ended.wait(min(1.0, limit / 4)):
+        while not self._ended.wait(min(1.0, (limit := self.pace.limit) / 4)):
             if (waits := self.waits) and time.monotonic() - waits[1] > limit:
                 self._stuck(waits[0], limit)
 
-    def _stuck(self, step: int, limit: int) -> None:
+    def _stuck(self, step: int, limit: float) -> None:
         """Those that wait come to a barrier; who does not come is waited for."""
         missing = []
         try:
@@ -157,7 +191,7 @@ class _Joined:
         except jax.errors.JaxRuntimeError as error:
             missing = missing_from(str(error))
         who = f"process {listing(missing)} of {count()}" if missing else "the connection between the processes"
-        message = f"Step {step} has been waited for for {limit} s: {who} is stuck. {STUCK} sets another time"
+        message = f"Step {step} has been waited for for {limit:.0f} s: {who} is stuck. {STUCK} sets another time"
         self._post(message, LostProcess.exit_code, missing)
         self._failing = True
         if is_first():

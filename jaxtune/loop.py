@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxtune import fate, float8, processes, tune
+from jaxtune import fate, float8, out_of_memory, processes, tune
 from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
 from jaxtune.checkpoint import Checkpointer
 from jaxtune.config import Config
@@ -40,6 +40,7 @@ class Job:
     program: Program
     state: Tree
     train_step: Callable[[Tree, Tree, dict, jax.Array], tuple[Tree, dict[str, jax.Array]]]
+    needs: str  # of a step, of each device's memory
 
 
 @fate.together()
@@ -70,10 +71,11 @@ def train(config: Config) -> list[dict]:
         data.report(console)
         check_time(mesh, config.mesh, data.train.shape[-1])
         run.check(data.train.fingerprint, source.path, data.train.steps)
-        job = prepare(config, source, data, mesh)
+        with out_of_memory.explained(config, "before the first step"):
+            job = prepare(config, source, data, mesh)
         with Checkpointer(run.checkpoints, config.checkpoint.every, config.checkpoint.keep) as checkpoints:
             done = resume(job, run, checkpoints)
-            with open_record(job, run, done) as recorder:
+            with open_record(job, run, done) as recorder, out_of_memory.explained(config, "in training", job.needs):
                 go_on(job, run, checkpoints, recorder, stop, done)
         finish(job, run)
     return recorder.rows
@@ -101,8 +103,8 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
         warn(f"{mesh.devices.flat[0].device_kind} has no float8 units: its matmuls are computed in wider types, slower")
     check_sharded(program.state["trainable"], program.homes["trainable"])
     first = program.put(data.train.batch(1, rows=()).arrays())  # any will do
-    compiled = _compile(program.train_step, program.state, program.frozen, first, _number(1))
-    return Job(config, data, assembled, program, program.state, compiled)
+    compiled, needs = _compile(program.train_step, program.state, program.frozen, first, _number(1))
+    return Job(config, data, assembled, program, program.state, compiled, needs)
 
 
 def resume(job: Job, run: Run, checkpoints: Checkpointer) -> int:
@@ -168,10 +170,10 @@ def record(outcome: Outcome, recorder: Recorder | Silent, config: Config) -> Non
     """Write a step down, and end a run that has come to nothing.
 
     Raises:
-        TrainingStopped: the loss or the gradient was not finite too many times in a row.
+        TrainingStopped: the loss or the gradient was not finite, or a spike, too many times in a row.
     """
     numbers = {name: value.item() for name, value in jax.device_get(outcome.metrics).items()}
-    bad = numbers.pop("bad_in_a_row")
+    bad, spike = numbers["bad_in_a_row"], numbers["spike"]
     batch = outcome.batch
     if processes.is_first():  # the others have not all of the batch
         recorder.step(
@@ -187,14 +189,21 @@ def record(outcome: Outcome, recorder: Recorder | Silent, config: Config) -> Non
             source_examples=batch.sources,
         )
     if bad:
-        warn(f"step {outcome.step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}: not applied")
+        why = f", more than {config.train.skip_spikes} sigmas above the last ones" if spike else ""
+        warn(f"step {outcome.step}: loss {numbers['loss']}{why}, gradient norm {numbers['grad_norm']}: not applied")
     if bad >= config.train.max_bad_steps:
-        hint = "Set precision.compute to bfloat16 or float32, l" if config.precision.compute == "float16" else "L"
-        raise TrainingStopped(
-            f"{bad} steps in a row had a loss or gradient that is not finite; the weights are those after step "
-            f"{outcome.step - bad}. {hint}ower optim.lr ({config.optim.lr}), set optim.clip_norm, or look at the data; "
-            f"train.max_bad_steps ({config.train.max_bad_steps}) says how many are borne"
-        )
+        raise TrainingStopped(_stopped(outcome.step, bad, spike, config))
+
+
+def _stopped(step: int, bad: int, spike: bool, config: Config) -> str:
+    had = "a loss that is a spike" if spike else "a loss or gradient that is not finite"
+    hint = "Set precision.compute to bfloat16 or float32, l" if config.precision.compute == "float16" else "L"
+    more = f"raise train.skip_spikes ({config.train.skip_spikes}), " if spike else ""
+    return (
+        f"{bad} steps in a row had {had}; the weights are those after step {step - bad}. {hint}ower optim.lr "
+        f"({config.optim.lr}), set optim.clip_norm, {more}or look at the data; train.max_bad_steps "
+        f"({config.train.max_bad_steps}) says how many are borne"
+    )
 
 
 def evaluate(job: Job) -> float:
@@ -217,14 +226,16 @@ def finish(job: Job, run: Run) -> None:
     say(f"Wrote {directory}")
 
 
-def _compile(jitted: Any, *arguments: Any) -> Any:
+def _compile(jitted: Any, *arguments: Any) -> tuple[Any, str]:
+    """The compiled step, and what it needs of each device."""
     stage("Compiling the step")
     started = time.monotonic()
     compiled = jitted.lower(*arguments).compile()
     memory = compiled.memory_analysis()
     held, temporary = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
-    say(f"Compiled in {time.monotonic() - started:.1f} s; a step needs {held:.2f} + {temporary:.2f} GB on each device")
-    return compiled
+    needs = f"a step needs {held:.2f} + {temporary:.2f} GB on each device"
+    say(f"Compiled in {time.monotonic() - started:.1f} s; {needs}")
+    return compiled, needs
 
 
 def _number(step: int) -> jax.Array:

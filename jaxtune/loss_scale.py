@@ -31,8 +31,9 @@ def unscaled(loss: jax.Array, grads: Any, scale: jax.Array) -> tuple[jax.Array, 
     return jax.tree.map(lambda x: x.astype(jnp.float32) / scale, (loss, grads))
 
 
-def advance(guard: Guard, finite: jax.Array, window: int | None) -> Guard:
-    """The guard after a step. finite: whether its loss and gradients were, and so whether it was applied.
+def advance(guard: Guard, finite: jax.Array, window: int | None, spike: jax.Array | bool = False) -> Guard:
+    """The guard after a step. finite: whether its loss and gradients were; spike: whether it was not applied though
+    they were (spikes.py), which is not the scale's fault.
 
     window: good steps in a row after which the scale doubles; None: nothing is scaled, and the scale stays. A step
     that overflowed counts as bad only when the scale can fall no further: until then it may be the scale's fault.
@@ -42,8 +43,8 @@ def advance(guard: Guard, finite: jax.Array, window: int | None) -> Guard:
     return {
         **guard,
         **scaling,
-        "bad_in_a_row": jnp.where(finite, 0, guard["bad_in_a_row"] + blamed),
-        "skipped": guard["skipped"] + ~finite,
+        "bad_in_a_row": jnp.where(finite & ~jnp.bool_(spike), 0, guard["bad_in_a_row"] + (blamed | spike)),
+        "skipped": guard["skipped"] + (~finite | spike),
     }
 
 

@@ -76,7 +76,7 @@ class Recorder:
         source_examples: dict[str, int] | None = None,
     ) -> None:
         """Record a step. tokens and supervised_tokens: of its batch, padding not counted, all devices together;
-        bad_steps: how many steps of the run were skipped so far, for a loss or gradient that was not finite;
+        bad_steps: how many steps of the run were skipped so far, for numbers that were not finite or a spike;
         loss_scale: of float16, the next step's; source_examples: of several sources of data, how many of the batch's
         examples are of each; a line tells how many the run has had.
 
@@ -145,7 +145,7 @@ class Recorder:
             f"{duration(left)} left",
         ]
         if self._latest["bad_steps"]:
-            parts.append(f"{self._latest['bad_steps']} skipped (not finite)")
+            parts.append(f"{self._latest['bad_steps']} skipped")
         return "  ".join(parts)
 
 

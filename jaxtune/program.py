@@ -125,6 +125,7 @@ def build(config: Config, model: Model, mesh: Mesh, params: Tree, mask: Tree, to
         course=course,
         rates=tune.rates(config.tune, model.weights, trainable, config.optim.lr),
         scale_window=precision.loss_scale.window if precision.compute == "float16" else None,
+        skip_spikes=config.train.skip_spikes,
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(homes, None))
     eval_step = jax.jit(make_eval_step(model, layout, dtype, pipeline))

@@ -20,7 +20,7 @@ def state_homes(shapes: Tree, layout: Layout, offload: tuple[str, ...] = ()) -> 
 
     shapes: the state's, as jax.eval_shape gives them. offload: of optimizer and params, what lies on the host.
     """
-    counters = {name: shapes[name] for name in ("guard", "float8")}
+    counters = {name: shapes[name] for name in ("guard", "spikes", "float8")}
     everywhere = jax.tree.map(lambda _: NamedSharding(layout.mesh, PartitionSpec()), counters)
     like_moments = partial(state_shardings, params=shapes["trainable"], shardings=layout.homes(layout.moments))
     moments = like_moments(shapes["optimizer"])

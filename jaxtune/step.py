@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from jaxtune import float8, loss_scale
+from jaxtune import float8, loss_scale, spikes
 from jaxtune.float8 import NOTHING, Watch
 from jaxtune.loss import cross_entropy
 from jaxtune.models.decoder import Model
@@ -41,7 +41,7 @@ def init_state(
     """
     state = {"trainable": trainable, "optimizer": optimizer.init(trainable)}
     own = {} if kept is None else {"method": kept(trainable)}
-    return {**state, **own, "guard": loss_scale.init(scale), "float8": watch.init()}
+    return {**state, **own, "guard": loss_scale.init(scale), "spikes": spikes.init(), "float8": watch.init()}
 
 
 def batch_loss(
@@ -137,6 +137,7 @@ def make_train_step(
     rates: Tree | None = None,
     course: Course | None = None,
     scale_window: int | None = None,
+    skip_spikes: float | None = None,
 ) -> Callable[[Tree, Tree, Batch, jax.Array], tuple[Tree, dict[str, jax.Array]]]:
     """(state, frozen params, batch, step) -> (state, metrics).
 
@@ -145,7 +146,8 @@ def make_train_step(
     rates: factors of the learning rate, in the structure of what trains.
     course: what the tuning method does besides; its penalty is part of the loss.
     scale_window: that of a float16 loss (loss_scale.py); None: the loss is not scaled.
-    A loss or gradient that is not finite leaves params and optimiser as they were, bit for bit.
+    skip_spikes: standard deviations above the mean of the last good losses that are too many (spikes.py).
+    A loss or gradient that is not finite, and a spike, leave params and optimiser as they were, bit for bit.
     """
     gradients = make_gradients(model, layout, dtype, seed, pipeline)
     update = make_update(optimizer, layout, homes, gates or {}, rates, course)
@@ -163,11 +165,14 @@ def make_train_step(
         grads = gated(grads, gates or {})
         norm = global_norm(grads)
         finite, lr = jnp.isfinite(loss) & jnp.isfinite(norm), schedule(step)
+        spike = finite & (False if skip_spikes is None else spikes.is_spike(state["spikes"], loss, skip_spikes))
+        good = finite & ~spike
         grads = layout.pinned(clip(grads, norm, clip_norm))
-        guard = loss_scale.advance(state["guard"], finite, scale_window)
-        seen = jax.tree.map(partial(jnp.where, finite), float8.remember(state["float8"], sizes), state["float8"])
-        new = stored({**update(state, grads, lr, finite, step), "guard": guard, "float8": seen}, homes)
-        return new, {"loss": loss, "grad_norm": norm, "lr": lr, **guard}
+        guard = loss_scale.advance(state["guard"], finite, scale_window, spike)
+        seen = jax.tree.map(partial(jnp.where, good), float8.remember(state["float8"], sizes), state["float8"])
+        watched = {"guard": guard, "spikes": spikes.advance(state["spikes"], loss, good), "float8": seen}
+        new = stored({**update(state, grads, lr, good, step), **watched}, homes)
+        return new, {"loss": loss, "grad_norm": norm, "lr": lr, "spike": spike, **guard}
 
     return train_step
 

@@ -26,9 +26,10 @@ def make_update(
     rates: Tree | None,
     course: Course | None,
 ) -> Callable[[Tree, Tree, jax.Array, jax.Array, jax.Array], Tree]:
-    """(state, clipped gradients, learning rate, whether all is finite, step) -> the parts of the state that it moves.
+    """(state, clipped gradients, learning rate, whether the step is good, step) -> the parts of the state that it
+    moves.
 
-    Where it is not finite they are as they were, bit for bit. gates, rates, course, homes: as in make_train_step.
+    Where it is not they are as they were, bit for bit. gates, rates, course, homes: as in make_train_step.
     What lies on the host is moved piece by piece, but with a course, which wants to see all that trains at once.
     """
     names = ("trainable", "optimizer")
@@ -39,10 +40,10 @@ def make_update(
         direction, moved = optimizer.update(grads, moments, params)
         return descend(params, rated(gated(direction, gates), part(rates)), lr), moved
 
-    def update(state: Tree, grads: Tree, lr: jax.Array, finite: jax.Array, step: jax.Array) -> Tree:
+    def update(state: Tree, grads: Tree, lr: jax.Array, good: jax.Array, step: jax.Array) -> Tree:
         before = state["trainable"], state["optimizer"]
         if course is None and any_away(*lie):
-            return dict(zip(names, streamed(partial(move, lr=lr), before, lie, grads, gates, finite), strict=True))
+            return dict(zip(names, streamed(partial(move, lr=lr), before, lie, grads, gates, good), strict=True))
         params, moments = fetched(before, lie)
         before = params, moments
         params, moments = move(params, moments, grads, gates, lambda tree: tree, lr)
@@ -51,7 +52,7 @@ def make_update(
             new["method"], params = course.after(state["method"], params, grads, step)
             old["method"] = state["method"]
         new |= {"trainable": params, "optimizer": moments}
-        return {name: jax.tree.map(partial(jnp.where, finite), new[name], old[name]) for name in old}
+        return {name: jax.tree.map(partial(jnp.where, good), new[name], old[name]) for name in old}
 
     return update
 

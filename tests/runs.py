@@ -40,3 +40,23 @@ def unfinish(run: Path) -> None:
     (run / "run.json").write_text(json.dumps({**record, "finished": False}), encoding="utf-8")
     for name in ("adapter", "model"):
         shutil.rmtree(run / name, ignore_errors=True)
+
+
+def stopped_after(step: int, settings) -> None:
+    """A run, in this process, that is asked to stop when it records this step. It ends with SystemExit."""
+    import os
+    import signal
+    from unittest import mock
+
+    from jaxtune.loop import train
+    from jaxtune.metrics import Recorder
+
+    record = Recorder.step
+
+    def stop(self, number, **numbers):
+        record(self, number, **numbers)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with mock.patch.object(Recorder, "step", stop):
+        train(settings)

@@ -1,8 +1,10 @@
 """A configuration says what it means, or one message says where it does not."""
 
+import random
+
 import pytest
 
-from jaxtune.config import MAX_CONFIG_BYTES, Config, dump_config, load_config, make_config
+from jaxtune.config import MAX_CONFIG_BYTES, Config, dump_config, load_config, make_config, parse_yaml
 from jaxtune.errors import ConfigError
 
 SMALLEST = "model: {path: m}\ndata: {path: d.json}\n"
@@ -55,6 +57,10 @@ def test_an_override_wins_over_the_file_and_makes_sections(tmp_path):
         ("tune: {zzz: 4}", ["tune.zzz: unknown key. Allowed here: method, adapter, targets"]),
         ("tune: {rank: '8'}", ["tune.rank", "integer", "'8'"]),
         ("tune: {rank: 0}", ["tune.rank", "greater than 0"]),
+        ("train: {seed: 4294967296}", ["train.seed", "less than or equal to 2147483647"]),
+        (f"train: {{steps: {'9' * 400}}}", ["train.steps", "less than or equal to 2147483647"]),
+        (f"train: {{steps: {'9' * 9999}}}", ["not valid YAML"]),
+        ("tune: " + "[" * 9999, ["not valid YAML"]),
         ("tune: {rank: true}", ["tune.rank", "True"]),
         ("tune: {method: lorra}", ["tune.method", 'did you mean "lora"? Allowed are full, freeze, lora']),
         ("optim: {lr: .nan}", ["optim.lr"]),
@@ -111,6 +117,51 @@ def test_files_that_cannot_be_a_configuration(tmp_path):
         load_config(tmp_path / "huge.yaml")
     assert "expected sections" in refused(tmp_path, "- 1\n- 2")
     assert "expected sections" in refused(tmp_path, "")
+
+
+WHOLE = """model: {path: m, init: random, overrides: {num_hidden_layers: 2}}
+data: {path: [a.json, b.jsonl], max_length: 128, columns: {output: answer}}
+tune: {method: lora, rank: 8, targets: [q_proj], dropout: 0.1}
+train: {steps: 10, seed: 3, skip_spikes: 6.0}
+memory: {remat: full, offload: [optimizer]}
+precision: {compute: float16, loss_scale: {initial: 8.0}}
+"""
+PIECES = ["{", "}", "[", "]", ":", ": ", ",", "-", "&a ", "*a", "!!python/name:os.system", "!!binary ", "null", ".inf"]
+PIECES += [
+    "1e999",
+    "-1",
+    "true",
+    "~",
+    "'",
+    '"',
+    "|",
+    ">",
+    "#",
+    "%",
+    "@",
+    "\0",
+    "\t",
+    "\n",
+    "\ufeff",
+    "\ud800",
+    "9" * 30,
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_damage_gives_a_configuration_or_one_message(tmp_path, seed):
+    draw = random.Random(seed)
+    for _ in range(100):
+        text = WHOLE
+        for _ in range(draw.randint(1, 3)):
+            start = draw.randrange(len(text))
+            text = text[:start] + draw.choice(PIECES) * draw.randint(0, 2) + text[start + draw.randint(0, 4) :]
+        (tmp_path / "c.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
+        try:
+            config = load_config(tmp_path / "c.yaml")
+        except ConfigError:
+            continue
+        assert make_config(parse_yaml(dump_config(config), "again")) == config
 
 
 def test_a_dict_serves_in_place_of_a_file():

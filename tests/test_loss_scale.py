@@ -12,7 +12,7 @@ from jaxtune import loss_scale, train
 from jaxtune.config import PrecisionSection, make_config
 from jaxtune.errors import ConfigError, TrainingStopped
 from jaxtune.loss_scale import advance, init, unscaled
-from tests.runs import sections
+from tests.runs import sections, stopped_after
 from tests.test_step import Setup, documents, micro, rows_of
 
 WINDOW = 4
@@ -182,25 +182,6 @@ def test_a_float16_run_finds_its_scale_and_goes_on_from_it(tiny_model, tmp_path)
     lost = train(config(model, tmp_path / "lost", loss_scale=scale))
     assert [row["bad_steps"] for row in lost] == list(range(1, 9))
     assert [row["loss_scale"] for row in lost] == [2.0 ** (99 - i) for i in range(8)]
-
-
-def stopped_after(step, settings):
-    """A run that is asked to stop when it records this step."""
-    import os
-    import signal
-    from unittest import mock
-
-    from jaxtune.metrics import Recorder
-
-    record = Recorder.step
-
-    def stop(self, number, **numbers):
-        record(self, number, **numbers)
-        if number == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with mock.patch.object(Recorder, "step", stop):
-        train(settings)
 
 
 def test_a_run_that_overflows_at_scale_one_is_stopped_with_what_to_do(tiny_model, tmp_path, monkeypatch):

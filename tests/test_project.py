@@ -16,6 +16,7 @@ PACKAGE = sorted((REPOSITORY / "jaxtune").rglob("*.py"))
 SOURCES = [*PACKAGE, *sorted(REPOSITORY.glob("t*/**/*.py")), *sorted((REPOSITORY / "demo").glob("*.py"))]
 FORBIDDEN_IMPORTS = {"torch", "pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+FORBIDDEN_OF_MODULES = {("os", name) for name in ("system", "popen", "execv", "execvp", "spawnv")} | {("torch", "load")}
 PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
@@ -33,6 +34,11 @@ def test_the_package_imports_neither_torch_nor_what_runs_code_from_files(path):
             assert node.module.split(".")[0] not in FORBIDDEN_IMPORTS
         if isinstance(node, ast.Call):
             assert not (isinstance(node.func, ast.Name) and node.func.id in FORBIDDEN_CALLS), node.lineno
+            called = node.func
+            if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
+                name, given = (called.value.id, called.attr), {keyword.arg for keyword in node.keywords}
+                assert name not in FORBIDDEN_OF_MODULES, f"line {node.lineno}: {'.'.join(name)}"
+                assert name != ("yaml", "load") or "Loader" in given, f"line {node.lineno}: yaml.load without a Loader"
             for keyword in node.keywords:
                 risky = keyword.arg in ("trust_remote_code", "allow_pickle", "shell")
                 assert not (risky and getattr(keyword.value, "value", True)), f"line {node.lineno}: {keyword.arg}"

@@ -23,6 +23,7 @@ PAGE = REPOSITORY / "docs" / "config.md"
 sys.path.insert(0, str(REPOSITORY))
 
 from jaxtune import config as source  # noqa: E402 - the checkout's own, wherever this is run from
+from jaxtune.section import LARGEST  # noqa: E402
 from jaxtune.tune import METHODS  # noqa: E402
 
 INTRODUCTION = """\
@@ -35,8 +36,9 @@ python -m jaxtune.train --config configs/demo.yaml train.epochs=2 optim.lr=5e-4
 ```
 
 Only `model.path` and `data.path` (or `data.sources`, or `data.dataset`) have no default. A key that is not below is an
-error, and so is a value of another type, or a key that the chosen method, format or optimiser would not use. The file
-is plain YAML without aliases. The run directory holds the configuration as it was resolved, in `config.yaml`.
+error, and so is a value of another type, or a key that the chosen method, format or optimiser would not use. An integer
+is at most 2^31 - 1. The file is plain YAML without aliases. The run directory holds the configuration as it was
+resolved, in `config.yaml`.
 
 This page is made from `jaxtune/config.py` and the methods in `jaxtune/tune/` by `python tools/config_docs.py`.
 
@@ -162,7 +164,10 @@ def describe(annotation: Any, metadata: typing.Iterable = ()) -> str:
     else:
         text = NAMES[annotation]
     bounds = [
-        f"{sign} {getattr(bound, name)}" for bound in metadata for name, sign in SIGNS.items() if hasattr(bound, name)
+        f"{sign} {getattr(bound, name)}"
+        for bound in metadata
+        for name, sign in SIGNS.items()
+        if getattr(bound, name, LARGEST) != LARGEST  # that of all integers is told once
     ]
     return f"{text} {', '.join(bounds)}".strip()
 

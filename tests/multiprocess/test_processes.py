@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxtune import processes
-from jaxtune.fate import _lost, together
+from jaxtune.fate import Pace, _lost, together
 from jaxtune.processes import SharedStop
 from jaxtune.signals import StopSignal
 from tests.multiprocess.support import by_hand, finish
@@ -116,8 +116,8 @@ with together():
 
 
 STUCK = """
-import os, time
-os.environ["JAXTUNE_STUCK_SECONDS"] = "2"
+import os, signal, sys, time
+os.environ |= {"JAXTUNE_STUCK_SECONDS": "2", "JAXTUNE_HEARTBEAT_SECONDS": "60"}
 from jaxtune.clusters import find_place, start
 place = find_place(os.environ)
 start(place)
@@ -127,6 +127,8 @@ with fate.together():
     for step in (1, 2):
         told = processes.SharedStop(StopSignal())
         while step == 2 and place.process == 1:
+            if sys.argv[1] == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(0.1)
         told.ask()
         with fate.waited_for(step):
@@ -135,10 +137,39 @@ with fate.together():
 
 
 def test_a_process_that_does_not_go_on_is_named_and_says_where_it_is():
-    first, second = [finish(process) for process in by_hand(["-c", STUCK], ["-c", STUCK])]
+    script = ["-c", STUCK, "asleep"]
+    first, second = [finish(process) for process in by_hand(script, script)]
     assert first[0] == 75 and second[0] == 1
     assert "Step 2 has been waited for for 2 s: process 1 of 2 is stuck" in first[1]
-    assert 'File "<string>", line 13 in <module>' in second[1]
+    assert 'File "<string>", line 15 in <module>' in second[1]
+
+
+def test_a_process_that_is_stopped_is_named_before_its_heartbeat_is_missed():
+    script = ["-c", STUCK, "stopped"]
+    waiting, stopped = by_hand(script, script)
+    try:
+        code, output = finish(waiting)
+        assert stopped.poll() is None
+    finally:
+        stopped.kill()
+        stopped.communicate()
+    assert code == 75
+    assert "Step 2 has been waited for for 2 s: process 1 of 2 is stuck" in output
+
+
+def test_a_step_is_waited_for_ten_times_as_long_as_usual_and_a_minute_at_least():
+    pace, now = Pace(given=None, first=1800), 0.0
+    limits = []
+    for seconds in (300, 20, 20, 20, 20, 400, 20):  # the first step has what came before it; one has an evaluation
+        now += seconds
+        pace.step(now)
+        limits.append(pace.limit)
+    assert limits == [1800] * 5 + [200.0] * 2
+    for _ in range(50):
+        now += 0.5
+        pace.step(now)
+    assert pace.limit == 60
+    assert Pace(given=2, first=2).limit == 2
 
 
 def test_two_processes_agree():

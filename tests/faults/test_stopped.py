@@ -1,0 +1,41 @@
+"""SIGTERM at awkward moments of a run: its next step is finished and saved, and the exit code is 143."""
+
+import os
+import signal
+import time
+
+import pytest
+
+import jaxtune.loop as loop
+from jaxtune.checkpoint import Checkpointer, latest_valid
+from jaxtune.config import make_config
+from tests.runs import sections
+
+
+def terminated_in(function):
+    """The function, in whose first call this process is sent SIGTERM, and heard of it when it goes on."""
+    numbers = [signal.SIGTERM]  # a second one would stop the process at once
+
+    def run(*arguments):
+        while numbers:
+            os.kill(os.getpid(), numbers.pop())
+            time.sleep(0.2)
+        return function(*arguments)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "saved"),
+    [(loop, "_compile", 1), (Checkpointer, "_finish", 3), (loop, "evaluate", 2)],
+    ids=["while the step is compiled", "in a save", "in an evaluation"],
+)
+def test_the_step_is_finished_and_saved(tiny_model, tmp_path, monkeypatch, owner, name, saved):
+    tree = sections(tiny_model("qwen2"), tmp_path, steps=50, eval={"fraction": 0.1, "every": 2})
+    monkeypatch.setattr(owner, name, terminated_in(getattr(owner, name)))
+    with pytest.raises(SystemExit) as left:
+        loop.train(make_config(tree))
+    assert left.value.code == 143
+    newest = latest_valid(tmp_path / "run" / "checkpoints")
+    steps = (tmp_path / "run" / "ledger.jsonl").read_bytes().count(b"\n")
+    assert newest == steps and saved <= newest < 50
