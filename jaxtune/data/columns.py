@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtune.config import DATA_COLUMNS, SourceSection
 from jaxtune.data.sources import kind
+from jaxtune.data_section import DATA_COLUMNS, SourceSection
 from jaxtune.errors import DataError, listing
 
 

@@ -7,8 +7,9 @@ pictures are refused, and so are preferences, in words that say what to do.
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from jaxtune.config import Columns, DataSection, MixedSource, Tags
+from jaxtune.config import DataSection
 from jaxtune.data.sources import kind
+from jaxtune.data_section import Columns, MixedSource, Tags
 from jaxtune.errors import DataError, listing, nearest
 from jaxtune.files import read_json
 

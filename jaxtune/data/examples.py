@@ -56,6 +56,10 @@ class Many(ABC):
     def num_supervised(self) -> int:
         return sum(int(np.count_nonzero(mask)) for _, mask in self.runs())
 
+    @cached_property
+    def largest_token(self) -> int:
+        return max(int(tokens.max(initial=0)) for tokens, _ in self.runs())
+
 
 @dataclass(frozen=True)
 class Examples(Many):

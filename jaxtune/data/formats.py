@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from jaxtune.config import DATA_COLUMNS, Columns, SourceSection
 from jaxtune.data.columns import Cells, OddRow
 from jaxtune.data.packing import shuffled
 from jaxtune.data.records import BadRows, refuse
 from jaxtune.data.sources import read_records
 from jaxtune.data.tools import Tool, read_tools
 from jaxtune.data.turns import Message, message, read_turns, said_by
+from jaxtune.data_section import DATA_COLUMNS, Columns, SourceSection
 from jaxtune.errors import DataError, listing
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.config import DataSection, EvalSection, MixedSource, SourceSection, TrainSection
+from jaxtune.config import DataSection, EvalSection, TrainSection
 from jaxtune.data.cache import cached
 from jaxtune.data.dataset import NONE, Batch, Dataset
 from jaxtune.data.documents import read_documents
@@ -19,7 +19,7 @@ from jaxtune.data.mixing import Sources
 from jaxtune.data.packing import shuffled
 from jaxtune.data.template import open_template
 from jaxtune.data.tokenise import Tokenising
-from jaxtune.data_section import TEXTS
+from jaxtune.data_section import TEXTS, MixedSource, SourceSection
 from jaxtune.errors import ConfigError, DataError, listing
 from jaxtune.tokenizer import vocabulary_size
 

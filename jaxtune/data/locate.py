@@ -3,10 +3,11 @@
 import glob
 from pathlib import Path
 
-from jaxtune.config import EvalSection, SourceSection
+from jaxtune.config import EvalSection
 from jaxtune.console import warn
 from jaxtune.data.hub_files import hub_files, is_hub_id
 from jaxtune.data.sources import ALLOWED, is_data, kind_of
+from jaxtune.data_section import SourceSection
 from jaxtune.errors import DataError, listing
 
 

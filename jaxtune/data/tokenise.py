@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from jaxtune.config import DataSection, SourceSection
+from jaxtune.config import DataSection
 from jaxtune.console import rate_bar
 from jaxtune.data.chat import special_tokens
 from jaxtune.data.encode import Lengths, check, chunked, encode_chunk, some
@@ -18,6 +18,7 @@ from jaxtune.data.formats import Row, Rows, stream_rows
 from jaxtune.data.template import ChatTemplate
 from jaxtune.data.worker import hello
 from jaxtune.data.workers import Workers
+from jaxtune.data_section import SourceSection
 from jaxtune.errors import listing
 
 MANY = 4096, 1 << 26  # rows, or characters, from which on other processes are started

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtune.config import SourceSection
 from jaxtune.data.columns import Cells, OddRow
 from jaxtune.data.sources import kind
 from jaxtune.data.tools import read_call_text, read_calls
+from jaxtune.data_section import SourceSection
 from jaxtune.errors import DataError, listing
 
 # role (system, user, assistant, tool) and content; of assistants tool_calls, of tools tool_call_id and name. `train`

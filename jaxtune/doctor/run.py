@@ -61,7 +61,8 @@ class Examined:
         """All of it."""
         virtual = tune.virtual_ids(self.source.tuning, self.source.config)
         config = self.config
-        return build_data(config.data, config.eval, config.train, self.source.tokenizer, virtual)
+        vocab_size = tune.vocab_size(self.source.tuning, self.source.config)
+        return build_data(config.data, config.eval, config.train, self.source.tokenizer, virtual, vocab_size)
 
     def room(self) -> str:
         """What the checkpoints need at once, and what is free."""
@@ -77,10 +78,10 @@ class Examined:
     def labels(self) -> str:
         """How much there is to learn from, and that every token has a row in the embedding."""
         data, rows = self.data, tune.vocab_size(self.source.tuning, self.source.config)
-        examples, largest = data.train.examples, data.largest_token
+        examples, largest = data.train.examples, data.train.examples.largest_token
         if largest >= rows:
             raise Problem(f"the data has the token {largest}, and the model's embedding {rows} rows")
-        share = np.count_nonzero(examples.supervised) / len(examples.tokens)
+        share = examples.num_supervised / examples.num_tokens
         kind = "packs" if data.train.packing else "rows"
         return (
             f"{len(examples):,} conversations in {data.train.rows:,} {kind}, {share:.0%} of the tokens are learnt, "
@@ -148,11 +149,12 @@ class Examined:
             raise NotHere("the data has to be right first") from problem
         parts: list[tuple[np.ndarray, np.ndarray]] = []
         for index in np.argsort(examples.lengths, kind="stable"):
-            part = slice(max(examples.starts[index], examples.starts[index + 1] - LONGEST), examples.starts[index + 1])
-            mask = examples.supervised[part].copy()
+            tokens, mask = (array[-LONGEST:].copy() for array in examples.read(index))
             mask[0] = False
-            if mask.any() and len(parts) < EXAMPLES:
-                parts.append((examples.tokens[part], mask))
+            if mask.any():
+                parts.append((tokens, mask))
+            if len(parts) == EXAMPLES:
+                break
         return join(parts)
 
     def _batch(self, packing: bool) -> dict[str, np.ndarray]:

@@ -58,3 +58,8 @@ def test_batches_and_fingerprint_are_those_of_a_copy(parts):
 
 def test_one_part_stays_as_it_is(parts):
     assert concatenate(parts[:1]) is parts[0]
+
+
+def test_the_largest_token_is_found_in_any_part(parts):
+    assert concatenate(parts).largest_token == int(parts[0].tokens.max())
+    assert concatenate(parts[1:]).largest_token == int(parts[2].tokens.max())

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from jaxtune.config import Columns, SourceSection, make_config
 from jaxtune.config import DataSection as Section
+from jaxtune.config import make_config
 from jaxtune.data.formats import read_rows
+from jaxtune.data_section import Columns, SourceSection
 from jaxtune.errors import ConfigError, DataError
 from tests.data.templates import say
 

@@ -12,10 +12,10 @@ import random
 import pyarrow as pa
 import pytest
 
-from jaxtune.config import SourceSection
 from jaxtune.console import console
 from jaxtune.data.locate import with_files
 from jaxtune.data.sources import read_records
+from jaxtune.data_section import SourceSection
 from jaxtune.errors import DataError
 
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from jaxtune.config import Columns, Tags
 from jaxtune.config import DataSection as Section
 from jaxtune.data.formats import read_rows
+from jaxtune.data_section import Columns, Tags
 from jaxtune.errors import DataError
 
 TIDES = {"name": "tides", "description": "High water at a port.", "parameters": {"type": "object"}}
