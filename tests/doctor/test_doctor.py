@@ -14,6 +14,7 @@ from rich.console import Console
 from jaxtune import checkpoint, step
 from jaxtune.config import make_config
 from jaxtune.data import loader
+from jaxtune.data.examples import Many
 from jaxtune.doctor import attention, command, machine, run
 from jaxtune.doctor.check import FAIL, PASS, SKIPPED, Check, NotHere, Problem, carry_out
 from jaxtune.errors import DataError
@@ -144,7 +145,7 @@ def test_the_room_for_checkpoints_is_that_of_the_state_times_what_is_kept_and_on
 def test_data_and_labels_are_counted_and_a_token_without_a_row_is_a_failure(of_run, monkeypatch):
     status, text = of_run("data and labels", train={"batch_size": 8})
     assert status == PASS and text.startswith("20 conversations in ") and "the largest token is " in text
-    monkeypatch.setattr(loader.Data, "largest_token", 384)
+    monkeypatch.setattr(Many, "largest_token", 384)
     assert of_run("data and labels") == (FAIL, "the data has the token 384, and the model's embedding 384 rows")
     status, text = of_run("data and labels", data={"columns": {"output": "answer"}})
     assert status == FAIL and 'no column "answer"' in text
