@@ -1,13 +1,14 @@
 """LLaMA-Factory's dataset_info.json: names, and for each a file and how its rows are read. Entries become sources.
 
-What the entries mean was read off LLaMA-Factory 0.9.5, its data/README.md and its source. Its hubs, scripts and
-pictures are refused, and so are preferences, in words that say what to do.
+What the entries mean was read off LLaMA-Factory 0.9.5, its data/README.md and its source. Hubs other than Hugging
+Face's, scripts and pictures are refused, and so are preferences, in words that say what to do.
 """
 
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from jaxtune.config import DataSection
+from jaxtune.data.hub_files import is_hub_id
 from jaxtune.data.sources import kind
 from jaxtune.data_section import Columns, MixedSource, Tags
 from jaxtune.errors import DataError, listing, nearest
@@ -31,10 +32,11 @@ _TAGS = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
-_ELSEWHERE = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+_HUB = "hf_hub_url"  # an id, owner/name, which goes before a file
+_ELSEWHERE = ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _MEDIA = ("images", "videos", "audios")
 _PREFERENCES = ("chosen", "rejected", "kto_tag")
-_KNOWN = ("file_name", "formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags")
+_KNOWN = ("file_name", _HUB, "formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags")
 _KNOWN_COLUMNS = (*_DEFAULTS, "history", *_SHARED, *_MEDIA, *_PREFERENCES)
 
 
@@ -94,7 +96,8 @@ def _source(entry: _Entry, name: str, directory: Path, system: str | None) -> Mi
     samples = entry.value.get("num_samples")
     if samples is not None and (type(samples) is not int or samples < 1):
         raise entry.wrong(f"num_samples is {samples!r:.40}; expected a number of rows")
-    return MixedSource(path=_paths(entry, directory), name=name, format=format, num_samples=samples, **settings)
+    settings |= _hub(entry) if entry.value.get(_HUB) is not None else {"path": _paths(entry, directory)}
+    return MixedSource(name=name, format=format, num_samples=samples, **settings)
 
 
 def _check_readable(entry: _Entry) -> None:
@@ -108,7 +111,7 @@ def _check_readable(entry: _Entry) -> None:
             raise entry.wrong(f'unknown key "{key}"{nearest(key, _KNOWN) or "."} Allowed: {listing(_KNOWN, 20)}')
     if found.get("ranking"):
         raise entry.wrong("ranking: true: preferences cannot be learnt from here, only answers to be imitated")
-    if found.get("split") not in (None, "train"):
+    if found.get(_HUB) is None and found.get("split") not in (None, "train"):
         raise entry.wrong(f"split {found['split']!r:.40}: a file has one split, train; name the part by file_name")
 
 
@@ -143,6 +146,20 @@ def _tags(entry: _Entry) -> Tags:
     named = entry.section("tags", tuple(_TAGS))
     found = _TAGS if named is None else {**_KEYS, **named}
     return Tags(**{name.removesuffix("_tag"): found.get(name) or "" for name in _TAGS})
+
+
+def _hub(entry: _Entry) -> dict[str, Any]:
+    """The id of a data set on the hub, and what of it is read."""
+    found = {name: entry.value.get(name) for name in (_HUB, "split", "subset")}
+    for name, value in found.items():
+        if not isinstance(value, str | None):
+            raise entry.wrong(f"{name} is {kind(value)}; expected a name")
+    path = str(found[_HUB])
+    if not is_hub_id(path):
+        raise entry.wrong(f"{_HUB} {path!r:.80} is not the id of a data set on the hub (owner/name)")
+    if entry.value.get("folder") is not None:
+        raise entry.wrong("folder: a directory of a data set on the hub; name it by subset")
+    return {"path": path, "split": found["split"], "subset": found["subset"]}
 
 
 def _paths(entry: _Entry, directory: Path) -> list[str]:

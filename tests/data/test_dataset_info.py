@@ -214,11 +214,21 @@ def test_num_samples_are_drawn_and_come_again_when_there_are_too_few(folder):
     assert many[:10] != many[10:20]
 
 
+def test_a_data_set_on_the_hub_goes_before_a_file(folder):
+    folder({}, ALPACA)
+    entry = {"hf_hub_url": "owner/name", "split": "test", "subset": "en", "file_name": "x.json"}
+    Path("data/dataset_info.json").write_text(json.dumps({"x": entry}))
+    (source,) = DataSection(dataset="x").parts
+    assert (source.path, source.split, source.subset, source.name) == ("owner/name", "test", "en", "x")
+
+
 @pytest.mark.parametrize(
     ("entry", "complaint"),
     [
-        ({"hf_hub_url": "a/b"}, "hf_hub_url 'a/b': rows come from files; download it, and name it by file_name"),
-        ({"ms_hub_url": "a/b"}, "ms_hub_url 'a/b'"),
+        ({"ms_hub_url": "a/b"}, "ms_hub_url 'a/b': rows come from files; download it, and name it by file_name"),
+        ({"hf_hub_url": "../b"}, "hf_hub_url '../b' is not the id of a data set on the hub (owner/name)"),
+        ({"hf_hub_url": "a/b", "folder": "c"}, "folder: a directory of a data set on the hub; name it by subset"),
+        ({"hf_hub_url": "a/b", "subset": 1}, "subset is a number; expected a name"),
         ({"script_url": "a"}, "script_url 'a'"),
         ({"cloud_file_name": "s3://a"}, "cloud_file_name 's3://a'"),
         ({"ranking": True}, "ranking: true: preferences cannot be learnt from here"),
