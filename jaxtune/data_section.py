@@ -109,6 +109,8 @@ class DataSection(SourceSection):
     turn_end: Literal["token", "template"] = "token"  # learnt up to: a turn's end token, or all that follows in it
     packing: bool | Literal["in_order"] = True  # several conversations in one sequence; in_order: as they come
     shuffle: bool = True  # anew in each epoch, by seed and epoch alone
+    streaming: bool = False  # rows are read and tokenised as steps need them, and not kept; with train.steps
+    shuffle_buffer: Positive = 10000  # of streaming: rows that are shuffled and packed together
     cache: str | None = None  # where tokens are kept; null: $JAXTUNE_CACHE/tokens, else ~/.cache/jaxtune/tokens
 
     @property
@@ -177,6 +179,16 @@ class DataSection(SourceSection):
                 f"too_long: split is for format {' and '.join(TEXTS)}: the second piece of a conversation would be an "
                 "answer without its question; allowed with conversations: drop, truncate, error"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_that_a_stream_cannot_know(self):
+        if self.shuffle_buffer != type(self).model_fields["shuffle_buffer"].default and not self.streaming:
+            raise ValueError("shuffle_buffer would do nothing without streaming")
+        if self.streaming and any(part.format == "megatron" for part in [self, *self.sources]):
+            raise ValueError("streaming is for rows; format megatron is read by memory map, whatever its size")
+        if self.streaming and any(source.weight is not None for source in self.sources):
+            raise ValueError("streaming takes its sources one after another; a weight needs to know how long each is")
         return self
 
     @model_validator(mode="after")

@@ -49,6 +49,8 @@ RULES = {
     "data.turn_end": REFUSE,
     "data.packing": REFUSE,
     "data.shuffle": REFUSE,
+    "data.streaming": REFUSE,
+    "data.shuffle_buffer": REFUSE,
     "data.cache": ALLOW,
     "train.output_dir": ALLOW,  # the directory was moved
     "train.steps": LOG,  # the batch of a step stays; the schedule stretches

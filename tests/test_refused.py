@@ -139,6 +139,17 @@ REST = {
         says(data={"path": [], "sources": [{"path": "-", "name": "a"}, {"path": "-", "name": "a"}]}),
     ],
     "`data.dataset_dir`": [says(data={"dataset_dir": "-"})],
+    "`data.streaming` with": [
+        says(data={"format": "megatron", "streaming": True}),
+        says(data={"shuffle_buffer": 9}),
+        says(
+            data={
+                "path": [],
+                "streaming": True,
+                "sources": [{"path": "a", "weight": 1.0}, {"path": "b", "weight": 1.0}],
+            }
+        ),
+    ],
     "`data.split`": [lambda: with_files(DataSection(path="-", split="test"))],
     "`eval.split`": [says(eval={"split": "test"})],
     "`data.too_long: split`": [says(data={"too_long": "split"})],

@@ -56,6 +56,8 @@ megatron; a column that the format does not read | likewise |
 | a `weight` for some of `data.sources`, or for the only one; a `name` that two have | a weight is a share beside the \
 others', a name tells them apart |
 | `data.dataset_dir` without `dataset` | it would do nothing |
+| `data.streaming` with format megatron or a `weight`; `shuffle_buffer` without it | files by memory map are none; \
+nobody knows how long a stream is; it would do nothing |
 | `data.split`, `subset` or `revision` of a local path | they are of a data set on the hub |
 | `eval.split` without `eval.path` | likewise |
 | `data.too_long: split` with a format of conversations | later pieces would be answers without their question |

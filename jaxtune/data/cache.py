@@ -65,7 +65,7 @@ def cached(task: Tokenising, directory: str | None) -> Entry:
     """
     before = [_state(path) for path in task.source.paths]
     digests, lines = _digests(task.source.paths)
-    home = _home(directory)
+    home = home_of(directory)
     place = home / key_of(task, digests)
     with _told(home):
         found = _open(place)
@@ -249,7 +249,7 @@ def _try_lock(handle: int) -> bool | None:
     return True
 
 
-def _home(directory: str | None) -> Path:
+def home_of(directory: str | None) -> Path:
     """The directory of the cache, made if it is not there."""
     if directory is not None:
         home = Path(directory).expanduser()

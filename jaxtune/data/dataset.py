@@ -133,8 +133,9 @@ class Dataset:
         taken: list[np.ndarray] = [np.zeros(0, np.int64)]
         for row, index in enumerate(range((step - 1) * size, step * size)):
             if (rows is None or row in rows) and (self._limit is None or index < self._limit):
-                taken.append(self._stream(index))
-                self._fill(batch, row, taken[-1])
+                examples, members = self._row(index)
+                self._fill(batch, row, examples, members)
+                taken.append(members)
         members = np.concatenate(taken)
         counts = self.sources.count(members) if self.sources is not None else {}
         virtual, arrays = len(self.virtual) * len(members), batch.arrays().values()
@@ -147,11 +148,11 @@ class Dataset:
         steps = grain.MapDataset.range(first_step, self.steps + 1)
         return iter(steps.map(lambda step: self.batch(int(step), rows)).to_iter_dataset(_READ))
 
-    def _fill(self, batch: Batch, row: int, members: np.ndarray) -> None:
+    def _fill(self, batch: Batch, row: int, examples: Many, members: np.ndarray) -> None:
         """Write the examples `members` one after another into a row."""
         at, before = 0, np.array(self.virtual, np.int32)
         for segment, example in enumerate(members, 1):
-            own, learnt = self.examples.read(example)
+            own, learnt = examples.read(example)
             tokens = np.concatenate([before, own])
             mask = np.concatenate([np.zeros(len(before), bool), learnt])
             here, targets = slice(at, at + len(tokens)), slice(at, at + len(tokens) - 1)
@@ -162,12 +163,12 @@ class Dataset:
             batch.segments[row, here] = segment
             at += len(tokens)
 
-    def _stream(self, index: int) -> np.ndarray:
-        """The examples in row `index` of the stream."""
+    def _row(self, index: int) -> tuple[Many, np.ndarray]:
+        """What row `index` of the stream is made of: some examples, and which of them."""
         while self._ends[-1] <= index:
             self._rows_before(len(self._ends))
         epoch = bisect_right(self._ends, index) - 1
-        return self._epoch(epoch).row(index - self._ends[epoch])
+        return self.examples, self._epoch(epoch).row(index - self._ends[epoch])
 
     def _rows_before(self, epoch: int) -> int:
         """The stream's rows before an epoch, counted from 0."""

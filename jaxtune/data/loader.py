@@ -17,6 +17,7 @@ from jaxtune.data.formats import Rows
 from jaxtune.data.locate import held_source, with_files
 from jaxtune.data.mixing import Sources
 from jaxtune.data.packing import shuffled
+from jaxtune.data.streaming import Named, Stream, open_stream
 from jaxtune.data.template import open_template
 from jaxtune.data.tokenise import Tokenising
 from jaxtune.data_section import TEXTS, MixedSource, SourceSection
@@ -93,7 +94,15 @@ def build_data(
             "it must be a multiple"
         )
     size = max(vocab_size, vocabulary_size(tokenizer))
-    parts = list(_parts(section, eval_section, tokenizer, len(virtual), size))
+    sources, held_out = _named(section, eval_section)
+    if section.streaming:
+        _check_stream(eval_section, train)
+        parts = list(_parts(held_out, section, tokenizer, len(virtual), size))
+        order = _order(section, train, section.max_length, virtual)
+        stream = open_stream(sources, section, tokenizer, steps=train.steps, shuffle=section.shuffle, **order)
+        evaluation = Dataset(parts[0].examples, shuffle=False, **order) if parts else None
+        return Data(stream, evaluation, [_first_block(stream, sources), *parts], section, tokenizer, [])
+    parts = list(_parts([*sources, *held_out], section, tokenizer, len(virtual), size))
     notes = list(dict.fromkeys(note for part in parts if not part.held_out for note in part.notes))
     examples = concatenate([part.examples for part in parts if not part.held_out])
     held: Many | None = next((part.examples for part in parts if part.held_out), None)
@@ -101,7 +110,18 @@ def build_data(
     if eval_section.fraction:
         examples, held = _hold_out(examples, eval_section.fraction, train.seed)
     time = _row_length([examples, held] if held is not None else [examples], section, len(virtual))
-    shape: dict[str, Any] = {
+    order = _order(section, train, time, virtual)
+    mixed = _sources(parts, examples, ends)
+    training = Dataset(
+        examples, sources=mixed, shuffle=section.shuffle, steps=train.steps, epochs=train.epochs, **order
+    )
+    evaluation = Dataset(held, shuffle=False, **order) if held is not None else None
+    return Data(training, evaluation, parts, section, tokenizer, notes)
+
+
+def _order(section: DataSection, train: TrainSection, time: int, virtual: range) -> dict[str, Any]:
+    """What the training and the held-out data set have in common."""
+    return {
         "time": time,
         "batch_size": train.batch_size,
         "micro_batches": train.micro_batches,
@@ -109,33 +129,51 @@ def build_data(
         "packing": section.packing,
         "virtual": virtual,
     }
-    sources = _sources(parts, examples, ends)
-    training = Dataset(
-        examples, sources=sources, shuffle=section.shuffle, steps=train.steps, epochs=train.epochs, **shape
-    )
-    evaluation = Dataset(held, shuffle=False, **shape) if held is not None else None
-    return Data(training, evaluation, parts, section, tokenizer, notes)
 
 
-def _parts(
-    section: DataSection, eval_section: EvalSection, tokenizer: Any, virtual: int, vocab_size: int
-) -> Iterator[Part]:
-    """Every source, and eval.path, which is read as data.path is."""
+def _check_stream(eval_section: EvalSection, train: TrainSection) -> None:
+    if train.steps is None:
+        raise ConfigError("data.streaming: nobody knows how many rows an epoch has; set train.steps")
+    if eval_section.fraction:
+        raise ConfigError("data.streaming: a share of rows that nobody has counted cannot be held out; set eval.path")
+
+
+def _first_block(stream: Stream, sources: list[Named]) -> Part:
+    """What is known of a stream before the first step."""
+    paths = [path for source, _ in sources for path in source.paths]
+    seen, lengths = stream.first_block
+    return Part(sources[0][0].model_copy(update={"path": paths}), stream.examples, seen, lengths)
+
+
+def _named(section: DataSection, eval_section: EvalSection) -> tuple[list[Named], list[Named]]:
+    """The sources, and eval.path, which is read as the first of them is; each with the setting that names it."""
     sources = section.parts
-    held = [] if eval_section.path is None else [held_source(sources[0], eval_section)]
     keys = [f"data.sources.{number}.path" if section.sources else "data.path" for number in range(len(sources))]
     keys = [f"data.dataset {name}" for name in section.datasets] or keys
+    held = [] if eval_section.path is None else [(held_source(sources[0], eval_section), "eval.path")]
+    named = [(_found(source, key), key) for source, key in zip(sources, keys, strict=True)]
+    return named, [(_found(source, key), key) for source, key in held]
+
+
+def _found(source: SourceSection, key: str) -> SourceSection:
+    """A source with its files; those of format megatron are found by whoever opens them."""
+    if source.format == "megatron":
+        return source
+    return with_files(source, key, "validation" if key == "eval.path" else "train")
+
+
+def _parts(sources: list[Named], section: DataSection, tokenizer: Any, virtual: int, vocab_size: int) -> Iterator[Part]:
+    """Each source's tokens."""
     with ExitStack() as stack:
-        talks = any(source.format not in TEXTS for source in sources)
+        talks = any(source.format not in TEXTS for source, _ in sources)
         template = stack.enter_context(open_template(tokenizer, section.template)) if talks else None
-        for key, source in zip([*keys, "eval.path"], [*sources, *held]):
+        for source, key in sources:
             if source.format == "megatron":
                 documents, lengths = read_documents(source.paths, section, virtual, vocab_size, key)
                 yield Part(source, documents, Rows(), lengths, [], key == "eval.path")
                 continue
             own = template if source.format != "text" else None
-            files = with_files(source, key, "validation" if key == "eval.path" else "train")
-            found = cached(Tokenising(files, key, section, tokenizer, own, virtual), section.cache)
+            found = cached(Tokenising(source, key, section, tokenizer, own, virtual), section.cache)
             yield Part(source, found.examples, found.rows, found.lengths, found.notes, key == "eval.path")
 
 

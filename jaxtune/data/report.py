@@ -11,6 +11,7 @@ from jaxtune.data.encode import Lengths
 from jaxtune.data.loader import Data, Dataset
 from jaxtune.data.mixing import Sources
 from jaxtune.data.records import BadRows
+from jaxtune.data.streaming import Stream
 from jaxtune.errors import listing
 
 SHOWN = 400  # tokens of the example; a longer one is cut in the middle
@@ -21,7 +22,8 @@ def print_report(data: Data, console: Console) -> None:
     """The whole report. Where nothing has to be said, nothing is."""
     for source in data.sources:
         counts = source.lengths
-        line = f"{listing(source.section.paths, 3)}: {counts.rows:,} rows, {_fate(counts, data.room)}"
+        first = "the first " if source.examples is data.train.examples and isinstance(data.train, Stream) else ""
+        line = f"{listing(source.section.paths, 3)}: {first}{counts.rows:,} rows, {_fate(counts, data.room)}"
         _line(console, line, "yellow" if counts.dropped or counts.truncated else "")
     console.print(_table(data))
     if data.train.sources is not None:
@@ -84,6 +86,8 @@ def _numbers(part: Dataset) -> dict[str, str]:
 
 
 def _steps(train: Dataset) -> str:
+    if isinstance(train, Stream):
+        return f"{train.steps:,} steps of {train.batch_size:,} sequences; what follows in the stream is not known yet"
     each, in_all = train.rows / train.batch_size, _epochs(train)
     return (
         f"{train.steps:,} steps of {train.batch_size:,} sequences: {_number(each)} an epoch, {_number(in_all)} epochs"

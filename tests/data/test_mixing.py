@@ -57,7 +57,7 @@ def mixed(counts=(30, 10), weights=(1, 1), **settings) -> Dataset:
 
 def order(data: Dataset, epochs: int = 1) -> list[int]:
     """The examples of the stream, as they follow one another."""
-    return [int(i) for row in range(epochs * data.rows) for i in data._stream(row)]
+    return [int(i) for row in range(epochs * data.rows) for i in data._row(row)[1]]
 
 
 def test_an_epoch_has_as_many_examples_as_all_sources_together():
@@ -94,7 +94,7 @@ def test_unshuffled_sources_are_interleaved_in_their_own_order():
 def test_packs_keep_the_shares_from_window_to_window(monkeypatch):
     monkeypatch.setattr(packing, "WINDOW", 20)
     data = mixed((400, 40), (3, 1), packing=True, time=10)
-    rows = [data._stream(row) for row in range(data.rows)]
+    rows = [data._row(row)[1] for row in range(data.rows)]
     drawn = np.cumsum([len(row) for row in rows])
     of_second = np.cumsum([np.count_nonzero(row >= 400) for row in rows])
     assert np.abs(of_second - drawn / 4).max() < 6, "at most what one window of 20 can hold back"

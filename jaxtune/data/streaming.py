@@ -1,0 +1,219 @@
+"""Data that is too large to be tokenised first: rows are read, tokenised and packed as steps need them.
+
+Rows come in blocks of data.shuffle_buffer, one epoch after another. A block is shuffled and packed by itself, by seed
+and by its number in the stream alone, so a step's batch follows from data, seed and step here too, and no more than a
+few blocks are ever in memory. How many rows of the stream each block became is noted down beside the token cache: a run
+that goes on skips the blocks before its step unread by the tokenizer. Without that note it makes them again, to the
+same end.
+"""
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtune.config import DataSection
+from jaxtune.data.cache import home_of, key_of
+from jaxtune.data.dataset import Dataset
+from jaxtune.data.encode import Lengths, chunked, encode_chunk
+from jaxtune.data.examples import Examples, Many, Pair, join
+from jaxtune.data.formats import Row, Rows, stream_rows
+from jaxtune.data.packing import Epoch, plan_epoch
+from jaxtune.data.template import ChatTemplate, open_template
+from jaxtune.data.tokenise import Tokenising
+from jaxtune.data_section import TEXTS, SourceSection
+from jaxtune.errors import DataError
+
+Named = tuple[SourceSection, str]  # a source with its files, and the setting that names them
+KEPT = 2  # blocks in memory: a batch may have rows of two
+EDGE = 1 << 20  # bytes at either end of a file that its fingerprint is taken of
+
+
+class Reader:
+    """The blocks of a stream, counted through all epochs."""
+
+    def __init__(
+        self,
+        sources: list[Named],
+        section: DataSection,
+        tokenizer: Any,
+        template: ChatTemplate | None,
+        virtual: int,
+    ):
+        self._sources, self._section, self._tokenizer = sources, section, tokenizer
+        self._template, self._virtual, self._size = template, virtual, section.shuffle_buffer
+        self.per_epoch: int | None = None  # blocks; None: no epoch has ended yet
+        self.seen, self.lengths = Rows(), Lengths()  # of all rows that were read; of the first block
+        self._next = 0
+        self._rows = self._epoch()
+        self._ahead = list(islice(self._rows, self._size))
+
+    def block(self, number: int) -> Examples:
+        """The examples out of the rows of a block. Blocks before it need not have been asked for.
+
+        Raises:
+            DataError: a row is wrong.
+        """
+        if number != self._next:
+            self._seek(number)
+        rows = self._take()
+        examples, lengths = self._encoded(rows)
+        if number == 0:
+            self.lengths = lengths
+        return examples
+
+    def _take(self) -> list[tuple[int, Row]]:
+        """The rows of the next block, and whether an epoch ends with it."""
+        rows, self._ahead = self._ahead, list(islice(self._rows, self._size))
+        self._next += 1
+        if not self._ahead:
+            self.per_epoch = self.per_epoch or self._next
+            self._begin(self._next)
+        return rows
+
+    def _seek(self, number: int) -> None:
+        """Come to a block without tokenising those before it."""
+        if self.per_epoch is None and number < self._next:
+            self._begin(0)
+        if self.per_epoch is not None:
+            self._begin(number - number % self.per_epoch)
+        while self._next < number:
+            self._take()
+
+    def _begin(self, number: int) -> None:
+        """An epoch, whose first block has this number."""
+        self._next, self._rows = number, self._epoch()
+        self._ahead = list(islice(self._rows, self._size))
+
+    def _epoch(self) -> Iterator[tuple[int, Row]]:
+        for number, (source, key) in enumerate(self._sources):
+            for row in stream_rows(source, self.seen, key):
+                yield number, row
+
+    def _encoded(self, rows: list[tuple[int, Row]]) -> tuple[Examples, Lengths]:
+        parts: list[Pair] = []
+        counts = Lengths()
+        for number, group in groupby(rows, key=lambda pair: pair[0]):
+            template = None if self._sources[number][0].format == "text" else self._template
+            for chunk in chunked(row for _, row in group):
+                found, lengths = encode_chunk(chunk, self._section, self._tokenizer, template, self._virtual)
+                parts += [found.read(index) for index in range(len(found))]
+                counts.add(lengths)
+        return join(parts), counts
+
+
+class Index:
+    """How many rows of the stream each block became, kept in a file."""
+
+    def __init__(self, path: Path):
+        self._path, self.ends = path, [0]
+        self.per_epoch: int | None = None
+        found: dict[int, int] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            with suppress(ValueError, KeyError):  # torn by a kill
+                told = json.loads(line)
+                found[told["block"]] = told["rows"]
+                self.per_epoch = told.get("per_epoch", self.per_epoch)
+        while (rows := found.get(len(self.ends) - 1)) is not None:
+            self.ends.append(self.ends[-1] + rows)
+
+    def add(self, rows: int, per_epoch: int | None) -> None:
+        """The next block."""
+        told = {"block": len(self.ends) - 1, "rows": rows} | ({"per_epoch": per_epoch} if per_epoch else {})
+        self.ends.append(self.ends[-1] + rows)
+        with suppress(OSError), self._path.open("a", encoding="utf-8") as file:  # it is a help, and no more
+            file.write(json.dumps(told) + "\n")
+
+    def find(self, row: int) -> int:
+        """The block of a row of the stream; of one that is not known yet, the first block that is not."""
+        return bisect_right(self.ends, row) - 1
+
+
+class Stream(Dataset):
+    """Batches 1..steps of data that is read on the way. `examples` and `rows` are those of the first block."""
+
+    def __init__(self, reader: Reader, identity: str, home: Path, **order: Any):
+        """identity: of the files and of what is made of their rows. home: where notes are kept. order: as of Dataset.
+
+        Raises:
+            DataError: nothing is left of the first block.
+        """
+        self._reader, self._identity = reader, identity
+        self._blocks: dict[int, tuple[Many, Epoch]] = {}
+        first = reader.block(0)
+        if not len(first):
+            raise DataError("data.streaming: no supervised token in the first rows; there is nothing to learn from")
+        super().__init__(first, **order)
+        self._index = Index(home / f"{self.fingerprint}.jsonl")
+        reader.per_epoch = reader.per_epoch or self._index.per_epoch
+        self._keep(0, first)
+        # What was seen of the first block; the reader goes on counting.
+        self.first_block = replace(reader.seen, unused=Counter(reader.seen.unused)), reader.lengths
+
+    @cached_property
+    def fingerprint(self) -> str:
+        settings = {**self._order, "time": self.shape[-1], "batch_size": self.batch_size, "data": self._identity}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    def _row(self, index: int) -> tuple[Many, np.ndarray]:
+        with self._lock:
+            number = self._index.find(index)
+            while number == len(self._index.ends) - 1:
+                self._block(number)
+                number = self._index.find(index)
+            examples, plan = self._block(number)
+            return examples, plan.row(index - self._index.ends[number])
+
+    def _block(self, number: int) -> tuple[Many, Epoch]:
+        if number not in self._blocks:
+            self._keep(number, self._reader.block(number))
+        return self._blocks[number]
+
+    def _keep(self, number: int, examples: Examples) -> None:
+        lengths: np.ndarray = examples.lengths + len(self.virtual)
+        empty = Epoch(np.zeros(0, np.int64), np.zeros(1, np.int64))
+        plan = plan_epoch(lengths, self.shape[-1], epoch=number, **self._order) if len(lengths) else empty
+        if len(self._blocks) == KEPT:
+            del self._blocks[min(self._blocks)]
+        self._blocks[number] = examples, plan
+        if number == len(self._index.ends) - 1:
+            self._index.add(len(plan), self._reader.per_epoch)
+
+
+def open_stream(sources: list[Named], section: DataSection, tokenizer: Any, **order: Any) -> Stream:
+    """The stream of some sources' files. order: as of Dataset.
+
+    Raises:
+        DataError: a file, a row or the template is wrong, or a source chooses among all of its rows.
+    """
+    for source, key in sources:
+        if source.num_samples is not None:
+            raise DataError(f"{key}: num_samples chooses among all rows, which data.streaming does not have")
+    talks = any(source.format not in TEXTS for source, _ in sources)
+    template = open_template(tokenizer, section.template) if talks else None  # to be there for as long as this process
+    virtual = len(order["virtual"])
+    tasks = [Tokenising(source, key, section, tokenizer, template, virtual) for source, key in sources]
+    keys = [key_of(task, [_edges(path) for path in task.source.paths]) for task in tasks]
+    home = home_of(section.cache)
+    return Stream(Reader(sources, section, tokenizer, template, virtual), json.dumps(keys), home, **order)
+
+
+def _edges(path: str) -> str:
+    """SHA-256 of a file's size and of its two ends: the whole may be too large to be read before the first step."""
+    size = os.path.getsize(path)
+    digest = hashlib.sha256(f"{size} ".encode())
+    with open(path, "rb") as file:
+        digest.update(file.read(EDGE))
+        file.seek(max(size - EDGE, 0))
+        digest.update(file.read(EDGE))
+    return digest.hexdigest()

@@ -1,0 +1,170 @@
+"""A stream is as sure of its batches as data that is tokenised first, and holds little of it in memory."""
+
+import io
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import jaxtune
+from jaxtune.config import DataSection, EvalSection, TrainSection, make_config
+from jaxtune.data import streaming
+from jaxtune.data.loader import build_data
+from jaxtune.errors import ConfigError, DataError
+from tests.data.templates import word_tokenizer
+from tests.peer import read_jsonl
+from tests.runs import sections, stopped_after
+
+ROWS, BLOCK = 26, 10  # 3 blocks an epoch, the last a short one
+WORDS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture
+def stream(tmp_path, monkeypatch):
+    """stream(**section) -> the run's data; each row is one letter, and a token for its end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAXTUNE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": letter}) + "\n" for letter in WORDS))
+
+    def stream(steps=20, seed=0, eval: dict | None = None, **section):
+        usual = {"path": "a.jsonl", "format": "text", "max_length": 4, "streaming": True, "shuffle_buffer": BLOCK}
+        settings = DataSection.model_validate(usual | section)
+        train = TrainSection(steps=steps, batch_size=2, seed=seed)
+        return build_data(settings, EvalSection(**eval or {}), train, word_tokenizer())
+
+    return stream
+
+
+def letters(batches) -> str:
+    """What the batches hold, row after row, without the tokens of ends."""
+    tok = word_tokenizer()
+    tokens = np.concatenate([batch.tokens[batch.segments > 0] for batch in batches])
+    return "".join(tok.convert_ids_to_tokens([token for token in tokens.tolist() if token != tok.eos_token_id]))
+
+
+def hashes(data, first: int = 1) -> list[str]:
+    return [batch.sha256() for batch in data.train.batches(first)]
+
+
+def test_each_epoch_has_every_row_once_block_by_block_and_shuffled_anew(stream):
+    read = letters(stream(steps=14).train.batches())  # 4 rows of letters a step
+    first, second = read[:ROWS], read[ROWS : 2 * ROWS]
+    for epoch in (first, second):
+        assert sorted(epoch[:BLOCK]) == list(WORDS[:BLOCK])
+        assert sorted(epoch[BLOCK : 2 * BLOCK]) == list(WORDS[BLOCK : 2 * BLOCK])
+        assert sorted(epoch) == list(WORDS)
+    assert first != second and first[:BLOCK] != WORDS[:BLOCK]
+    assert letters(stream(steps=6, shuffle=False, packing="in_order").train.batches()).startswith(WORDS[:22])
+
+
+def test_batches_depend_on_data_seed_and_step_alone(stream):
+    whole = hashes(stream())
+    assert hashes(stream()) == whole
+    assert hashes(stream(seed=1)) != whole and hashes(stream(shuffle_buffer=9)) != whole
+    data = stream()
+    assert [data.train.batch(step).sha256() for step in (19, 3, 11, 20, 1)] == [
+        whole[n - 1] for n in (19, 3, 11, 20, 1)
+    ]
+    part = data.train.batch(5, rows=(1,))
+    assert np.array_equal(part.tokens[0, 1], data.train.batch(5).tokens[0, 1]) and not part.tokens[0, 0].any()
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_run_that_goes_on_tokenises_only_what_is_left(stream, tmp_path, monkeypatch, noted):
+    whole, seen = hashes(stream()), []
+    if not noted:
+        for path in (tmp_path / "cache" / "tokens").glob("*.jsonl"):
+            path.unlink()
+    encode = streaming.encode_chunk
+
+    def counted(rows, *others):
+        seen.extend(row.where for row in rows)
+        return encode(rows, *others)
+
+    monkeypatch.setattr(streaming, "encode_chunk", counted)
+    assert hashes(stream(), 15) == whole[14:]
+    in_all = 20 * 4 // 26 * 26  # letters of the steps
+    assert len(seen) < in_all / 2 + 2 * BLOCK if noted else len(seen) >= in_all
+
+
+def test_a_torn_note_costs_time_alone(stream, tmp_path):
+    whole = hashes(stream())
+    (note,) = (tmp_path / "cache" / "tokens").glob("*.jsonl")
+    note.write_text(note.read_text()[:-7])
+    assert hashes(stream(), 4) == whole[3:]
+
+
+def test_other_data_has_another_fingerprint(stream, tmp_path):
+    before = stream().train.fingerprint
+    assert stream().train.fingerprint == before
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{"text": "a"}\n')
+    assert stream().train.fingerprint != before
+
+
+def test_several_sources_come_one_after_another_in_their_formats(stream, tmp_path):
+    row = {"instruction": "x", "output": "y z"}
+    (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\n")
+    texts = {"path": "a.jsonl", "format": "text"}
+    mixed = {"path": [], "format": "alpaca", "sources": [texts, {"path": "b.jsonl"}], "max_length": 32}
+    read = letters(stream(steps=1, shuffle_buffer=100, shuffle=False, packing="in_order", **mixed).train.batches())
+    assert read.startswith(WORDS) and "y" in read[ROWS:]
+
+
+def test_memory_does_not_grow_with_the_rows(stream, tmp_path):
+    def peak(rows: int) -> int:
+        (tmp_path / "a.jsonl").write_text('{"text": "a b c"}\n' * rows)
+        steps = rows // 4
+        tracemalloc.start()
+        for _ in stream(steps=steps, max_length=8, shuffle_buffer=50).train.batches():
+            pass
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(200)
+    assert peak(4000) < 2 * peak(500)
+
+
+def test_the_report_tells_of_the_first_block(stream):
+    where = Console(width=150, record=True, file=io.StringIO())
+    stream().report(where)
+    text = where.export_text()
+    assert "a.jsonl: the first 10 rows, none dropped" in text
+    assert "20 steps of 2 sequences; what follows in the stream is not known yet" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": None}, "data.streaming: nobody knows how many rows an epoch has; set train.steps"),
+        ({"eval": {"fraction": 0.1}}, "data.streaming: a share of rows that nobody has counted cannot be held out"),
+        ({"num_samples": 3}, "data.path: num_samples chooses among all rows"),
+    ],
+)
+def test_what_needs_to_know_all_rows_is_refused(stream, settings, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        stream(**settings)
+
+
+def test_held_out_rows_are_read_as_ever(stream, tmp_path):
+    (tmp_path / "held.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    data = stream(eval={"path": "held.jsonl"})
+    assert data.eval is not None and letters(data.eval.batches()) == "ab"
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_ledger(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXTUNE_CACHE", str(tmp_path / "cache"))
+    data = {"streaming": True, "shuffle_buffer": 7}
+    ledgers = []
+    for name in ("whole", "cut"):
+        settings = sections(tiny_model("qwen2"), tmp_path / name, steps=9, data=data)
+        settings["data"]["path"] = str(tmp_path / "whole" / "data.json")
+        if name == "cut":
+            with pytest.raises(SystemExit):
+                stopped_after(5, make_config(settings))
+        jaxtune.train(settings)
+        ledgers.append(read_jsonl(tmp_path / name / "run" / "ledger.jsonl"))
+    assert ledgers[0] == ledgers[1] and len(ledgers[0]) == 9
