@@ -246,7 +246,7 @@ def found(tmp_path, monkeypatch):
 
 def warnings(monkeypatch) -> io.StringIO:
     text = io.StringIO()
-    monkeypatch.setattr(console, "file", text)
+    monkeypatch.setattr(console, "_file", text)  # its property would leave this test's stdout behind
     return text
 
 
