@@ -75,7 +75,7 @@ class Examples(Many):
 
     def read(self, index: int) -> Pair:
         part = slice(self.starts[index], self.starts[index + 1])
-        return self.tokens[part], self.supervised[part]
+        return self.tokens[part].astype(np.int32, copy=False), self.supervised[part]  # -100 has no place in uint16
 
     def between(self, first: int, last: int) -> Iterator[Pair]:
         """The tokens of examples `first` up to `last`, in pieces of at most BLOCK."""

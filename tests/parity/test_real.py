@@ -59,8 +59,7 @@ def test_peft_s_eval_loss_on_our_adapter_equals_ours(run):
     base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     peer = PeftModel.from_pretrained(base, f"{config.train.output_dir}/adapter").eval()
     total, count = 0.0, 0
-    for start, end in zip(examples.starts[:-1], examples.starts[1:], strict=True):
-        tokens, supervised = examples.tokens[start:end], examples.supervised[start:end]
+    for tokens, supervised in map(examples.read, range(len(examples))):
         labels = torch.tensor(np.where(supervised, tokens, -100))[None].long()
         with torch.no_grad():
             loss = peer(input_ids=torch.tensor(tokens)[None].long(), labels=labels).loss
