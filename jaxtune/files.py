@@ -1,5 +1,7 @@
-"""Small files from strangers: JSON with limits, and names that must stay inside their directory."""
+"""Small files from strangers: JSON with limits, and names that must stay inside their directory. And locks on files."""
 
+import errno
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -42,3 +44,16 @@ def inside(directory: Path, name: str, error: type[UserError], where: str) -> Pa
     if not path.resolve().is_relative_to(root):
         raise error(f"{where}: {name} is a link to {path.resolve()}, outside {directory}; put the file itself there")
     return path
+
+
+def try_lock(handle: int) -> bool | None:
+    """Whether the lock on an open file was got, for as long as it is open; None: its file system has no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            return None
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        return False
+    return True

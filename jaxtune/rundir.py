@@ -8,8 +8,6 @@ Of several processes the first holds the directory, decides and writes; the othe
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -22,7 +20,7 @@ from jaxtune.config import Config, dump_config, make_config
 from jaxtune.console import say, warn
 from jaxtune.drift import LOG, REFUSE, Change, changes, fingerprint
 from jaxtune.errors import CheckpointError, listing
-from jaxtune.files import read_json
+from jaxtune.files import read_json, try_lock
 from jaxtune.section import adapter_of
 from jaxtune.signals import StopSignal
 
@@ -251,20 +249,17 @@ def _require_ours(directory: Path) -> None:
 def _take_lock(directory: Path) -> int:
     """A file handle that holds the directory until it is closed or the process is dead."""
     handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            warn(f"{directory}: this file system has no locks; never start two runs in this directory")
-            return handle
+    locked = try_lock(handle)
+    if locked is None:
+        warn(f"{directory}: this file system has no locks; never start two runs in this directory")
+        return handle
+    if not locked:
         holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
         os.close(handle)
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
         raise CheckpointError(
             f"{directory}: another process trains in it ({holder or 'it has not said which'}); "
             "wait for it or stop it, or choose another train.output_dir"
-        ) from None
+        )
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     os.fsync(handle)  # other machines shall see it

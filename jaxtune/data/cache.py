@@ -8,7 +8,6 @@ is not as it was written is built again. Nobody deletes old ones: any may be rem
 import atexit
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -33,7 +32,7 @@ from jaxtune.data.examples import Examples
 from jaxtune.data.formats import Rows
 from jaxtune.data.tokenise import Tokenising
 from jaxtune.errors import CheckpointError, DataError, listing
-from jaxtune.files import read_json
+from jaxtune.files import read_json, try_lock
 from jaxtune.manifest import damages, sync, write_manifest
 from jaxtune.tokenizer import vocabulary_size
 
@@ -223,7 +222,7 @@ def _locked(place: Path, task: Tokenising) -> Iterator[None]:
     handle = os.open(place.with_name(place.name + LOCK), os.O_RDWR | os.O_CREAT, 0o666)
     try:
         waiting = False
-        while not (locked := _try_lock(handle)) and locked is not None:
+        while not (locked := try_lock(handle)) and locked is not None:
             if not waiting:
                 say(f"Another process tokenises {listing(task.source.paths, 3)}; waiting for it ...")
             waiting = True
@@ -234,19 +233,6 @@ def _locked(place: Path, task: Tokenising) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _try_lock(handle: int) -> bool | None:
-    """Whether the lock was got; None: the file system has none."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            return None
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
-        return False
-    return True
 
 
 def home_of(directory: str | None) -> Path:

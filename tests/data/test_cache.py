@@ -283,7 +283,7 @@ def test_two_that_know_of_no_lock_get_the_same(home, monkeypatch):
     """As on a file system without locks: the second to come discards its own."""
     child = start(5)
     assert child.stdout.readline() == "half\n"
-    monkeypatch.setattr(cache, "_try_lock", lambda _: None)
+    monkeypatch.setattr(cache, "try_lock", lambda _: None)
     mine = build().train.fingerprint
     assert child.communicate()[0] == f"{mine}\n"
     assert len(entries(home)) == 1
