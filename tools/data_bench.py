@@ -82,7 +82,16 @@ def run_child(options: argparse.Namespace, name: str) -> dict:
     )
     *said, last = done.stdout.strip().splitlines()
     result = json.loads(last)
-    print("\n".join([f"{name}:", *said, *(f"  {key}: {value:,.6g}" for key, value in result.items())]), flush=True)
+    print(
+        "\n".join(
+            [
+                f"{name}:",
+                *said,
+                *(f"  {key}: {value:,{'' if isinstance(value, int) else '.2f'}}" for key, value in result.items()),
+            ]
+        ),
+        flush=True,
+    )
     return result
 
 
