@@ -81,17 +81,9 @@ def run_child(options: argparse.Namespace, name: str) -> dict:
         command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
     )
     *said, last = done.stdout.strip().splitlines()
-    result = json.loads(last)
-    print(
-        "\n".join(
-            [
-                f"{name}:",
-                *said,
-                *(f"  {key}: {value:,{'' if isinstance(value, int) else '.2f'}}" for key, value in result.items()),
-            ]
-        ),
-        flush=True,
-    )
+    result = {key: round(value, 2) for key, value in json.loads(last).items()}
+    told = [f"  {key}: {value:,}" for key, value in result.items()]
+    print("\n".join([f"{name}:", *said, *told]), flush=True)
     return result
 
 
