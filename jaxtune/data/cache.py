@@ -62,7 +62,7 @@ def cached(task: Tokenising, directory: str | None) -> Entry:
     Raises:
         DataError: as `task` has it; or the directory cannot be used.
     """
-    before = [_state(path) for path in task.source.paths]
+    before = [file_state(path) for path in task.source.paths]
     digests, lines = _digests(task.source.paths)
     home = home_of(directory)
     place = home / key_of(task, digests)
@@ -73,7 +73,7 @@ def cached(task: Tokenising, directory: str | None) -> Entry:
                 found = _open(place) or _build(place, task, lines)
         if found is None:
             raise DataError(f"data.cache {home}: what was written there cannot be read back; is the disk sound?")
-    if before != [_state(path) for path in task.source.paths]:
+    if before != [file_state(path) for path in task.source.paths]:
         _discard(place)
         raise DataError(f"{listing(task.source.paths, 3)}: changed while it was read; start again when it is whole")
     return found
@@ -112,7 +112,8 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _state(path: str) -> list[int]:
+def file_state(path: str) -> list[int]:
+    """[bytes, time of the last change], or DataError for what is not a file that can be read again."""
     try:
         found = Path(path).stat()
     except OSError as error:

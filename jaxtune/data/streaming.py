@@ -9,7 +9,6 @@ same end.
 
 import hashlib
 import json
-import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.config import DataSection
-from jaxtune.data.cache import home_of, key_of
+from jaxtune.data.cache import file_state, home_of, key_of
 from jaxtune.data.dataset import Dataset
 from jaxtune.data.encode import Lengths, chunked, encode_chunk
 from jaxtune.data.examples import Examples, Many, Pair, join
@@ -73,7 +72,7 @@ class Reader:
         return examples
 
     def _take(self) -> list[tuple[int, Row]]:
-        """The rows of the next block, and whether an epoch ends with it."""
+        """The rows of the next block, each with the number of its source."""
         rows, self._ahead = self._ahead, list(islice(self._rows, self._size))
         self._next += 1
         if not self._ahead:
@@ -210,10 +209,13 @@ def open_stream(sources: list[Named], section: DataSection, tokenizer: Any, **or
 
 def _edges(path: str) -> str:
     """SHA-256 of a file's size and of its two ends: the whole may be too large to be read before the first step."""
-    size = os.path.getsize(path)
+    size, _ = file_state(path)
     digest = hashlib.sha256(f"{size} ".encode())
-    with open(path, "rb") as file:
-        digest.update(file.read(EDGE))
-        file.seek(max(size - EDGE, 0))
-        digest.update(file.read(EDGE))
+    try:
+        with open(path, "rb") as file:
+            digest.update(file.read(EDGE))
+            file.seek(max(size - EDGE, 0))
+            digest.update(file.read(EDGE))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     return digest.hexdigest()

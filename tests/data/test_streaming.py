@@ -142,9 +142,10 @@ def test_the_report_tells_of_the_first_block(stream):
         ({"steps": None}, "data.streaming: nobody knows how many rows an epoch has; set train.steps"),
         ({"eval": {"fraction": 0.1}}, "data.streaming: a share of rows that nobody has counted cannot be held out"),
         ({"num_samples": 3}, "data.path: num_samples chooses among all rows"),
+        ({"path": "no.jsonl"}, "no.jsonl: cannot be read: No such file or directory"),
     ],
 )
-def test_what_needs_to_know_all_rows_is_refused(stream, settings, message):
+def test_what_needs_to_know_all_rows_and_what_is_not_there_is_refused(stream, settings, message):
     with pytest.raises((ConfigError, DataError), match=message):
         stream(**settings)
 
