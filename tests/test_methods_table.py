@@ -1,6 +1,5 @@
 """The table of docs/methods.md: every method over every base, on 1 and on 8 devices, without a blank cell."""
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import pytest
 
 from jaxtune.tune import METHODS
+from tools import methods_table as tool
 
 # The largest difference of the losses on 1 and on 8 devices, which add up in another order; and of P-tuning's, whose
 # encoder makes differences of 1e-6 grow a thousandfold in 30 steps.
@@ -24,15 +24,7 @@ MEASURED = {"lora-nf4-8": 0.01, "ia3-float32-1": 0.01}  # cell: how far the page
 
 
 @pytest.fixture(scope="module")
-def tool(repository):
-    spec = importlib.util.spec_from_file_location("methods_table", repository / "tools" / "methods_table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def page(tool):
+def page():
     """(name of a row, base) -> the losses of its cell, or a word."""
     text = tool.PAGE.read_text(encoding="utf-8").split(tool.BEGIN)[1].split(tool.END)[0]
     rows = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
@@ -45,7 +37,7 @@ def read(cell: str) -> tuple[float, ...] | str:
     return cell if cell == "refused" else tuple(map(float, cell.split(" / ")))
 
 
-def test_the_table_has_every_method_and_base_and_no_blank_cell(tool, page):
+def test_the_table_has_every_method_and_base_and_no_blank_cell(page):
     assert set(page) == {(name, base) for name in ("before", *METHODS) for base in tool.BASES}
     assert set(tool.METHODS) == set(METHODS)
 
@@ -65,7 +57,7 @@ def test_every_loss_has_fallen_alike_on_1_and_on_8_devices(page):
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_the_page_has_what_is_measured_now(tool, page, smollm2, tmp_path):
+def test_the_page_has_what_is_measured_now(page, smollm2, tmp_path):
     command = [sys.executable, tool.__file__, "--cells", ",".join(MEASURED), "--home", str(tmp_path)]
     subprocess.run(command, check=True, timeout=900)
     for name, limit in MEASURED.items():

@@ -1,7 +1,6 @@
 """The tool's files are those of Megatron: byte for byte what megatron-core's builder makes of the same lines."""
 
 import gzip
-import importlib.util
 import io
 import json
 import subprocess
@@ -18,17 +17,9 @@ from jaxtune.data.preprocess import Chunk, Encoder, Task, chunks_of, preprocess,
 from jaxtune.errors import DataError
 from tests.conftest import child_environment
 from tests.data.templates import tokenizer
+from tools import preprocess_data as tool
 
 WORDS = ["the", "keeper", "of", "the", "lighthouse", "counts", "ships", "小主", "é"]
-
-
-@pytest.fixture(scope="module")
-def tool(repository):
-    spec = importlib.util.spec_from_file_location("preprocess_data", repository / "tools" / "preprocess_data.py")
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +129,7 @@ def test_a_wrong_line_in_one_partition_ends_all(words, tmp_path):
 # Options
 
 
-def test_the_options_are_megatrons_and_those_left_out_are_explained(tool, capsys):
+def test_the_options_are_megatrons_and_those_left_out_are_explained(capsys):
     with pytest.raises(SystemExit):
         tool.parse(["--help"])
     told = capsys.readouterr().out
@@ -161,21 +152,21 @@ GIVEN = ["--input", "a", "--output-prefix", "b", "--tokenizer-model", "c"]
         (["--tokenizer-type", "SentencePieceTokenizer"], "HuggingFaceTokenizer"),
     ],
 )
-def test_options_that_cannot_be_are_refused(tool, capsys, more, message):
+def test_options_that_cannot_be_are_refused(capsys, more, message):
     with pytest.raises(SystemExit) as caught:
         tool.parse([*GIVEN, *more])
     assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["--input", "--output-prefix", "--tokenizer-model"])
-def test_what_has_to_be_given_is_asked_for(tool, capsys, missing):
+def test_what_has_to_be_given_is_asked_for(capsys, missing):
     at = GIVEN.index(missing)
     with pytest.raises(SystemExit):
         tool.parse(GIVEN[:at] + GIVEN[at + 2 :])
     assert missing in capsys.readouterr().err
 
 
-def test_a_plan_of_all_options(tool, words, tmp_path):
+def test_a_plan_of_all_options(words, tmp_path):
     for name in ("b", "a"):
         write(tmp_path / f"{name}.jsonl", [{}] * 5)
     given = ["--input", f"{tmp_path}/*.jsonl", "--output-prefix", f"{tmp_path}/x", "--tokenizer-model", str(words)]
@@ -186,7 +177,7 @@ def test_a_plan_of_all_options(tool, words, tmp_path):
     assert plan.append_eod and not plan.special_tokens and plan.dtype == DTYPES[8]
 
 
-def test_an_input_or_a_tokenizer_that_is_not_there_is_named(tool, words, tmp_path, capsys):
+def test_an_input_or_a_tokenizer_that_is_not_there_is_named(words, tmp_path, capsys):
     names = ["--output-prefix", str(tmp_path / "x"), "--tokenizer-model"]
     assert tool.main(["--input", str(tmp_path / "no.jsonl"), *names, str(words)]) == 2
     assert "no.jsonl: no such file" in capsys.readouterr().err
@@ -196,7 +187,7 @@ def test_an_input_or_a_tokenizer_that_is_not_there_is_named(tool, words, tmp_pat
     assert "no tokenizer.json" in capsys.readouterr().err
 
 
-def test_a_killed_worker_and_ctrl_c_end_it_with_a_word(tool, words, tmp_path, capsys, monkeypatch):
+def test_a_killed_worker_and_ctrl_c_end_it_with_a_word(words, tmp_path, capsys, monkeypatch):
     given = ["--input", str(write(tmp_path / "a.jsonl", [{"text": "a"}])), "--output-prefix", str(tmp_path / "x")]
     for error, code, told in (
         (tool.BrokenProcessPool(), 1, "a worker process ended without a word"),
@@ -334,7 +325,7 @@ def meter(tool, times, *, partitions=1, interval=10, terminal=False):
     return tool.Meter(partitions, interval, console, lambda: next(clock)), out
 
 
-def test_progress_tells_documents_speed_and_what_is_left(tool):
+def test_progress_tells_documents_speed_and_what_is_left():
     told, out = meter(tool, [104.0, 110.0])
     with told:
         told.add(0, 5, 1_000_000, 0.1)
@@ -343,20 +334,20 @@ def test_progress_tells_documents_speed_and_what_is_left(tool):
     assert out.getvalue() == "23 documents, 3 documents/s, 0.50 MB/s, 0:00:21 left\n"
 
 
-def test_partitions_are_counted_together(tool):
+def test_partitions_are_counted_together():
     told, out = meter(tool, [0.0, 60.0], partitions=2)
     told.add(0, 4, 0, 0.0)
     told.add(1, 24, 0, 0.02)
     assert out.getvalue() == "28 documents, 0 documents/s, 0.00 MB/s, 1:39:00 left\n"
 
 
-def test_before_there_is_a_speed_documents_are_told_alone(tool):
+def test_before_there_is_a_speed_documents_are_told_alone():
     told, out = meter(tool, [5.0, 5.0])
     told.add(0, 10, 100, 0.5)
     assert out.getvalue() == "10 documents\n"
 
 
-def test_a_terminal_gets_a_bar(tool):
+def test_a_terminal_gets_a_bar():
     told, out = meter(tool, [0.0, 1.0, 2.0], terminal=True)
     with told:
         told.add(0, 10, 0, 0.25)

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtune.data.sources import kind
+from jaxtune.data.records import kind
 from jaxtune.data_section import DATA_COLUMNS, SourceSection
 from jaxtune.errors import DataError, listing
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxtune.config import DataSection
 from jaxtune.data.hub_files import is_hub_id
-from jaxtune.data.sources import kind
+from jaxtune.data.records import kind
 from jaxtune.data_section import Columns, MixedSource, Tags
 from jaxtune.errors import DataError, listing, nearest
 from jaxtune.files import read_json

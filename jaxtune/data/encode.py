@@ -13,13 +13,11 @@ import numpy as np
 
 from jaxtune.config import DataSection
 from jaxtune.data.chat import learnt_turns, shared_starts, special_tokens, supervised_spans, token_mask
-from jaxtune.data.examples import Chosen, Examples, concatenate, join
+from jaxtune.data.examples import Examples, join
 from jaxtune.data.formats import Row
 from jaxtune.data.pieces import split
 from jaxtune.data.template import ChatTemplate
 from jaxtune.errors import DataError
-
-__all__ = ["Chosen", "Examples", "Lengths", "check", "chunked", "concatenate", "encode", "encode_chunk", "join", "some"]
 
 CHUNK, CHARACTERS = 512, 1 << 22  # rows that are tokenised together, and characters of them from which on fewer are
 _CHARACTERS = 64  # of a text, for each token of max_length; what lies beyond is not tokenised

@@ -14,11 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from jaxtune.data import tables, text_files
-from jaxtune.data.records import Bad, Record, first_line, kind, refuse
-from jaxtune.data.text_files import read_line
+from jaxtune.data.records import Bad, Record, first_line, refuse
 from jaxtune.errors import DataError, listing
-
-__all__ = ["Record", "kind", "read_line", "read_records"]
 
 TEXT: dict[str, Callable[[BinaryIO, str, Bad], Iterator[Record]]] = {
     ".json": text_files.read_array,

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from jaxtune.data.columns import Cells
-from jaxtune.data.sources import kind
+from jaxtune.data.records import kind
 from jaxtune.errors import DataError
 
 Tool = dict[str, Any]  # {"type": "function", "function": {"name": ..., "arguments" or "parameters": ...}}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtune.data.columns import Cells, OddRow
-from jaxtune.data.sources import kind
+from jaxtune.data.records import kind
 from jaxtune.data.tools import read_call_text, read_calls
 from jaxtune.data_section import SourceSection
 from jaxtune.errors import DataError, listing

@@ -17,7 +17,7 @@ from jaxtune import tune
 from jaxtune.assemble import Source, assemble
 from jaxtune.checkpoint import state_bytes
 from jaxtune.config import Config, MemorySection, MeshSection, OptimSection, PrecisionSection
-from jaxtune.data.encode import Examples, join
+from jaxtune.data.examples import Examples, join
 from jaxtune.data.loader import Data, Dataset, build_data
 from jaxtune.doctor.check import Check, NotHere, Problem
 from jaxtune.doctor.machine import existing, require_close

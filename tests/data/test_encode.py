@@ -5,7 +5,8 @@ import pytest
 
 from jaxtune.config import DataSection
 from jaxtune.data import encode as module
-from jaxtune.data.encode import encode, join
+from jaxtune.data.encode import encode
+from jaxtune.data.examples import join
 from jaxtune.data.formats import Row
 from jaxtune.data.template import ChatTemplate
 from jaxtune.errors import DataError

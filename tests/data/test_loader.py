@@ -11,7 +11,7 @@ import pytest
 from jaxtune.config import DataSection, EvalSection, TrainSection
 from jaxtune.data import Batch, Data, Dataset, build_data
 from jaxtune.data.dataset import KEPT
-from jaxtune.data.encode import join
+from jaxtune.data.examples import join
 from jaxtune.errors import ConfigError, DataError
 from tests.data.templates import MARKED, tokenizer, word_tokenizer
 from tests.peer import CHATML

@@ -17,24 +17,7 @@ from jaxtune.data.locate import with_files
 from jaxtune.data.sources import read_records
 from jaxtune.data_section import SourceSection
 from jaxtune.errors import DataError
-
-
-@pytest.fixture
-def write(tmp_path, monkeypatch):
-    """write(name, bytes or text) -> the file's bare name, in the current directory."""
-    monkeypatch.chdir(tmp_path)
-
-    def write(name: str, content: bytes | str) -> str:
-        (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        return name
-
-    return write
-
-
-def message(path: str) -> str:
-    with pytest.raises(DataError) as caught:
-        list(read_records(path))
-    return str(caught.value)
+from tests.data.conftest import message
 
 
 def test_lines_carry_their_line_and_blank_ones_are_skipped(write):

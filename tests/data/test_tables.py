@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from jaxtune.data import tables
 from jaxtune.data.sources import read_records
-from jaxtune.errors import DataError
+from tests.data.conftest import message
 
 TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada, née 😀"}]
 ROWS = [
@@ -19,24 +19,6 @@ ROWS = [
     {"messages": TURNS[:1], "n": None, "tags": []},
     {"messages": [], "n": 3, "tags": None},
 ]
-
-
-@pytest.fixture
-def write(tmp_path, monkeypatch):
-    """write(name, bytes or text) -> the file's bare name, in the current directory."""
-    monkeypatch.chdir(tmp_path)
-
-    def write(name: str, content: bytes | str) -> str:
-        (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        return name
-
-    return write
-
-
-def message(path: str) -> str:
-    with pytest.raises(DataError) as caught:
-        list(read_records(path))
-    return str(caught.value)
 
 
 def values(path: str) -> list[dict]:
