@@ -139,6 +139,7 @@ class MemorySection(Section):
         "query",
         "key",
         "value",
+        "attended",
         "after_attention",
         "gate",
         "up",

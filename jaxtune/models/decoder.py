@@ -140,7 +140,7 @@ class Attention(nnx.Module):
         if local.size("context") > 1:
             out = spread_attention(run.context_attention, q, k, v, context.segments, window)  # names its own output
         elif context.start is None:
-            out = _save(attention(q, k, v, context.segments, context.segments, window=window), "attended")
+            out = attention(q, k, v, context.segments, context.segments, window=window)
         else:
             k, v = cache
             out = attention(q, k, v, context.segments, context.cache_segments, context.start, window)
