@@ -71,6 +71,7 @@ def train(
     """Train as a YAML file says. The same command again goes on with a run that was stopped."""
     with _one_line_errors():
         _keep_compiled_programs()
+        _set_flags()
         with _among_others(coordinator, processes, process_id):
             from jaxtune.config import load_config
 
@@ -369,6 +370,15 @@ def _keep_compiled_programs() -> None:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "jaxtune" / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+def _set_flags() -> None:
+    """Before JAX is imported: XLA's, for the machine's accelerators."""
+    from jaxtune.accelerator import set_flags
+    from jaxtune.console import say
+
+    if flags := set_flags():
+        say(f"XLA_FLAGS: {flags}, since there are several GPUs")
 
 
 @contextlib.contextmanager

@@ -146,6 +146,9 @@ class MemorySection(Section):
     ]
     offload: list[Literal["optimizer", "activations", "params"]] = []  # lies in the host's memory until needed
     gradients: Literal["float32", "compute"] = "float32"  # type of their sum over devices and micro-batches
+    # of whole sequences, by plain XLA or by a fused kernel that never has the scores in memory: cudnn on an NVIDIA GPU,
+    # splash on a TPU. auto: the kernel where there is one that fits and, tried at the start, agrees with plain XLA
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
 
     @field_validator("remat", mode="before")
     @classmethod

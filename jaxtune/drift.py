@@ -85,6 +85,7 @@ RULES = {
     "memory.remat": ALLOW,
     "memory.offload": ALLOW,
     "memory.gradients": LOG,
+    "memory.attention": LOG,
     "precision.params": REFUSE,
     "precision.compute": LOG,
     "precision.loss_scale": LOG,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxtune import fate, float8, out_of_memory, processes, tune
+from jaxtune import attention_kernel, fate, float8, out_of_memory, processes, tune
 from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
 from jaxtune.checkpoint import Checkpointer
 from jaxtune.config import Config
@@ -83,6 +83,7 @@ def train(config: Config) -> list[dict]:
 
 def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
     """Load the model, put the tuning method and the optimiser on it, and compile the step."""
+    kernel = attention_kernel.settle(config, source.config, mesh)
     with loading_bar(f"Loading {source.path}") as progress:
         assembled = assemble(
             source,
@@ -91,7 +92,7 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
             init=config.model.init,
             dtype=config.precision.params,
             seed=config.train.seed,
-            execution=Execution.of(config, compute_dtype(config.precision.compute)),
+            execution=Execution.of(config, compute_dtype(config.precision.compute), kernel),
             progress=progress,
         )
     trained, total = count(partition(assembled.params, assembled.mask)[0]), count(assembled.params)

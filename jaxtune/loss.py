@@ -17,7 +17,18 @@ from jaxtune import ops
 from jaxtune.ops import Noise
 from jaxtune.parallel import local
 
-CHUNK = 128  # tokens that a device puts through the head at once
+# Tokens that a device puts through the head at once. Few are best in a CPU's caches. An accelerator reads the whole
+# head for each chunk, so it takes as many as the float32 logits allow, of which about three times the bytes are in use.
+CHUNK = 128
+CHUNK_ELSEWHERE = 2048
+LOGITS = 512 << 20  # bytes; 800 tokens of 150,000 words, whose products take longer than reading the head
+
+
+def chunk_of(vocab_size: int) -> int:
+    """Tokens of a chunk on this platform. vocab_size: of one device."""
+    if jax.default_backend() == "cpu":
+        return CHUNK
+    return max(CHUNK, min(CHUNK_ELSEWHERE, LOGITS // (4 * vocab_size) // CHUNK * CHUNK))
 
 
 def cross_entropy(
@@ -56,7 +67,7 @@ def _cross_entropy(hidden, head, targets_N, weights_N):
     def chunk(total, hidden, targets_C, weights_C):
         return total + _chunk_loss(hidden, arrays, structure, targets_C, weights_C), None
 
-    return _sweep(chunk, jnp.float32(0), hidden, targets_N, weights_N)[0]
+    return _sweep(chunk, jnp.float32(0), hidden, targets_N, weights_N, _width(hidden, head))[0]
 
 
 def _cross_entropy_fwd(hidden, head, targets, weights):
@@ -78,7 +89,7 @@ def _cross_entropy_fwd(hidden, head, targets, weights):
         return (total + loss, [d + more.astype(d.dtype) for d, more in zip(d_trained, d_arrays, strict=True)]), d_hidden
 
     start = jnp.float32(0), [jnp.zeros(array.shape, jnp.float32) for array in trained]
-    (loss, d_trained), d_hidden = _sweep(chunk, start, hidden, targets_N, weights_N)
+    (loss, d_trained), d_hidden = _sweep(chunk, start, hidden, targets_N, weights_N, _width(hidden, head))
     given = iter(d.astype(array.dtype) for d, array in zip(d_trained, trained, strict=True))
     d_head = [next(given) if train else None for train in perturbed]
     return loss, (d_hidden, jax.tree.unflatten(structure, d_head))
@@ -98,13 +109,18 @@ def _chunk_loss(hidden, arrays, structure, targets_C, weights_C) -> jax.Array:
     return jnp.sum(token_losses(logits_CV, targets_C) * weights_C) / local.size("tensor")
 
 
-def _sweep(function, carry, hidden, targets_N, weights_N):
+def _width(hidden, head) -> int:
+    """The vocabulary of this device."""
+    return jax.eval_shape(ops.product, hidden, head).shape[-1]
+
+
+def _sweep(function, carry, hidden, targets_N, weights_N, vocab_size):
     """Fold `function(carry, hidden, targets, weights) -> (carry, d_hidden)` over the chunks that count.
 
     Returns the last carry and the d_hidden of all tokens, each [N, E], zero where nothing is supervised.
     """
     tokens = weights_N.shape[0]
-    size = min(CHUNK, tokens)
+    size = min(chunk_of(vocab_size), tokens)
     order_N = jnp.argsort(weights_N == 0, stable=True)  # supervised tokens first
     pad = lambda x_N: jnp.pad(x_N, (0, -tokens % size))  # noqa: E731
     targets, weights = pad(targets_N[order_N]), pad(weights_N[order_N])

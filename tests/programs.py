@@ -54,18 +54,18 @@ class Stepper:
     sections: of a configuration, but for model and data. Everything starts from the same random weights.
     """
 
-    def __init__(self, model: ModelConfig = CONFIG, *, rows=ROWS, time=TIME, std=0.1, **sections):
+    def __init__(self, model: ModelConfig = CONFIG, *, rows=ROWS, time=TIME, std=0.1, attention="xla", **sections):
         self.config = make_config({"model": {"path": "-"}, "data": {"path": "-"}, **defaults(sections)})
         sizes = self.config.mesh.sizes.values()
         self.mesh = make_mesh(self.config.mesh, jax.devices()[: int(np.prod([s for s in sizes if s > 0]))])
         self.rows, self.time, self.vocab = rows, time, model.vocab_size
         check_model(self.mesh, model)
-        self.program = self._build(model, std)
+        self.program = self._build(model, std, attention)
         self.state, self.frozen = self.program.state, self.program.frozen
 
-    def _build(self, model: ModelConfig, std: float):
+    def _build(self, model: ModelConfig, std: float, attention: str):
         section = self.config.tune
-        execution = Execution.of(self.config, compute_dtype(self.config.precision.compute))
+        execution = Execution.of(self.config, compute_dtype(self.config.precision.compute), attention)
         settings, stacks = tune.layout(section, model, one_stack=self.mesh.shape["pipe"] > 1)
         self.model = declared = Model.create(settings, stacks, execution, tune.hooks(section, model))
         places = execution.places

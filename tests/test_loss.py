@@ -126,3 +126,15 @@ def test_dropout_before_a_low_rank_head_reaches_the_adapter_alone(inputs):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
     through = lambda h: expected(h, dropout(h, 0.5, key), a, b)  # noqa: E731
     np.testing.assert_allclose(jax.grad(ours)(hidden, a, b, key), jax.grad(through)(hidden), rtol=1e-4, atol=1e-6)
+
+
+def test_an_accelerator_takes_more_tokens_at_once_but_no_more_logits_than_fit(monkeypatch, small_chunks):
+    monkeypatch.undo()
+    assert loss_module.chunk_of(151_936) == 128
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [loss_module.chunk_of(size) for size in (1000, 151_936, 10**7)] == [2048, 768, 128]
+
+
+def test_a_chunk_is_cut_by_the_vocabulary_of_the_head(monkeypatch, inputs):
+    monkeypatch.setattr(loss_module, "chunk_of", lambda vocab_size: {VOCAB: 40}[vocab_size])
+    np.testing.assert_allclose(cross_entropy(*inputs), plain(*inputs), rtol=1e-6)

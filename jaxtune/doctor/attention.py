@@ -11,21 +11,26 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtune.doctor.check import Check, NotHere
 from jaxtune.doctor.machine import require_close
+from jaxtune.models import trial
 from jaxtune.models.attention import MIN_BLOCK, attention
+from jaxtune.models.kernels import NAMES, PLATFORMS
 from jaxtune.parallel.context import KINDS, spread_attention
 from jaxtune.parallel.zigzag import AXIS, into_zigzag, out_of_zigzag
 
 ROWS, HEADS, KV_HEADS, DIM = 2, 8, 2, 16
 PARTS = 8  # devices at most that a sequence is split over
 SHORT, LONG = 96, 2 * MIN_BLOCK + 32  # tokens: one block of queries, and several; both split into 2 x PARTS
+FUSED_DIM = 64  # of a fused kernel's heads, which are real ones' size
 TOLERANCE = 1e-4  # matmuls and exponentials of accelerators
 ADVICE = "do not train with it on these devices: report it, with this table"
+XLA = "a run takes plain XLA by itself where this fails; report it, with this table"
 Arrays = list[jax.Array]
 
 
 def checks() -> list[Check]:
     """One for each way."""
     found = [Check(f"attention, {name}", partial(whole, time), ADVICE) for name, time in WHOLE.items()]
+    found += [Check(f"attention, {NAMES[kernel]}", partial(fused, kernel), XLA) for kernel in PLATFORMS.values()]
     return found + [Check(f"attention, {kind}", partial(spread, kind), ADVICE) for kind in KINDS]
 
 
@@ -36,6 +41,15 @@ def whole(time: int) -> str:
     """One device has the sequence."""
     segments = packed(time)
     return compare(lambda q, k, v: attention(q, k, v, segments, segments), time)
+
+
+def fused(kernel: str) -> str:
+    """One device has the sequence, and a kernel that never has the scores in memory: what a run tries at its start."""
+    here = jax.default_backend()
+    if PLATFORMS.get(here) != kernel:
+        raise NotHere(f"{NAMES[kernel]} is not for a {here}")
+    largest = trial.trial(kernel, HEADS, KV_HEADS, FUSED_DIM, jnp.bfloat16)
+    return f"plain XLA's numbers to {largest:.1e} of the largest, forward and backward, packed and unpacked"
 
 
 def spread(kind: str) -> str:

@@ -23,6 +23,7 @@ from jaxtune.models.attention import attention
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.execution import USUAL, WEIGHT, Execution
 from jaxtune.models.hooks import NO_HOOKS, Hooks
+from jaxtune.models.kernels import attend
 from jaxtune.models.rope import cos_sin, rotate
 from jaxtune.models.weights import HOOKS, Tree, Weight, map_tree
 from jaxtune.ops import Noise
@@ -140,7 +141,7 @@ class Attention(nnx.Module):
         if local.size("context") > 1:
             out = spread_attention(run.context_attention, q, k, v, context.segments, window)  # names its own output
         elif context.start is None:
-            out = attention(q, k, v, context.segments, context.segments, window=window)
+            out = attend(run.attention, q, k, v, context.segments, window)  # this one too
         else:
             k, v = cache
             out = attention(q, k, v, context.segments, context.cache_segments, context.start, window)

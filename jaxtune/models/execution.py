@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from jaxtune.config import Config, MemorySection
+from jaxtune.models import kernels
 
 HOST = "pinned_host"  # jax's name for the host's memory that a device reads from
 WEIGHT = "weight"  # checkpoint name of a weight as a layer uses it: gathered, fetched or cast, and never kept
@@ -18,7 +19,8 @@ class Execution:
     weights_split: weights lie in parts along fsdp, and are gathered layer by layer. sequence_parallel: between
     attention and MLP the sequence is split over the tensor axis (Korthikanti et al. 2022, arXiv 2205.05198).
     remat: none | dots | block | full, or the names that a layer keeps. sum_dtype: that gradients are summed up in;
-    None: the weights' own. float8: the layers' linear maps multiply in it.
+    None: the weights' own. float8: the layers' linear maps multiply in it. attention: xla | cudnn | splash, of whole
+    sequences.
     """
 
     weights_split: bool = True
@@ -29,14 +31,17 @@ class Execution:
     offload_params: bool = False
     sum_dtype: Any = None
     float8: bool = False
+    attention: str = "xla"
 
     @classmethod
-    def of(cls, config: Config, compute_dtype: Any) -> "Execution":
-        """As a configuration asks for it."""
+    def of(cls, config: Config, compute_dtype: Any, attention: str = "xla") -> "Execution":
+        """As a configuration asks for it. attention: which kernel its `memory.attention` comes to on the devices."""
         mesh, memory = config.mesh, config.memory
         remat = memory.remat if isinstance(memory.remat, str) else tuple(memory.remat)
         if isinstance(remat, tuple) and mesh.context != 1:
             remat = tuple(dict.fromkeys((*remat, "attended")))  # else the backward pass would go round the ring again
+        if isinstance(remat, tuple) and "activations" not in memory.offload:
+            remat = kernels.keeps(attention, remat)
         return cls(
             weights_split=mesh.zero == 3,
             sequence_parallel=mesh.sequence_parallel,
@@ -46,6 +51,7 @@ class Execution:
             offload_params="params" in memory.offload,
             sum_dtype=compute_dtype if memory.gradients == "compute" else None,
             float8=config.precision.matmul == "float8",
+            attention=attention,
         )
 
     @property
@@ -69,7 +75,7 @@ class Execution:
                 offload_src="device",
                 offload_dst=HOST,
             )
-        return policies.save_only_these_names(*self.remat)
+        return kernels.policy(self.attention, self.remat)
 
     def groups(self, layers: int) -> int:
         """In how many groups the layers are taken, of which only the inputs are kept; as many as layers: in none.

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from jaxtune.assemble import compute_dtype
 from jaxtune.config import Config
-from jaxtune.loss import CHUNK
+from jaxtune.loss import chunk_of
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.execution import Execution
 from jaxtune.parallel.layout import Layout
@@ -239,7 +239,8 @@ def _working(facts: Facts, shares: Shares) -> float:
     layer = 2 * shares.tokens * (shares.whole_layer + block) * each
     gathered = 3 * _layer_numbers(facts) / tensor * each * (shares.config.mesh.zero == 3)
     head = model.vocab_size * model.hidden_size / tensor * (each + 4)
-    loss = 3 * CHUNK * model.vocab_size / tensor * 4 + 3 * shares.tokens * model.hidden_size * each
+    vocab = model.vocab_size // tensor
+    loss = 3 * chunk_of(vocab) * vocab * 4 + 3 * shares.tokens * model.hidden_size * each
     return layer + gathered + head + loss
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtune import program, tune
 from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
 from jaxtune.config import Config
-from jaxtune.loss import CHUNK
+from jaxtune.loss import chunk_of
 from jaxtune.mesh import batch_shards, check_time
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.execution import Execution
@@ -43,7 +43,7 @@ class Step:
     def loop_trips(self) -> int:
         """Rounds of the loss's loop over a micro-batch when every token is supervised."""
         own = self.tokens // (self.config.train.micro_batches * batch_shards(self.mesh) * self.mesh.shape["context"])
-        return -(-own // CHUNK)
+        return -(-own // chunk_of(self.assembled.model.config.vocab_size // self.mesh.shape["tensor"]))
 
     @property
     def schedule(self) -> Schedule | None:

@@ -92,10 +92,13 @@ def test_a_checkpoint_that_comes_back_as_another_or_not_at_all_is_a_failure(of_m
 
 def test_every_way_of_attention_is_the_formula():
     names = [check.name for check in attention.checks()]
-    assert names == [f"attention, {way}" for way in ("at once", "in blocks", "ring", "ulysses")]
+    assert names == [f"attention, {way}" for way in ("at once", "in blocks", "cuDNN", "splash", "ring", "ulysses")]
     for name in names:
         status, text = found(attention.checks(), name)
-        assert status == PASS and text.startswith("output and gradients"), text
+        if "cuDNN" in name or "splash" in name:
+            assert status == SKIPPED and text == f"{name.removeprefix('attention, ')} is not for a cpu"
+        else:
+            assert status == PASS and text.startswith("output and gradients"), text
 
 
 @pytest.mark.parametrize("way", ["at once", "ring"])
