@@ -12,7 +12,8 @@ from jaxtune.config import make_config
 from jaxtune.data.dataset import Dataset
 from jaxtune.data.examples import join
 from jaxtune.errors import DataError
-from tests.runs import sections
+from tests.runs import sections, write_config
+from tools import data_bench
 
 STEPS, AHEAD = 40, 4
 
@@ -85,3 +86,12 @@ def test_the_seconds_that_a_step_waits_stand_in_the_runs_metrics(tiny_model, tmp
     monkeypatch.setattr(Dataset, "batches", slow)
     rows = loop.train(make_config(sections(tiny_model("qwen2"), tmp_path, steps=4, log={"every": 2})))
     assert [row["data_wait_seconds"] for row in rows] == [1.5, 3.5]
+
+
+def test_the_benchmark_runs_the_loop_and_leaves_nothing(tiny_model, tmp_path, monkeypatch):
+    config = write_config(tmp_path / "c.yaml", sections(tiny_model("qwen2"), tmp_path))
+    monkeypatch.setattr("sys.argv", ["data_bench.py", "--train", str(config), "--steps", "3", "optim.lr=0.02"])
+    found = data_bench.train(data_bench.parse())
+    assert found["steps"] == 2 and 0 <= found["percent_of_the_time"] <= 100
+    assert found["examples_per_second_of_the_loader"] > 0
+    assert not (tmp_path / "run").exists()
