@@ -57,6 +57,7 @@ class SourceSection(Section):
     path: str | list[str] = []  # a file, a directory, a pattern such as data/*.jsonl or a hub id, or several
     format: Literal["alpaca", "sharegpt", "messages", "text", "megatron"] = "alpaca"  # of the rows; megatron: tokens
     columns: Columns = Columns()
+    without: list[str] = []  # columns that must be absent, null or empty, of pictures say: a row with one is bad
     tags: Tags = Tags()  # sharegpt and messages
     system: str | None = None  # first message of every conversation that has none
     split: str | None = None  # of a data set on the hub; null: train
@@ -72,7 +73,7 @@ class SourceSection(Section):
 
     @model_validator(mode="after")
     def _only_this_format(self):
-        of_rows = ("split", "subset", "revision", "on_bad_line", "num_samples") * (self.format == "megatron")
+        of_rows = ("split", "subset", "revision", "on_bad_line", "num_samples", "without") * (self.format == "megatron")
         for name in ("system", "dialect", *of_rows) if self.format in TEXTS else ():
             if getattr(self, name) != SourceSection.model_fields[name].default:
                 what = "rows" if name in of_rows else "conversations"

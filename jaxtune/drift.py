@@ -32,6 +32,7 @@ RULES = {
     "data.dataset_dir": REFUSE,
     "data.format": REFUSE,
     "data.columns": REFUSE,
+    "data.without": REFUSE,
     "data.tags": REFUSE,
     "data.system": REFUSE,
     "data.split": REFUSE,

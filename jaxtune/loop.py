@@ -1,7 +1,7 @@
 """The training run, from top to bottom: data, model, state, resume, steps, result."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,17 +132,16 @@ def go_on(
 ) -> None:
     """The steps after `done`, with their records, evaluations and checkpoints."""
     total, every = job.data.train.steps, job.config.eval.every
-    told, own = processes.SharedStop(stop), processes.own_rows(job.program.rows, job.data.train.shape)
+    told = processes.SharedStop(stop)
     waiting: Outcome | None = None  # the step before, not yet asked for: the device is kept busy meanwhile
-    for step, batch in enumerate(job.data.train.batches(done + 1, own), done + 1):
+    for step, (batch, placed, seconds) in enumerate(placed_batches(job, done + 1), done + 1):
         told.ask()
-        placed = job.program.put(batch.arrays())
         job.state, metrics = job.train_step(job.state, job.program.frozen, placed, _number(step))
         checkpoints.check_errors()
         with fate.waited_for(step):
             if waiting:
                 record(waiting, recorder, job.config)
-            waiting = Outcome(step, batch, metrics)
+            waiting = Outcome(step, batch, seconds, metrics)
             stopping = told.answer()
         evaluates = job.data.eval is not None and (step == total or (every and step % every == 0))
         saves = step == total or checkpoints.due(step) or stopping
@@ -158,12 +157,24 @@ def go_on(
             raise SystemExit(128 + stopping)
 
 
+def placed_batches(job: Job, first_step: int) -> Iterator[tuple[Batch, dict[str, jax.Array], float]]:
+    """Each batch, its arrays on the devices, and the seconds that the loop waited for both: the batch is made ahead
+    by a thread, while the device computes."""
+    batches = job.data.train.batches(first_step, processes.own_rows(job.program.rows, job.data.train.shape))
+    began = time.perf_counter()
+    for batch in batches:
+        placed = job.program.put(batch.arrays())
+        yield batch, placed, time.perf_counter() - began
+        began = time.perf_counter()
+
+
 @dataclass
 class Outcome:
     """A step whose numbers are still on the device."""
 
     step: int
     batch: Batch
+    data_wait: float  # seconds
     metrics: dict[str, jax.Array]
 
 
@@ -186,6 +197,7 @@ def record(outcome: Outcome, recorder: Recorder | Silent, config: Config) -> Non
             loss_scale=numbers["loss_scale"] if config.precision.compute == "float16" else None,
             tokens=batch.num_tokens,
             supervised_tokens=batch.num_supervised,
+            data_wait=outcome.data_wait,
             batch_sha256=batch.sha256(),
             source_examples=batch.sources,
         )

@@ -71,11 +71,13 @@ class Recorder:
         tokens: int,
         supervised_tokens: int,
         batch_sha256: str,
+        data_wait: float = 0.0,
         bad_steps: int = 0,
         loss_scale: float | None = None,
         source_examples: dict[str, int] | None = None,
     ) -> None:
         """Record a step. tokens and supervised_tokens: of its batch, padding not counted, all devices together;
+        data_wait: seconds that the loop waited for the batch, of which a line tells the mean over its steps;
         bad_steps: how many steps of the run were skipped so far, for numbers that were not finite or a spike;
         loss_scale: of float16, the next step's; source_examples: of several sources of data, how many of the batch's
         examples are of each; a line tells how many the run has had.
@@ -88,7 +90,7 @@ class Recorder:
         exact = {name: value.hex() for name, value in values.items()}
         sources = {"source_examples": source_examples} if source_examples else {}
         self._write_ledger({"step": step, "batch_sha256": batch_sha256, **exact, **counts, **sources})
-        self._counts.add(**counts, sources=source_examples or {})
+        self._counts.add(**counts, data_wait=float(data_wait), sources=source_examples or {})
         self._latest = {"step": step, **values, "lr": float(lr), "bad_steps": int(bad_steps)}
         self._latest |= {} if loss_scale is None else {"loss_scale": float(loss_scale)}
         if step % self._every == 0 or step == self._total_steps:
@@ -190,16 +192,19 @@ class _Counts:
 
     def start(self) -> None:
         self._first = self._since = self._latest = time.monotonic()
-        self._timed = 0  # tokens of this process since the last line: the rate's
+        # Of this process, since the last line:
+        self._timed = 0  # tokens: the rate's
+        self._waits: list[float] = []  # of each step, for its data
         self._line_rate = 0.0
 
-    def add(self, tokens: int, supervised_tokens: int, sources: dict[str, int]) -> None:
+    def add(self, tokens: int, supervised_tokens: int, data_wait: float, sources: dict[str, int]) -> None:
         self._latest = time.monotonic()
         self._sources.update(sources)
         self._steps += 1
         self._total += tokens
         self._tokens += tokens
         self._timed += tokens
+        self._waits.append(data_wait)
         self._supervised += supervised_tokens
 
     def pause(self) -> None:
@@ -226,10 +231,12 @@ class _Counts:
             "supervised_tokens": self._supervised,
             "total_tokens": self._total,
             "tokens_per_second": self._line_rate,
+            "data_wait_seconds": sum(self._waits) / max(len(self._waits), 1),
         }
         if self._sources:
             row["source_examples"] = dict(self._sources)
         self._tokens = self._supervised = self._timed = 0
+        self._waits = []
         self._since = self._latest
         return row
 

@@ -104,7 +104,7 @@ class TensorBoard:
     step: of the checkpoint that the run goes on from; TensorBoard hides what older files hold after it.
     """
 
-    TRAIN = ("loss", "lr", "grad_norm", "tokens_per_second", "loss_scale")
+    TRAIN = ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait_seconds", "loss_scale")
     TAGS = {name: f"train/{name}" for name in TRAIN} | {"eval_loss": "eval/loss"}
 
     def __init__(self, directory: Path, step: int):

@@ -60,6 +60,14 @@ def test_a_line_holds_the_steps_own_loss_and_the_tokens_since_the_last_line(tmp_
     assert (first["total_tokens"], second["total_tokens"]) == (30, 100)
 
 
+def test_a_line_holds_the_mean_wait_for_data_of_its_own_steps(tmp_path):
+    with recorder(tmp_path, total_steps=4, every=3) as run:
+        for step, seconds in enumerate((3.0, 0.0, 1.5, 0.25), 1):
+            record(run, step, data_wait=seconds)
+    assert [line["data_wait_seconds"] for line in lines(tmp_path)] == [1.5, 0.25]
+    assert "wait" not in (tmp_path / "ledger.jsonl").read_text()  # two runs are equal however long they waited
+
+
 def test_time_before_the_start_is_not_counted(tmp_path, clock):
     run = recorder(tmp_path)
     clock.now += 60.0
@@ -329,6 +337,7 @@ def test_tensorboard_gets_the_lines_and_the_evaluations(tmp_path):
         "train/lr",
         "train/grad_norm",
         "train/tokens_per_second",
+        "train/data_wait_seconds",
         "eval/loss",
     }
 

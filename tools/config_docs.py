@@ -61,7 +61,7 @@ nobody knows how long a stream is; it would do nothing |
 | `data.split`, `subset` or `revision` of a local path | they are of a data set on the hub |
 | `eval.split` without `eval.path` | likewise |
 | `data.too_long: split` with a format of conversations | later pieces would be answers without their question |
-| `data.num_samples`, `on_bad_line`, `split`, `subset` or `revision` with format megatron | it has no rows |
+| `data.num_samples`, `on_bad_line`, `split`, `subset`, `revision` or `without` with format megatron | it has no rows |
 | a key of `optim` that belongs to another optimiser or schedule | likewise |
 | `optim.warmup` or `decay` of 1 or more that is no whole number; with wsd, more steps of both than the run has | they \
 are a share below 1, or a number of steps |

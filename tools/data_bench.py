@@ -2,6 +2,10 @@
 """Time and memory from many rows of conversations to batches: tokenised, packed, shuffled, and started again.
 
 usage: data_bench.py [--rows N] [--tokenizer DIR] [--length N] [--batches N] [--home DIR] [--json FILE]
+       data_bench.py --train FILE [--steps N] [--json FILE] [section.key=value ...]
+
+With --train, a run of the loop on the configuration FILE instead: how long its steps waited for their batches, and how
+many examples a second the loader gives when nobody computes. The run is written to a directory that is removed.
 
 Every start is a process of its own, whose largest memory is told; so is that of the largest process that tokenises.
 The rows are made up, of the words of this repository's pages.
@@ -13,10 +17,13 @@ import os
 import random
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -27,6 +34,9 @@ def main() -> None:
     options = parse()
     if options.child:
         print(json.dumps(start(options)))
+        return
+    if options.train:
+        print_result(train(options), options)
         return
     options.home.mkdir(parents=True, exist_ok=True)
     try:
@@ -49,6 +59,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=200, help="how many are timed")
     parser.add_argument("--home", type=Path, default=REPOSITORY / ".cache" / "data_bench", help="removed at the end")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--train", type=Path, metavar="FILE", help="a configuration whose steps' wait is measured")
+    parser.add_argument("--steps", type=int, default=20, help="of --train; the first is not counted")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -123,6 +136,51 @@ def start(options: argparse.Namespace) -> dict:
         "peak_bytes": peak(resource.RUSAGE_SELF),
         "peak_bytes_of_the_largest_worker": peak(resource.RUSAGE_CHILDREN),
     }
+
+
+def train(options: argparse.Namespace) -> dict:
+    """What the steps of a run wait for their data, and what the same loader could give."""
+    from jaxtune import loop
+    from jaxtune.config import load_config
+
+    with tempfile.TemporaryDirectory() as home:
+        places = [f"train.output_dir={home}/run", f"data.cache={home}/tokens"]
+        own = [f"train.steps={options.steps}", "log.every=1", "eval.every=0"]
+        config = load_config(options.train, [*options.overrides, *places, *own])
+        rows = loop.train(config)[1:]
+        given, taken = loader_rate(config)
+    seconds = [row["tokens"] / row["tokens_per_second"] for row in rows]
+    waits = [row["data_wait_seconds"] for row in rows]
+    return {
+        "steps": len(rows),
+        "seconds_of_a_step": statistics.median(seconds),
+        "milliseconds_a_step_waits": 1000 * statistics.median(waits),
+        "milliseconds_the_slowest_waits": 1000 * max(waits),
+        "percent_of_the_time": 100 * sum(waits) / sum(seconds),
+        "examples_per_second_of_the_run": taken * len(rows) / sum(seconds),
+        "examples_per_second_of_the_loader": given,
+    }
+
+
+def loader_rate(config: Any) -> tuple[float, float]:
+    """(examples a second of the loader alone, examples of a step)."""
+    from jaxtune.assemble import Source
+    from jaxtune.data.loader import build_data
+
+    tokenizer = Source.open(config.model, config.data.template).tokenizer
+    # As many steps as a second or so needs, over and over the same rows.
+    more = config.train.model_copy(update={"steps": 200})
+    data = build_data(config.data, config.eval, more, tokenizer).train
+    began = time.monotonic()
+    found = sum(int(batch.segments.max(axis=-1).sum()) for batch in data.batches())
+    return found / (time.monotonic() - began), found / data.steps
+
+
+def print_result(result: dict, options: argparse.Namespace) -> None:
+    rounded = {key: round(value, 3) for key, value in result.items()}
+    print("\n".join(f"  {key}: {value:,}" for key, value in rounded.items()))
+    if options.json:
+        options.json.write_text(json.dumps(rounded, indent=1))
 
 
 def peak(who: int) -> int:

@@ -71,6 +71,16 @@ class Cells:
             raise DataError(f'{self.where}: column "{name}" is an empty list; expected at least one message')
         return value
 
+    def check_without(self) -> None:
+        """Whether the columns that must hold nothing do."""
+        for name in self.section.without:
+            value = self.value.get(name)
+            if any(value) if isinstance(value, list) else value:
+                raise DataError(
+                    f'{self.where}: column "{name}" holds {value!r:.60}, and only text can be learnt from here; take '
+                    "such rows out"
+                )
+
     def count_unused(self) -> None:
-        read = {self.name(column) for column in DATA_COLUMNS[self.section.format]}
+        read = {self.name(column) for column in DATA_COLUMNS[self.section.format]} | {*self.section.without}
         self.unused.update(name for name in self.value if name not in read)

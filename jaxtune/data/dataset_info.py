@@ -1,7 +1,8 @@
 """LLaMA-Factory's dataset_info.json: names, and for each a file and how its rows are read. Entries become sources.
 
 What the entries mean was read off LLaMA-Factory 0.9.5, its data/README.md and its source. Hubs other than Hugging
-Face's, scripts and pictures are refused, and so are preferences, in words that say what to do.
+Face's and scripts are refused, and so are preferences, in words that say what to do; rows with pictures are, one by
+one.
 """
 
 from pathlib import Path, PureWindowsPath
@@ -88,7 +89,8 @@ def _source(entry: _Entry, name: str, directory: Path, system: str | None) -> Mi
     _check_readable(entry)
     columns = entry.section("columns", _KNOWN_COLUMNS)
     format = _format(entry, columns)
-    settings: dict[str, Any] = {"columns": _columns(entry, columns, format)}
+    media = [name for key, name in (columns or {}).items() if key in _MEDIA and name]
+    settings: dict[str, Any] = {"columns": _columns(entry, columns, format), "without": media}
     if format in ("sharegpt", "messages"):
         settings["tags"] = _tags(entry)
     if format != "text":
@@ -120,11 +122,12 @@ def _format(entry: _Entry, columns: dict[str, str | None] | None) -> Any:
     formatting = entry.value.get("formatting", "alpaca")
     if formatting not in _FORMATS:
         raise entry.wrong(f"formatting is {formatting!r:.40}; allowed: {listing(_FORMATS)}")
-    for key in (*_PREFERENCES, *_MEDIA):
-        if columns and columns.get(key) is not None:
-            what = "only text can be learnt from" if key in _MEDIA else "preferences cannot be learnt from"
-            raise entry.wrong(f'columns.{key}: {what} here; where the rows have none, take "{key}" out of columns')
-    alone = columns is not None and {name for name, value in columns.items() if value} == {"prompt"}
+    named = {name for name, value in (columns or {}).items() if value} - {*_MEDIA}
+    for key in _PREFERENCES:
+        if key in named:
+            what = f'preferences cannot be learnt from here; where the rows have none, take "{key}" out of columns'
+            raise entry.wrong(f"columns.{key}: {what}")
+    alone = named == {"prompt"}
     return "text" if formatting == "alpaca" and alone else _FORMATS[formatting]
 
 

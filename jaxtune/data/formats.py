@@ -79,6 +79,7 @@ def _read(section: SourceSection, seen: Rows, key: str) -> Iterator[Row]:
         for where, value in read_records(path, bad):
             record = Cells(where, value, section, seen.unused)
             try:
+                record.check_without()
                 row = _complete(read(record), record)
             except OddRow:
                 seen.odd, seen.odd_first = seen.odd + 1, seen.odd_first or where

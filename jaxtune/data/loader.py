@@ -101,7 +101,7 @@ def build_data(
         order = _order(section, train, section.max_length, virtual)
         stream = open_stream(sources, section, tokenizer, steps=train.steps, shuffle=section.shuffle, **order)
         evaluation = Dataset(parts[0].examples, shuffle=False, **order) if parts else None
-        return Data(stream, evaluation, [_first_block(stream, sources), *parts], section, tokenizer, [])
+        return Data(stream, evaluation, [_first_block(stream, sources), *parts], section, tokenizer, stream.notes)
     parts = list(_parts([*sources, *held_out], section, tokenizer, len(virtual), size))
     notes = list(dict.fromkeys(note for part in parts if not part.held_out for note in part.notes))
     examples = concatenate([part.examples for part in parts if not part.held_out])

@@ -29,7 +29,7 @@ from jaxtune.data.examples import Examples, Many, Pair, join
 from jaxtune.data.formats import Row, Rows, stream_rows
 from jaxtune.data.packing import Epoch, plan_epoch
 from jaxtune.data.template import ChatTemplate, open_template
-from jaxtune.data.tokenise import Tokenising
+from jaxtune.data.tokenise import Tokenising, template_notes
 from jaxtune.data_section import TEXTS, SourceSection
 from jaxtune.errors import DataError
 
@@ -53,6 +53,7 @@ class Reader:
         self._template, self._virtual, self._size = template, virtual, section.shuffle_buffer
         self.per_epoch: int | None = None  # blocks; None: no epoch has ended yet
         self.seen, self.lengths = Rows(), Lengths()  # of all rows that were read; of the first block
+        self.notes: list[str] = []  # surprises that the template holds
         self._next = 0
         self._rows = self._epoch()
         self._ahead = list(islice(self._rows, self._size))
@@ -69,6 +70,7 @@ class Reader:
         examples, lengths = self._encoded(rows)
         if number == 0:
             self.lengths = lengths
+            self.notes = template_notes(self._template, self._section, self._tokenizer, (row for _, row in rows))
         return examples
 
     def _take(self) -> list[tuple[int, Row]]:
@@ -158,6 +160,7 @@ class Stream(Dataset):
         self._keep(0, first)
         # What was seen of the first block; the reader goes on counting.
         self.first_block = replace(reader.seen, unused=Counter(reader.seen.unused)), reader.lengths
+        self.notes = reader.notes
 
     @cached_property
     def fingerprint(self) -> str:

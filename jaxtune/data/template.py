@@ -128,7 +128,8 @@ class ChatTemplate:
             return answer
         at = "" if not wheres else f"{wheres[0]}: " if len(wheres) == 1 else f"{wheres[0]} to {wheres[-1]}: "
         if late.is_set():
-            raise DataError(f"{at}{self.where} took more than {self.seconds:g} s and was stopped; does it loop?")
+            long = f"took more than {self.seconds:g} s and was stopped"
+            raise DataError(f"{at}{self.where} {long}; does it loop, or is this machine too busy to run it?")
         words = self._process.communicate()[1].strip().splitlines()[-1:] or [f"exit code {self._process.returncode}"]
         raise DataError(f"{at}{self.where}: its process ended: {words[0]:.300}")
 

@@ -49,7 +49,7 @@ def _parse_line(text: str, where: str, torn: bool) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        hint = CUT_OFF if torn else ""
+        hint = CUT_OFF if torn else _comma(error)
         if text.lstrip().startswith("["):
             hint = "; a JSON array over several lines is a .json file"
         raise DataError(f"{where}: not valid JSON: {error.msg} (column {error.colno}){hint}") from None
@@ -65,8 +65,15 @@ def read_array(file: BinaryIO, path: str, bad: Bad) -> Iterator[Record]:
     try:
         yield from _array_items(text, path, bad)
     except json.JSONDecodeError as error:
-        hint = CUT_OFF if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated") else ""
+        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
+        hint = CUT_OFF if cut else _comma(error)
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}){hint}") from None
+
+
+def _comma(error: json.JSONDecodeError) -> str:
+    """A word on the comma after the last element, which other languages allow."""
+    before, here = error.doc[: error.pos].rstrip()[-1:], error.doc[error.pos : error.pos + 1]
+    return f"; JSON has no comma before a {here}: take it out" if before == "," and here in ("]", "}") else ""
 
 
 def _array_items(text: str, path: str, bad: Bad) -> Iterator[Record]:

@@ -4,7 +4,7 @@ Rows flow: at no time are more of them in memory than a few chunks.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -60,13 +60,11 @@ class Tokenising:
 
     def notes(self) -> list[str]:
         """Surprises that the template holds; when all examples were made."""
-        if self.template is None or self.section.train_on_prompt:
-            return []
-        return template_notes(self.template, self.tokenizer, self.spoken)
+        return template_notes(self.template, self.section, self.tokenizer, filter(None, [self.spoken]))
 
     def _noticed(self, rows: Iterator[Row]) -> Iterator[Row]:
         for row in rows:
-            if self.spoken is None and any(m["role"] == "assistant" for m in row.messages or ()):
+            if self.spoken is None and _speaks(row):
                 self.spoken = row
             yield row
 
@@ -87,9 +85,13 @@ class Tokenising:
             yield examples
 
 
-def template_notes(template: ChatTemplate, tokenizer: Any, spoken: Row | None) -> list[str]:
-    """Surprises that a template holds. spoken: a row in which the assistant speaks."""
-    notes = []
+def template_notes(
+    template: ChatTemplate | None, section: DataSection, tokenizer: Any, rows: Iterable[Row]
+) -> list[str]:
+    """Surprises that a template holds. rows: some, of which the first is tried in which the assistant speaks."""
+    if template is None or section.train_on_prompt:
+        return []
+    spoken, notes = next(filter(_speaks, rows), None), []
     if "strftime_now" in template.source:
         notes.append("The template may write today's date; here it is always 26 July 2024, so that a run can resume.")
     if template.has_marks and spoken:
@@ -101,6 +103,11 @@ def template_notes(template: ChatTemplate, tokenizer: Any, spoken: Row | None) -
                 "the model will not learn to end its turn."
             )
     return notes
+
+
+def _speaks(row: Row) -> bool:
+    """Whether the assistant does."""
+    return any(message["role"] == "assistant" for message in row.messages or ())
 
 
 def cores() -> int:

@@ -204,6 +204,26 @@ def test_a_directory_stands_for_its_files(folder):
     ]
 
 
+MEDIA = {"prompt": "instruction", "response": "output", "images": "pictures", "videos": "films", "audios": "sounds"}
+
+
+@pytest.mark.parametrize("nothing", [{}, {"pictures": None, "films": [], "sounds": ""}, {"films": [None, ""]}])
+def test_columns_of_pictures_that_hold_none_are_no_trouble(folder, nothing):
+    result = folder({"columns": MEDIA}, {**ALPACA, **nothing})
+    assert conversations(result) == [say("q", "a")] and not {*result.unused} & {"pictures", "films", "sounds"}
+
+
+@pytest.mark.parametrize("some", [{"pictures": ["a.png"]}, {"films": "b.mp4"}, {"sounds": [{"bytes": "c"}]}])
+def test_a_row_with_a_picture_a_film_or_a_sound_is_refused_by_its_place(folder, some):
+    (column,) = some
+    text = refused(folder, {"columns": MEDIA}, ALPACA, {**ALPACA, **some})
+    assert text.startswith(f'data/x.json:1 (row 2): column "{column}" holds ') and "only text can be learnt" in text
+
+
+def test_a_text_to_be_continued_may_name_pictures_too(folder):
+    assert [row.text for row in folder({"columns": {"prompt": "t", "images": "i"}}, {"t": "a text"}).rows] == ["a text"]
+
+
 def test_num_samples_are_drawn_and_come_again_when_there_are_too_few(folder):
     rows = [{**ALPACA, "output": str(number)} for number in range(10)]
     few, again, many = (
@@ -234,7 +254,6 @@ def test_a_data_set_on_the_hub_goes_before_a_file(folder):
         ({"ranking": True}, "ranking: true: preferences cannot be learnt from here"),
         ({"columns": {"prompt": "p", "chosen": "c"}}, "columns.chosen: preferences cannot be learnt from here"),
         ({"columns": {"messages": "m", "kto_tag": "k"}, **SHAREGPT}, "columns.kto_tag: preferences"),
-        ({"columns": {"messages": "m", "images": "i"}, **SHAREGPT}, "columns.images: only text can be learnt from"),
         ({"columns": {"messages": "m", "pictures": "i"}}, 'columns has "pictures". Allowed: prompt, query, '),
         ({"columns": {"prompt": "p", "query": "q"}}, 'columns has no "response", without which there is nothing'),
         ({"columns": {"system": "s"}, **SHAREGPT}, 'columns has no "messages"'),

@@ -62,7 +62,10 @@ def test_bad_line_is_named(write):
 def test_bad_place_in_an_array_is_named(write):
     assert message(write("a.json", '[\n{"x": 1},\n{"x" 2}\n]')).startswith("a.json:3: not valid JSON: Expecting ':'")
     assert "a.json:2: not valid JSON: Expecting ',' or ']'" in message(write("a.json", '[{"x": 1}\n {"x": 2}]'))
-    assert "a.json:1: not valid JSON" in message(write("a.json", '[{"x": 1},]'))
+    assert "(column 11); JSON has no comma before a ]: take it out" in message(write("a.json", '[{"x": 1},]'))
+    assert "a.json:2: not valid JSON" in (told := message(write("a.json", '[{"x": 1,\n}]'))) and "before a }" in told
+    assert "before a }: take it out" in message(write("a.jsonl", '{"x": 1, }\n'))
+    assert "take it out" not in message(write("a.json", '[{"x": 1, oops}]'))
     assert "a.json:2: not valid JSON: Extra data" in message(write("a.json", '[{"x": 1}]\n[]'))
 
 

@@ -13,8 +13,8 @@ from jaxtune.config import DataSection, EvalSection, TrainSection, make_config
 from jaxtune.data import streaming
 from jaxtune.data.loader import build_data
 from jaxtune.errors import ConfigError, DataError
-from tests.data.templates import word_tokenizer
-from tests.peer import read_jsonl
+from tests.data.templates import tokenizer, word_tokenizer
+from tests.peer import CHATML, read_jsonl
 from tests.runs import sections, stopped_after
 
 ROWS, BLOCK = 26, 10  # 3 blocks an epoch, the last a short one
@@ -134,6 +134,15 @@ def test_the_report_tells_of_the_first_block(stream):
     text = where.export_text()
     assert "a.jsonl: the first 10 rows, none dropped" in text
     assert "20 steps of 2 sequences; what follows in the stream is not known yet" in text
+
+
+def test_a_template_with_a_clock_is_told(tmp_path):
+    (tmp_path / "t.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 3)
+    section = {"path": str(tmp_path / "a.jsonl"), "template": str(tmp_path / "t.jinja"), "streaming": True}
+    settings = DataSection.model_validate({**section, "cache": str(tmp_path / "cache")})
+    data = build_data(settings, EvalSection(), TrainSection(steps=2, batch_size=2), tokenizer())
+    assert any("always 26 July 2024" in note for note in data.notes)
 
 
 @pytest.mark.parametrize(
