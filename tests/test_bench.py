@@ -11,7 +11,7 @@ from jaxtune.config import load_config
 from tests.conftest import child_environment
 from tests.runs import ROWS, write_config
 from tools import bench as tool
-from tools.bench_peers import cases, report
+from tools.bench_peers import cases, prepare, report
 
 
 def answer(tokens=1000, seconds=10.0, **more) -> dict:
@@ -168,44 +168,59 @@ def test_sides_run_in_turns_and_a_failure_is_the_exit_code(tmp_path, monkeypatch
     assert tool.main() == 0
 
 
-@pytest.fixture(scope="module")
-def spec(tiny_model, tmp_path_factory):
-    """The file of a specification of conversations, prepared as a case's is."""
-    home = tmp_path_factory.mktemp("bench")
-    data = {"path": str(home / "data.json"), "max_length": 64, "cache": str(home / "tokens")}
-    (home / "data.json").write_text(json.dumps(ROWS))
+@pytest.fixture
+def spec(tiny_model, tmp_path):
+    """A specification of conversations, with what jaxtune and prepare.py read beside it."""
+    (tmp_path / "data.json").write_text(json.dumps(ROWS))
     model, lora = str(tiny_model("qwen2")), {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}
-    train = {"output_dir": str(home / "run"), "batch_size": 2}
+    data = {"path": str(tmp_path / "data.json"), "max_length": 64, "cache": str(tmp_path / "tokens")}
+    train = {"output_dir": str(tmp_path / "run"), "batch_size": 2}
     config = {"model": {"path": model}, "tune": {"method": "lora", **lora}, "data": data, "train": train}
-    write_config(home / "config.json", config | {"log": {"every": 1}})
-    plan = {"shape": "0.5B", "words": model, "conversations": None, "rows": str(home / "rows.json")}
-    write_config(home / "plan.json", plan | {"config": str(home / "config.json")})
-    prepared = tool.run(cases.SCRIPTS / "prepare.py", home / "plan.json")
-    spec = {"model": model, "rows": plan["rows"], "method": "lora", "length": 64, "batch": 2, "steps": 2, "warm": 1}
-    spec |= {"dtype": "float32", "lora": lora, "jaxtune": str(home / "config.json"), "prepared": prepared}
-    return write_config(home / "spec.json", spec)
+    write_config(tmp_path / "config.json", config | {"log": {"every": 1}})
+    data |= {"path": str(tmp_path / "texts.jsonl"), "format": "text", "too_long": "split", "max_length": 16}
+    write_config(tmp_path / "blocks.json", config | {"data": data})
+    spec = {"model": model, "rows": str(tmp_path / "rows.json"), "method": "lora", "length": 64, "batch": 2}
+    return spec | {"steps": 2, "warm": 1, "dtype": "float32", "lora": lora, "jaxtune": str(tmp_path / "config.json")}
+
+
+def prepared(spec, blocks=False) -> tuple[dict, list[dict]]:
+    """(what a case is prepared with, its rows)"""
+    config = str(Path(spec["jaxtune"]).with_name("blocks.json")) if blocks else spec["jaxtune"]
+    plan = {"shape": "0.5B", "words": spec["model"], "conversations": spec["jaxtune"] if blocks else None}
+    found = prepare.prepare(plan | {"config": config, "rows": spec["rows"]})
+    return found, json.loads(Path(spec["rows"]).read_text())
 
 
 def test_the_rows_are_jaxtunes_own_and_flops_are_counted(spec):
-    plan = json.loads(spec.read_text())
-    rows = json.loads((spec.parent / "rows.json").read_text())
-    assert len(rows) == len(ROWS) == plan["prepared"]["num_rows"]
+    found, rows = prepared(spec)
+    assert len(rows) == len(ROWS) == found["num_rows"]
     assert all(0 < sum(row["supervised"]) < len(row["input_ids"]) for row in rows)
-    assert plan["prepared"]["tokens_per_row"] == sum(len(row["input_ids"]) for row in rows) / len(rows)
-    assert plan["prepared"]["flops_per_token"] > 0
+    assert found["tokens_per_row"] == sum(len(row["input_ids"]) for row in rows) / len(rows)
+    assert found["flops_per_token"] > 0
+
+
+def test_blocks_are_all_conversations_joined_and_cut(spec):
+    conversations = prepared(spec)[1]
+    found, blocks = prepared(spec, blocks=True)
+    assert {len(row["input_ids"]) for row in blocks} == {16}
+    assert all(row["supervised"] == [0] + [1] * 15 for row in blocks)  # nothing stands before the first
+    joined = [token for row in conversations for token in row["input_ids"]]
+    cut = [token for row in blocks for token in row["input_ids"]]
+    assert len(cut) == len(joined) // 16 * 16 and cut == joined[: len(cut)]
+    assert found["tokens_per_row"] == 16
 
 
 @pytest.mark.parametrize("name", ["ours.py", pytest.param("trainer.py", marks=pytest.mark.slow)])
-def test_a_side_times_real_steps(spec, name, monkeypatch):
+def test_a_side_times_real_steps(spec, name, monkeypatch, tmp_path):
     monkeypatch.setenv("XLA_FLAGS", child_environment()["XLA_FLAGS"])  # one device
-    plan = json.loads(spec.read_text())
-    found = tool.run(cases.SCRIPTS / name, spec)
+    prepared(spec)
+    found = tool.run(cases.SCRIPTS / name, write_config(tmp_path / "spec.json", spec))
     assert 0 < found["supervised"] < found["tokens"] and found["seconds"] > 0
     assert 0 < found["load_seconds"] < found["first_step_seconds"]
-    vocabulary = json.loads((Path(plan["model"]) / "config.json").read_text())["vocab_size"]
+    vocabulary = json.loads((Path(spec["model"]) / "config.json").read_text())["vocab_size"]
     assert found["first_loss"] == pytest.approx(math.log(vocabulary), rel=0.2)
     if name == "ours.py":
-        assert found["tokens"] <= plan["steps"] * plan["batch"] * plan["length"] and found["compile_seconds"] > 0
-        assert not (spec.parent / "run" / "adapter").exists()  # it ends with the last step
+        assert found["tokens"] <= spec["steps"] * spec["batch"] * spec["length"] and found["compile_seconds"] > 0
+        assert not (tmp_path / "run" / "adapter").exists()  # it ends with the last step
     else:  # shorter steps, so more of them
-        assert found["tokens"] > (plan["steps"] * plan["batch"] * plan["length"]) * 0.7
+        assert found["tokens"] > (spec["steps"] * spec["batch"] * spec["length"]) * 0.7

@@ -28,7 +28,7 @@ class Spec:
     dtype: str  # of computing: float32 on a CPU, bfloat16 on a GPU
     lora: dict  # rank, alpha, dropout, targets
     device: str = "cpu"  # or gpu
-    blocks: bool = False  # every row has `length` tokens, and all are supervised
+    blocks: bool = False  # every row has `length` tokens, and all but the first are supervised
     checkpointing: bool = False  # the torch sides compute activations twice, for want of memory
     jaxtune: str = ""  # jaxtune's own configuration, a file
     overrides: tuple[str, ...] = ()  # of that, section.key=value

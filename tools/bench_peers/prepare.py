@@ -25,8 +25,7 @@ from jaxtune.tokenizer import load_tokenizer  # noqa: E402
 from tools.device_bench import SHAPES  # noqa: E402
 
 
-def main() -> None:
-    plan = json.loads(Path(sys.argv[1]).read_text())
+def prepare(plan: dict) -> dict[str, float]:
     config = load_config(plan["config"])
     if not (Path(config.model.path) / "config.json").exists():
         make_model(plan["shape"], resolve_model(plan["words"], weights=False), Path(config.model.path))
@@ -38,8 +37,7 @@ def main() -> None:
     Path(plan["rows"]).write_text(json.dumps(rows))
     lengths = [len(row["input_ids"]) for row in rows]
     per_token = flops_per_token(config, sum(n * n for n in lengths) / sum(lengths))
-    found = {"flops_per_token": per_token, "num_rows": len(rows), "tokens_per_row": sum(lengths) / len(rows)}
-    print(json.dumps(found))
+    return {"flops_per_token": per_token, "num_rows": len(rows), "tokens_per_row": sum(lengths) / len(rows)}
 
 
 def make_model(shape: str, words: Path, directory: Path) -> None:
@@ -80,4 +78,4 @@ def flops_per_token(config: Config, time: float) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(prepare(json.loads(Path(sys.argv[1]).read_text()))))
