@@ -205,8 +205,9 @@ def test_blocks_are_all_conversations_joined_and_cut(spec):
     assert {len(row["input_ids"]) for row in blocks} == {16}
     assert all(row["supervised"] == [0] + [1] * 15 for row in blocks)  # nothing stands before the first
     joined = [token for row in conversations for token in row["input_ids"]]
-    cut = [token for row in blocks for token in row["input_ids"]]
-    assert len(cut) == len(joined) // 16 * 16 and cut == joined[: len(cut)]
+    cut = [row["input_ids"] for row in blocks]  # each begins with the last token of the one before
+    assert cut == [joined[start : start + 16] for start in range(0, 15 * len(cut), 15)]
+    assert len(cut) == (len(joined) - 1) // 15
     assert found["tokens_per_row"] == 16
 
 
