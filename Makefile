@@ -17,7 +17,7 @@ help:
 	@echo "make test    the test suite"
 	@echo "make thorough  what the suite leaves out: every row of the tables in docs/ (an hour or so)"
 	@echo "make check   format, lint, types and the fast tests: what to run before a commit"
-	@echo "make bench   tokens per second on this machine"
+	@echo "make bench   tokens per second on this machine, beside Transformers + PEFT and TRL"
 	@echo "make clean   remove the virtual environment and the caches; runs/ stays"
 
 demo: $(VENV)/.package
@@ -35,9 +35,9 @@ check: $(VENV)/.test
 	$(RUN) -m mypy
 	$(RUN) -m pytest -n 2 --dist worksteal -q -m "not slow and not real and not thorough"
 
-bench: $(VENV)/.test
+bench: $(VENV)/.bench
 	$(RUN) tools/get_demo_model.py
-	$(RUN) tools/bench.py
+	$(RUN) tools/bench.py --json .cache/bench.json --png .cache/bench.png
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache
@@ -62,4 +62,9 @@ $(VENV)/.package: $(VENV)/.made pyproject.toml
 $(VENV)/.test: $(VENV)/.package
 	@echo "Installing what the tests need into $(VENV) (PyTorch and PEFT, to compare with, and the linters)"
 	$(PIP) install --editable ".[test]"
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	@echo "Installing what the benchmark compares with into $(VENV) (TRL)"
+	$(PIP) install --editable ".[bench]"
 	@touch $@

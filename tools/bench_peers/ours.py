@@ -1,0 +1,77 @@
+"""jaxtune, as its users run it: the training loop on a configuration. It ends after the last step: nothing is exported.
+
+usage: ours.py SPEC.json
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # the names of the scripts here would hide packages
+
+from tools.bench_peers.common import Meter, Spec, host_peak_gb  # noqa: E402
+
+
+def main() -> None:
+    import json
+    import shutil
+    import time
+
+    spec = Spec.read(sys.argv[1])
+    meter = Meter(spec.warm)
+    compiled = Compiled()
+
+    from jaxtune import loop
+    from jaxtune.config import load_config
+
+    record, assemble = loop.record, loop.assemble
+    total, peak = spec.warm + spec.steps, []
+
+    def noted(outcome, recorder, config):
+        """A step's numbers are on the host, so it is done."""
+        record(outcome, recorder, config)
+        meter.ends.append(time.time())
+        meter.counts.append((outcome.batch.num_tokens, outcome.batch.num_supervised))
+        meter.losses.append(float(recorder.rows[-1]["loss"]))
+        if len(meter.ends) == total:
+            peak.append(device_peak_gb() if spec.device == "gpu" else host_peak_gb())
+            raise Done
+
+    def loaded(*arguments, **options):
+        found = assemble(*arguments, **options)
+        meter.loaded = time.time()
+        return found
+
+    shutil.rmtree(json.loads(Path(spec.jaxtune).read_text())["train"]["output_dir"], ignore_errors=True)
+    loop.record, loop.assemble = noted, loaded
+    try:
+        loop.train(load_config(spec.jaxtune, [f"train.steps={total}", *spec.overrides]))
+    except Done:
+        print("\n" + meter.answer(peak[0], compiled.seconds))
+
+
+class Done(BaseException):
+    """All steps are timed."""
+
+
+class Compiled:
+    """Seconds that XLA has spent compiling, from now on."""
+
+    def __init__(self):
+        import jax
+
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+
+    def _add(self, event: str, seconds: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.seconds += seconds
+
+
+def device_peak_gb() -> float:
+    import jax
+
+    return jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9
+
+
+if __name__ == "__main__":
+    main()

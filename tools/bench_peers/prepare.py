@@ -1,0 +1,81 @@
+"""The model, the rows and the work of a case, before its sides run.
+
+usage: prepare.py PLAN.json
+
+PLAN: {"shape": "0.5B", "7B" or "smollm2", "words": a directory or .gguf, "config": file of jaxtune's configuration,
+"conversations": file of the configuration whose rows are joined to blocks, or null, "rows": file to write}.
+Prints {"flops_per_token": ..., "num_rows": ..., "tokens_per_row": ...}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # the names of the scripts here would hide packages
+
+from jaxtune import tune  # noqa: E402
+from jaxtune.assemble import FULL, Source, assemble  # noqa: E402
+from jaxtune.config import Config, load_config  # noqa: E402
+from jaxtune.data.loader import build_data  # noqa: E402
+from jaxtune.hf_io import resolve_model, write_model  # noqa: E402
+from jaxtune.mesh import single_device_mesh  # noqa: E402
+from jaxtune.models.families import parse_config, read_config  # noqa: E402
+from jaxtune.plan.flops import model_flops  # noqa: E402
+from jaxtune.tokenizer import load_tokenizer  # noqa: E402
+from tools.device_bench import SHAPES  # noqa: E402
+
+
+def prepare(plan: dict) -> dict[str, float]:
+    config = load_config(plan["config"])
+    if not (Path(config.model.path) / "config.json").exists():
+        make_model(plan["shape"], resolve_model(plan["words"], weights=False), Path(config.model.path))
+    if plan["conversations"]:
+        join(load_config(plan["conversations"]), Path(config.data.paths[0]))
+    rows = read_rows(config)
+    if plan["conversations"]:
+        rows = [row for row in rows if len(row["input_ids"]) == config.data.max_length]
+    Path(plan["rows"]).write_text(json.dumps(rows))
+    lengths = [len(row["input_ids"]) for row in rows]
+    per_token = flops_per_token(config, sum(n * n for n in lengths) / sum(lengths))
+    return {"flops_per_token": per_token, "num_rows": len(rows), "tokens_per_row": sum(lengths) / len(rows)}
+
+
+def make_model(shape: str, words: Path, directory: Path) -> None:
+    """A Hugging Face directory: of random weights with a tokenizer, or of what a .gguf holds."""
+    pretrained = shape not in SHAPES
+    settings = read_config(words, {}) if pretrained else parse_config(SHAPES[shape], "bench.py")
+    dtype = "bfloat16" if shape == "7B" else "float32"
+    source = Source(words, settings, load_tokenizer(words))
+    init = "pretrained" if pretrained else "random"
+    made = assemble(source, FULL, single_device_mesh(), init=init, dtype=dtype)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    model = made.model
+    write_model(directory, made.params, model.weights, model.config, words, dtype, tokenizer=source.tokenizer)
+
+
+def join(conversations: Config, path: Path) -> None:
+    """Write all conversations as one text, which jaxtune splits into blocks."""
+    tokenizer = Source.open(conversations.model).tokenizer
+    text = "".join(tokenizer.decode(row["input_ids"]) for row in read_rows(conversations))
+    path.write_text(json.dumps({"text": text}) + "\n")
+
+
+def read_rows(config: Config) -> list[dict]:
+    """The very tokens and labels of jaxtune's data."""
+    tokenizer = Source.open(config.model).tokenizer
+    examples = build_data(config.data, config.eval, config.train, tokenizer).train.examples
+    return [
+        {"input_ids": examples.tokens[start:end].tolist(), "supervised": examples.supervised[start:end].tolist()}
+        for start, end in zip(examples.starts[:-1], examples.starts[1:], strict=True)
+    ]
+
+
+def flops_per_token(config: Config, time: float) -> float:
+    """What the model asks for (model_flops), for a token that attends in a row of `time` of them."""
+    tuning = tune.resolve(config.tune)
+    made = assemble(Source.open(config.model, None, tuning), tuning, single_device_mesh(), init="shapes")
+    return model_flops(made.model.config, made.model.weights, made.mask, made.params, 1, time)
+
+
+if __name__ == "__main__":
+    print(json.dumps(prepare(json.loads(Path(sys.argv[1]).read_text()))))
