@@ -2,8 +2,8 @@
 
 usage: tunix.py SPEC.json
 
-Its trainer refuses packing ("not supported in SFT PeftTrainer yet"), so rows are padded. Steps are not dispatched ahead,
-so that the end of each can be seen.
+Its trainer refuses packing ("not supported in SFT PeftTrainer yet"), so rows are padded. Steps are not dispatched
+ahead, so that the end of each can be seen.
 """
 
 import sys
