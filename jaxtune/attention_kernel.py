@@ -18,7 +18,9 @@ from jaxtune.models.trial import trial
 
 
 def settle(config: Config, model: ModelConfig, mesh: Mesh) -> str:
-    """What `memory.attention` comes to on these devices: xla, cudnn or splash, the same in every process.
+    """What `memory.attention` comes to on these devices: xla, tiles, cudnn or splash, the same in every process.
+
+    Tiles are not tried: they are XLA's own operations, which the tests compare.
 
     Raises:
         ConfigError: a kernel was asked for by name, and cannot be taken, or does not agree with plain XLA here.
@@ -28,6 +30,8 @@ def settle(config: Config, model: ModelConfig, mesh: Mesh) -> str:
     if kernel == "xla":
         if platform != "cpu":
             say(f"Attention: plain XLA, because {reason or 'memory.attention asks for it'}")
+        return kernel
+    if kernel == "tiles":
         return kernel
     problem = _problem(kernel, model, dtype)
     if problem is None:

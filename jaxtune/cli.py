@@ -24,6 +24,7 @@ import typer
 import jaxtune
 from jaxtune.errors import explained
 from jaxtune.quant.command import quantize
+from jaxtune.tokenizer import without_torch
 
 app = typer.Typer(
     help="Fine-tune and train decoder language models in JAX: Hugging Face files in, Hugging Face files out.",
@@ -404,6 +405,8 @@ def _leave(message: str, code: int) -> NoReturn:
 
 def main(arguments: list[str] | None = None) -> None:
     """The console script. arguments: in place of the command line's."""
+    if arguments is None:
+        without_torch()
     app(arguments, prog_name="jaxtune")
 
 

@@ -139,16 +139,16 @@ class MemorySection(Section):
         "query",
         "key",
         "value",
-        "attended",
         "after_attention",
         "gate",
         "up",
     ]
     offload: list[Literal["optimizer", "activations", "params"]] = []  # lies in the host's memory until needed
     gradients: Literal["float32", "compute"] = "float32"  # type of their sum over devices and micro-batches
-    # of whole sequences, by plain XLA or by a fused kernel that never has the scores in memory: cudnn on an NVIDIA GPU,
-    # splash on a TPU. auto: the kernel where there is one that fits and, tried at the start, agrees with plain XLA
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    # of whole sequences, by plain XLA or in a way that never has all scores in memory: tiles on a CPU, cudnn on an
+    # NVIDIA GPU, splash on a TPU. auto: that of the platform where it fits; a kernel of a GPU or TPU is tried at the
+    # start, and has to agree with plain XLA
+    attention: Literal["auto", "xla", "tiles", "cudnn", "splash"] = "auto"
 
     @field_validator("remat", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ has the logits of its own part, and only sums and maxima over it move: one numbe
 Legend: N tokens of this device, E hidden size, C chunk, V vocabulary of this device.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,9 +18,11 @@ from jaxtune import ops
 from jaxtune.ops import Noise
 from jaxtune.parallel import local
 
-# Tokens that a device puts through the head at once. Few are best in a CPU's caches. An accelerator reads the whole
-# head for each chunk, so it takes as many as the float32 logits allow, of which about three times the bytes are in use.
-CHUNK = 128
+# Tokens that a device puts through the head at once. From 192 on a CPU's products are as fast as with more, and its
+# logits stay small. An accelerator reads the whole head for each chunk, so it takes as many as the float32 logits
+# allow, of which about three times the bytes are in use.
+CHUNK = 192
+PARTS = (6, 2, 1)  # of a chunk: the last one is as small a part as its tokens fit into
 CHUNK_ELSEWHERE = 2048
 LOGITS = 512 << 20  # bytes; 800 tokens of 150,000 words, whose products take longer than reading the head
 
@@ -28,7 +31,7 @@ def chunk_of(vocab_size: int) -> int:
     """Tokens of a chunk on this platform. vocab_size: of one device."""
     if jax.default_backend() == "cpu":
         return CHUNK
-    return max(CHUNK, min(CHUNK_ELSEWHERE, LOGITS // (4 * vocab_size) // CHUNK * CHUNK))
+    return max(CHUNK, min(CHUNK_ELSEWHERE, LOGITS // (4 * vocab_size) // 128 * 128))
 
 
 def cross_entropy(
@@ -124,20 +127,34 @@ def _sweep(function, carry, hidden, targets_N, weights_N, vocab_size):
     order_N = jnp.argsort(weights_N == 0, stable=True)  # supervised tokens first
     pad = lambda x_N: jnp.pad(x_N, (0, -tokens % size))  # noqa: E731
     targets, weights = pad(targets_N[order_N]), pad(weights_N[order_N])
-    order = pad(order_N)
+    order, count = pad(order_N), jnp.sum(weights_N != 0)
 
     def body(index, state):
         carry, d_sorted = state
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size)  # noqa: E731
         chosen = tuple(x_NE[cut(order)] for x_NE in hidden)
-        carry, d_hidden = function(carry, chosen, cut(targets), cut(weights))
+        given = carry, chosen, cut(targets), cut(weights)
+        carry, d_hidden = _fitting(function, count - index * size, size, given)
         if d_hidden is not None:
             put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, index * size, axis=0)  # noqa: E731
             d_sorted = jax.tree.map(put, d_sorted, d_hidden)
         return carry, d_sorted
 
-    chunks = -(-jnp.sum(weights_N != 0) // size)
     d_sorted = tuple(jnp.zeros((order.shape[0], x_NE.shape[-1]), x_NE.dtype) for x_NE in hidden)
-    carry, d_sorted = jax.lax.fori_loop(0, chunks, body, (carry, d_sorted))
+    carry, d_sorted = jax.lax.fori_loop(0, -(-count // size), body, (carry, d_sorted))
     home = jnp.argsort(order_N)
     return carry, tuple(d_NE[home] for d_NE in d_sorted)
+
+
+def _fitting(function, count, size, given):
+    """`function` of the smallest part of a chunk of `size` tokens that holds the first `count` of them."""
+    if any(x.ndim for x in jax.tree.leaves(given[0])):
+        return function(*given)  # the gradients of a head would be copied into a branch and out of it
+    sizes = sorted({max(1, size // part) for part in PARTS})
+
+    def part(length, carry, *arrays):
+        carry, d_hidden = function(carry, *jax.tree.map(lambda x: x[:length], arrays))
+        return carry, jax.tree.map(lambda d: jnp.pad(d, ((0, size - length), (0, 0))), d_hidden)
+
+    index = jnp.searchsorted(jnp.array(sizes[:-1]), count)
+    return jax.lax.switch(index, [partial(part, length) for length in sizes], *given)

@@ -4,6 +4,7 @@ Rendering of conversations and masks is data/'s work; making one from a .gguf is
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ END_OF_TURN = (
 )
 NEEDED = "a tokenizer.json is needed, and code of its own is never run"
 MAX_TEMPLATE_BYTES = 1 << 20
+
+
+def without_torch() -> None:
+    """There is no PyTorch in this process from now on. transformers imports it where it finds it, which takes seconds
+    and some 200 MB, and nothing here uses it. For processes that are jaxtune's alone."""
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
 
 def load_tokenizer(path: Path, template: str | None = None) -> Any:

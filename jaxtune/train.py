@@ -18,5 +18,7 @@ sys.modules[__name__].__class__ = _Train
 
 if __name__ == "__main__":
     from jaxtune.cli import main
+    from jaxtune.tokenizer import without_torch
 
+    without_torch()
     main(["train", *sys.argv[1:]])

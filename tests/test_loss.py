@@ -90,7 +90,8 @@ def test_a_frozen_head_has_no_weight_gradient_and_the_whole_logits_never_exist(i
     grad = jax.jit(jax.grad(lambda h, w: cross_entropy(h, w, targets, weights)))
     compiled = grad.lower(hidden, head).compile().as_text()
     products = set(re.findall(r"f32\[([\d,]+)\]\S* dot\(", compiled))
-    assert products == {f"16,{VOCAB}", f"16,{FEATURES}"}  # a chunk's logits, and its gradient
+    # The logits of a chunk or of a part of one, and their gradient.
+    assert products == {f"{size},{width}" for size in (2, 8, 16) for width in (VOCAB, FEATURES)}
     assert f"{BATCH * TIME},{VOCAB}" not in compiled and f"{BATCH},{TIME},{VOCAB}" not in compiled
 
 
@@ -130,11 +131,23 @@ def test_dropout_before_a_low_rank_head_reaches_the_adapter_alone(inputs):
 
 def test_an_accelerator_takes_more_tokens_at_once_but_no_more_logits_than_fit(monkeypatch, small_chunks):
     monkeypatch.undo()
-    assert loss_module.chunk_of(151_936) == 128
+    assert loss_module.chunk_of(151_936) == 192
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert [loss_module.chunk_of(size) for size in (1000, 151_936, 10**7)] == [2048, 768, 128]
+    assert [loss_module.chunk_of(size) for size in (1000, 151_936, 10**7)] == [2048, 768, 192]
 
 
 def test_a_chunk_is_cut_by_the_vocabulary_of_the_head(monkeypatch, inputs):
     monkeypatch.setattr(loss_module, "chunk_of", lambda vocab_size: {VOCAB: 40}[vocab_size])
     np.testing.assert_allclose(cross_entropy(*inputs), plain(*inputs), rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 9, 16, 17, 25])
+def test_any_number_of_supervised_tokens_gives_the_loss_and_its_gradient(inputs, count):
+    """The last chunk is of 2, 8 or 16 tokens."""
+    hidden, head, targets, _ = inputs
+    chosen = np.random.default_rng(count).permutation(BATCH * TIME)[:count]
+    weights = jnp.zeros(BATCH * TIME).at[chosen].set(1.5).reshape(BATCH, TIME)
+    ours, theirs = (
+        jax.jit(jax.value_and_grad(loss))(hidden, head, targets, weights) for loss in (cross_entropy, plain)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, theirs)

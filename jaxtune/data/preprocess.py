@@ -25,7 +25,7 @@ from jaxtune.data.megatron import DatasetWriter, open_dataset
 from jaxtune.data.records import kind, without_mark
 from jaxtune.data.text_files import read_line
 from jaxtune.errors import DataError, listing
-from jaxtune.tokenizer import load_tokenizer
+from jaxtune.tokenizer import load_tokenizer, without_torch
 
 CHUNK_LINES, CHUNK_BYTES = 256, 1 << 18  # that a worker gets at once, at most, but for a longer line
 _AHEAD = 4  # chunks that wait for each worker
@@ -194,6 +194,7 @@ _of_process: list[Any] = []  # what the process was started for
 
 
 def _start_process(make: Callable[[], Any]) -> None:
+    without_torch()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
     _of_process.append(make())
 

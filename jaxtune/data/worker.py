@@ -20,6 +20,7 @@ from jaxtune.data.examples import Examples
 from jaxtune.data.formats import Row
 from jaxtune.data.template import ChatTemplate, open_template
 from jaxtune.errors import UserError
+from jaxtune.tokenizer import without_torch
 
 PATIENCE = 120.0  # seconds for a template's request: workers keep all cores busy, and a machine may have other work
 
@@ -87,6 +88,7 @@ class _Worker:
 
 def main() -> None:
     """Answer until the input ends."""
+    without_torch()
     # What a library may print must not get between the answers.
     with os.fdopen(os.dup(1), "wb") as file:
         os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention over packed sequences: plain XLA, in tiles on a CPU, elsewhere in blocks of queries.
+"""Causal grouped-query attention over packed sequences: plain XLA, in blocks of queries.
 
 Legend: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, D head size.
 Attention knows order by index in the sequence and membership by segment id; rotary positions are not its
@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtune.models.tiled import SAVED, tiled_attention
+from jaxtune.models.tiled import SAVED
 
 MAX_BLOCKS = 8
 MIN_BLOCK = 128
-TILED = ("cpu",)  # platforms on which tiles are faster than blocks
 MASKED = -1e30  # not -inf: a row that sees nothing must give numbers, not nan
 
 
@@ -32,18 +31,15 @@ def attention(
     jax.checkpoint.
 
     q_segments [B, T], k_segments [B, S]: a query sees keys of its own segment only. offset: the first query's
-    index among the keys; the number 0 with T == S says that both are one sequence with one array of segments: blocks
-    that the causal mask hides are skipped, and on a CPU those that segments or window hide.
+    index among the keys; the number 0 with T == S skips the blocks that the causal mask hides.
     window: how many keys back a query sees, itself counted; None: all of them.
     """
     time = q_BTHD.shape[1]
     block = max(MIN_BLOCK, math.ceil(time / MAX_BLOCKS))
     triangular = isinstance(offset, int) and offset == 0 and time == k_BSKD.shape[1]
-    if not triangular or time <= MIN_BLOCK:
+    if not triangular or time <= block:
         out = _block(q_BTHD, k_BSKD, v_BSKD, q_segments, k_segments, offset, window)
         return checkpoint_name(out, SAVED)
-    if jax.default_backend() in TILED:
-        return tiled_attention(q_BTHD, k_BSKD, v_BSKD, q_segments, window)
     outputs = []
     for start in range(0, time, block):
         stop = min(start + block, time)

@@ -19,8 +19,8 @@ class Execution:
     weights_split: weights lie in parts along fsdp, and are gathered layer by layer. sequence_parallel: between
     attention and MLP the sequence is split over the tensor axis (Korthikanti et al. 2022, arXiv 2205.05198).
     remat: none | dots | block | full, or the names that a layer keeps. sum_dtype: that gradients are summed up in;
-    None: the weights' own. float8: the layers' linear maps multiply in it. attention: xla | cudnn | splash, of whole
-    sequences.
+    None: the weights' own. float8: the layers' linear maps multiply in it. attention: of whole sequences, a name
+    in kernels.NAMES.
     """
 
     weights_split: bool = True

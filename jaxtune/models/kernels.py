@@ -1,4 +1,4 @@
-"""Fused attention of whole sequences on one device: cuDNN on an NVIDIA GPU, splash on a TPU; and which one a run takes.
+"""Attention of whole sequences by platform: tiles on a CPU, cuDNN on an NVIDIA GPU, splash on a TPU; which a run takes.
 
 The scores never exist in the device's memory. What is computed is what `jaxtune.models.attention` computes; that it is
 so on the devices at hand, models/trial.py looks at before a run.
@@ -15,10 +15,11 @@ import jax.numpy as jnp
 
 from jaxtune.models.attention import attention, visible
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.tiled import SAVED
+from jaxtune.models.tiled import BLOCK, SAVED, tiled_attention
 
-NAMES = {"xla": "plain XLA", "cudnn": "cuDNN", "splash": "splash"}
-PLATFORMS = {"gpu": "cudnn", "tpu": "splash"}  # jax's name of the platform -> its kernel
+NAMES = {"xla": "plain XLA", "tiles": "XLA in tiles", "cudnn": "cuDNN", "splash": "splash"}
+PLATFORMS = {"cpu": "tiles", "gpu": "cudnn", "tpu": "splash"}  # jax's name of the platform -> its kernel
+OWNERS = {"tiles": "CPUs", "cudnn": "NVIDIA GPUs", "splash": "TPUs"}
 CUDNN_DIM = 256  # the largest head; before Hopper 128, which cuDNN says itself when it is tried
 CUDNN_MULTIPLE = 2  # of T: its backward pass with a mask
 SPLASH_BLOCK = 512  # tokens of a tile at most
@@ -33,7 +34,7 @@ def attend(
     segments_BT: jax.Array,
     window: jax.Array | int | None = None,
 ) -> jax.Array:
-    """`attention` of a whole sequence by the kernel xla, cudnn or splash: [B, T, H, D].
+    """`attention` of a whole sequence by the kernel xla, tiles, cudnn or splash: [B, T, H, D].
 
     For the backward pass, `policy` tells what has to be kept that the forward kernel is not run again.
     """
@@ -42,6 +43,8 @@ def attend(
     if kernel == "splash":
         assert window is None, "no splash where a layer has a window: obstacle says so"
         return splash_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT)
+    if kernel == "tiles" and q_BTHD.shape[1] > BLOCK:
+        return tiled_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, window)
     return attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, segments_BT, window=window)
 
 
@@ -135,7 +138,7 @@ def obstacle(kernel: str, config: ModelConfig, dtype: Any, platform: str, contex
     if kernel == "xla":
         return None
     if PLATFORMS.get(platform) != kernel:
-        return f"{NAMES[kernel]} is for {'NVIDIA GPUs' if kernel == 'cudnn' else 'TPUs'}, and this is a {platform}"
+        return f"{NAMES[kernel]} is for {OWNERS[kernel]}, and this is a {platform}"
     if context > 1:
         return "mesh.context splits the sequences, which has its own way (mesh.context_attention)"
     if kernel == "splash" and any(config.windows):

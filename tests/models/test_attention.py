@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from jaxtune.models import attention as module
-from jaxtune.models import tiled
 from jaxtune.models.attention import attention, visible
 
 B, T, H, K, D = 2, 24, 4, 2, 8
@@ -41,15 +40,10 @@ def draw(time=T, keys=T, seed=0):
     )
 
 
-@pytest.fixture(params=["at once", "blocks", "tiles"])
+@pytest.fixture(params=[128, 7], ids=lambda size: f"block{size}")
 def block(request, monkeypatch):
-    """24 tokens in one piece, in blocks of 7 or in tiles of 8 by 8."""
-    if request.param == "at once":
-        return
-    monkeypatch.setattr(module, "MIN_BLOCK", 7)
+    monkeypatch.setattr(module, "MIN_BLOCK", request.param)
     monkeypatch.setattr(module, "MAX_BLOCKS", 100)
-    monkeypatch.setattr(module, "TILED", ("cpu",) if request.param == "tiles" else ())
-    monkeypatch.setattr(tiled, "BLOCK", 8)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
@@ -102,7 +96,6 @@ def test_bfloat16_keeps_its_type_and_is_close():
 
 def test_blocks_above_the_diagonal_are_not_computed(monkeypatch):
     monkeypatch.setattr(module, "MIN_BLOCK", 8)
-    monkeypatch.setattr(module, "TILED", ())
     q, k, v = draw()
     text = jax.jit(lambda *x: attention(*x, PACKED, PACKED)).lower(q, k, v).as_text()
     rows = H // K * 8

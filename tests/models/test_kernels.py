@@ -138,10 +138,10 @@ def chosen(asked="auto", dtype="bfloat16", platform="gpu", context=1, **model):
     return choose(asked, replace(CONFIG, **{"head_dim": 64, **model}), dtype, platform, context)
 
 
-def test_auto_takes_the_platforms_kernel_and_plain_xla_on_a_cpu():
+def test_auto_takes_the_platforms_kernel():
     assert chosen() == ("cudnn", None)
     assert chosen(platform="tpu", dtype="float32") == ("splash", None)
-    assert chosen(platform="cpu") == ("xla", None)
+    assert chosen(platform="cpu", dtype="float32") == ("tiles", None)
     assert chosen("xla") == ("xla", None)
 
 

@@ -22,6 +22,9 @@ def main() -> None:
 
     from jaxtune import loop
     from jaxtune.config import load_config
+    from jaxtune.tokenizer import without_torch
+
+    without_torch()  # as the command line does
 
     record, assemble = loop.record, loop.assemble
     total, peak = spec.warm + spec.steps, []
