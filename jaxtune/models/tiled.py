@@ -88,9 +88,8 @@ def _backward(block, saved, dout_BTHD):
     delta = cut.queries(products.sum(-1, keepdims=True))[:, :, 0]
 
     def tile(queries: Queries, given, mask, j, carry):
-        dq, dk, dv = carry
-        at = queries.row, j
-        here = _attend_backward(*given, k_BNKsD[at], k_BNKDs[at], v_BNKsD[at], mask)
+        (q_KDX, dout_KDX, logsum, delta), (dq, dk, dv), at = given, carry, (queries.row, j)
+        here = _attend_backward(q_KDX, dout_KDX, logsum, delta, k_BNKsD[at], k_BNKDs[at], v_BNKsD[at], mask)
         return dq + here[0], dk.at[at].add(here[1]), dv.at[at].add(here[2])
 
     def row(carry, inputs):
