@@ -4,12 +4,15 @@ import ast
 import json
 import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from jaxtune.config import make_config, parse_yaml
+from tests.runs import sections, write_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((REPOSITORY / "jaxtune").rglob("*.py"))
@@ -88,6 +91,17 @@ def test_training_works_where_torch_is_not_installed(run_python, tiny_model, tmp
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["-m", "jaxtune.train", "--config"], ["-m", "jaxtune", "preview", "--config"]])
+def test_a_command_does_not_import_torch_where_it_is_installed(command, tiny_model, tmp_path):
+    config = write_config(tmp_path / "c.yaml", sections(tiny_model("qwen2"), tmp_path, steps=1))
+    asked = [sys.executable, "-X", "importtime", *command, str(config)]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "transformers" in imported and "torch" not in imported
+
+
 def test_the_package_does_not_ask_for_torch():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert not [name for name in project["dependencies"] if name.startswith(("torch", "peft", "accelerate"))]
@@ -125,8 +139,8 @@ def test_the_readmes_configurations_are_valid():
     """A whole one, and sections to put over it."""
     whole, *more = (parse_yaml(block, "README.md") for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
     assert make_config(whole).train.output_dir == "runs/mine"
-    for sections in more:
-        make_config({**whole, **sections})
+    for added in more:
+        make_config({**whole, **added})
 
 
 def test_the_readmes_first_screen_has_both_commands():
