@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 SAVED = "attended"  # the checkpoint name of what the backward pass needs beside queries, keys and values
 BLOCK = 128  # tokens at most; measured: a tile's scores have to fit into a CPU's caches
 ALIGN = 8
+TRIPS = "trips_"  # in the name of a loop: how long it is in the mean where a row is one document, for who counts
 LOWEST = -1e30  # not -inf, of which exp is slow
 LAST = np.iinfo(np.int32).max
 
@@ -213,14 +214,16 @@ class Queries(NamedTuple):
 
     def sweep(self, mask: Mask, tile: Callable[[jax.Array | None, jax.Array, Any], Any], carry: Any) -> Any:
         """Fold `tile(mask, j, carry)` over the blocks of keys that are seen. mask [s, t]; None: all is seen."""
-        carry = jax.lax.fori_loop(self.whole, self.index, lambda j, carry: tile(None, j, carry), carry)
+        with jax.named_scope(f"{TRIPS}{(mask.segments.shape[1] - 1) / 2:g}"):
+            carry = jax.lax.fori_loop(self.whole, self.index, lambda j, carry: tile(None, j, carry), carry)
         parts = self.whole - self.first
 
         def masked(n, carry):
             j = jnp.where(n < parts, self.first + n, self.index)
             return tile(mask.tile(self.row, self.index, j), j, carry)
 
-        return jax.lax.fori_loop(0, parts + 1, masked, carry)
+        with jax.named_scope(f"{TRIPS}1"):
+            return jax.lax.fori_loop(0, parts + 1, masked, carry)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A multiplication and an addition are two. What is not a matmul is not counted: i
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 
 from jaxtune.leaves import Leaf
 from jaxtune.models.config import ModelConfig
+from jaxtune.models.tiled import TRIPS
 from jaxtune.models.weights import HOOKS, Tree, Weight, leaves_with_path
 
 
@@ -63,7 +65,8 @@ TOP = Place()
 def matmul_flops(jaxpr: Any, loop_trips: int = 1, place: Place = TOP) -> Flops:
     """The matmuls of a jaxpr (jax.make_jaxpr's or `jitted.trace(...).jaxpr`), what runs in loops as often as it does.
 
-    loop_trips: how often a `while` runs whose length the data decide. Of a condition the dearest branch counts.
+    loop_trips: how often a `while` runs whose length the data decide, but for those that say it themselves (those of
+    attention in tiles). Of a condition the dearest branch counts.
     """
     total = Flops()
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -80,10 +83,13 @@ def matmul_flops(jaxpr: Any, loop_trips: int = 1, place: Place = TOP) -> Flops:
     return total
 
 
-def _times(equation: Any, loop_trips: int) -> int:
+def _times(equation: Any, loop_trips: int) -> float:
     if equation.primitive.name == "scan":
         return equation.params["length"]
-    return loop_trips if equation.primitive.name == "while" else 1
+    if equation.primitive.name != "while":
+        return 1
+    said = re.findall(rf"{TRIPS}([\d.]+)", str(equation.source_info.name_stack))
+    return float(said[-1]) if said else loop_trips
 
 
 def _jaxprs(equation: Any) -> Iterator[Any]:

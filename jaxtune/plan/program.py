@@ -117,7 +117,13 @@ def make_step(config: Config, model: ModelConfig, mesh: Mesh) -> Step:
         mesh,
         init="shapes",
         dtype=config.precision.params,
-        execution=Execution.of(config, compute_dtype(config.precision.compute)),
+        execution=Execution.of(config, compute_dtype(config.precision.compute), _attention(config, mesh)),
     )
     built = program.build(config, assembled.model, mesh, assembled.params, assembled.mask, TOTAL_STEPS)
     return Step(config, assembled, mesh, built)
+
+
+def _attention(config: Config, mesh: Mesh) -> str:
+    """Tiles where the devices are a CPU's, also where they stand for others: a fused kernel keeps no scores either."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu" and mesh.shape["context"] == 1
+    return "tiles" if on_cpu and config.memory.attention != "xla" else "xla"

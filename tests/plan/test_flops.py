@@ -12,6 +12,7 @@ from jaxtune.config import MeshSection, tune_section
 from jaxtune.mesh import make_mesh
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import Model
+from jaxtune.models.tiled import BLOCK, tiled_attention
 from jaxtune.models.weights import leaves_with_path, map_tree
 from jaxtune.plan.flops import Flops, Place, matmul_flops, model_flops
 
@@ -152,3 +153,15 @@ def test_the_declarations_hold_no_other_matmul():
     weights = Model.create(CONFIG).weights
     wide = [weight for path, weight in leaves_with_path(weights) if len(weight.shape) == 2 and path[0] != "embed"]
     assert sum(jnp.prod(jnp.array(weight.full_shape)) for weight in wide) == 2 * LAYER + HEAD
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 9])
+def test_attention_in_tiles_counts_the_tiles_of_one_document(blocks):
+    time, heads, kv_heads, dim = blocks * BLOCK, 4, 2, 16
+    q, k = (jax.ShapeDtypeStruct((2, time, count, dim), jnp.float32) for count in (heads, kv_heads))
+    attend = lambda q, k, v: jnp.sum(tiled_attention(q, k, v, jnp.ones((2, time), jnp.int32)))  # noqa: E731
+    tiles = 2 * blocks * (blocks + 1) / 2
+    product = 2 * heads * BLOCK**2 * dim
+    forward, both = (jax.make_jaxpr(f)(q, k, k) for f in (attend, jax.grad(attend, argnums=(0, 1, 2))))
+    assert matmul_flops(forward, loop_trips=1000).shared == 2 * tiles * product
+    assert matmul_flops(both, loop_trips=1000).shared == 7 * tiles * product
