@@ -9,9 +9,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-
-from jaxtune.models.tiled import SAVED
 
 MAX_BLOCKS = 8
 MIN_BLOCK = 128
@@ -27,8 +24,7 @@ def attention(
     offset: jax.Array | int = 0,
     window: jax.Array | int | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v under the causal, segment and window mask: [B, T, H, D], named `attended` for
-    jax.checkpoint.
+    """softmax(q k^T / sqrt(D)) v under the causal, segment and window mask: [B, T, H, D].
 
     q_segments [B, T], k_segments [B, S]: a query sees keys of its own segment only. offset: the first query's
     index among the keys; the number 0 with T == S skips the blocks that the causal mask hides.
@@ -38,14 +34,13 @@ def attention(
     block = max(MIN_BLOCK, math.ceil(time / MAX_BLOCKS))
     triangular = isinstance(offset, int) and offset == 0 and time == k_BSKD.shape[1]
     if not triangular or time <= block:
-        out = _block(q_BTHD, k_BSKD, v_BSKD, q_segments, k_segments, offset, window)
-        return checkpoint_name(out, SAVED)
+        return _block(q_BTHD, k_BSKD, v_BSKD, q_segments, k_segments, offset, window)
     outputs = []
     for start in range(0, time, block):
         stop = min(start + block, time)
         inputs = q_BTHD[:, start:stop], k_BSKD[:, :stop], v_BSKD[:, :stop]
         outputs.append(_block(*inputs, q_segments[:, start:stop], k_segments[:, :stop], start, window))
-    return checkpoint_name(jnp.concatenate(outputs, axis=1), SAVED)
+    return jnp.concatenate(outputs, axis=1)
 
 
 def visible(

@@ -7,6 +7,7 @@ import jax
 
 from jaxtune.config import Config, MemorySection
 from jaxtune.models import kernels
+from jaxtune.models.tiled import SAVED
 
 HOST = "pinned_host"  # jax's name for the host's memory that a device reads from
 WEIGHT = "weight"  # checkpoint name of a weight as a layer uses it: gathered, fetched or cast, and never kept
@@ -39,7 +40,7 @@ class Execution:
         mesh, memory = config.mesh, config.memory
         remat = memory.remat if isinstance(memory.remat, str) else tuple(memory.remat)
         if isinstance(remat, tuple) and mesh.context != 1:
-            remat = tuple(dict.fromkeys((*remat, "attended")))  # else the backward pass would go round the ring again
+            remat = tuple(dict.fromkeys((*remat, SAVED)))  # else the backward pass would go round the ring again
         if isinstance(remat, tuple) and "activations" not in memory.offload:
             remat = kernels.keeps(attention, remat)
         return cls(

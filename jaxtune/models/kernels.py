@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models.attention import attention, visible
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.tiled import BLOCK, SAVED, tiled_attention
+from jaxtune.models.tiled import BLOCK, SAVED, padded, tiled_attention
 
 NAMES = {"xla": "plain XLA", "tiles": "XLA in tiles", "cudnn": "cuDNN", "splash": "splash"}
 PLATFORMS = {"cpu": "tiles", "gpu": "cudnn", "tpu": "splash"}  # jax's name of the platform -> its kernel
@@ -45,7 +46,7 @@ def attend(
         return splash_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT)
     if kernel == "tiles" and q_BTHD.shape[1] > BLOCK:
         return tiled_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, window)
-    return attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, segments_BT, window=window)
+    return checkpoint_name(attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, segments_BT, window=window), SAVED)
 
 
 def cudnn_attention(
@@ -61,7 +62,7 @@ def cudnn_attention(
     implementation: of jax.nn.dot_product_attention; `xla` computes the same call anywhere.
     """
     time = q_BTHD.shape[1]
-    q, k, v, segments = (_padded(x, CUDNN_MULTIPLE) for x in (q_BTHD, k_BTKD, v_BTKD, segments_BT))
+    q, k, v, segments = (padded(x, CUDNN_MULTIPLE) for x in (q_BTHD, k_BTKD, v_BTKD, segments_BT))
     mask = visible(segments, segments, 0, window)[:, None]
     # cuDNN's own packing of sequences, in place of a mask, gives nan where a row has several segments.
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)[:, :time]
@@ -76,7 +77,7 @@ def splash_attention(
     """
     time, kv_heads = q_BTHD.shape[1], k_BTKD.shape[2]
     multiple = min(SPLASH_BLOCK, _up(time, LANES))
-    q, k, v, segments = (_padded(x, multiple) for x in (q_BTHD, k_BTKD, v_BTKD, segments_BT))
+    q, k, v, segments = (padded(x, multiple) for x in (q_BTHD, k_BTKD, v_BTKD, segments_BT))
     q = q * (1.0 / math.sqrt(q.shape[-1]))  # the kernel has no scale of its own
     q_BKGTD = q.reshape(*q.shape[:2], kv_heads, -1, q.shape[-1]).transpose(0, 2, 3, 1, 4)
     k_BKTD, v_BKTD = (x.transpose(0, 2, 1, 3) for x in (k, v))
@@ -101,12 +102,6 @@ def _splash(group: int, time: int, block: int, interpret: bool) -> Callable[...,
         interpret=interpret,
     )
     return lambda q, k, v, segments: kernel(q, k, v, splash.SegmentIds(segments, segments))
-
-
-def _padded(x: jax.Array, multiple: int) -> jax.Array:
-    """With zeros behind axis 1: tokens of segment 0, which is padding, and which nothing before them sees."""
-    more = -x.shape[1] % multiple
-    return jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)) if more else x
 
 
 def _up(size: int, multiple: int) -> int:

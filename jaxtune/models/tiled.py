@@ -50,11 +50,15 @@ def tiled_attention(
     """
     time = segments_BT.shape[1]
     block = block_of(time)
-    more = -time % block
-    q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q_BTHD, k_BTKD, v_BTKD))
-    segments = jnp.pad(segments_BT, ((0, 0), (0, more)))
+    q, k, v, segments = (padded(x, block) for x in (q_BTHD, k_BTKD, v_BTKD, segments_BT))
     seen = None if window is None else jnp.asarray(window, jnp.int32)
     return _tiled(q, k, v, segments, seen, block)[:, :time]
+
+
+def padded(x: jax.Array, multiple: int) -> jax.Array:
+    """With zeros behind axis 1: tokens of segment 0, which is padding, and which nothing before them sees."""
+    more = -x.shape[1] % multiple
+    return jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)) if more else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))

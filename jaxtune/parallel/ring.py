@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtune.models.tiled import SAVED
 from jaxtune.parallel import local
 from jaxtune.parallel.tiles import LATEST, Grid, Partial, Tokens, attend, attend_backward, may_see, visible
 from jaxtune.parallel.zigzag import AXIS, positions_of
-
-SAVED = "attended"  # the checkpoint name of what the backward pass needs beside queries, keys and values
 
 
 def ring_attention(

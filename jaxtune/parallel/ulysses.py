@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.errors import MeshError
 from jaxtune.models.attention import attention
+from jaxtune.models.tiled import SAVED
 from jaxtune.parallel.zigzag import AXIS, into_zigzag, out_of_zigzag
 
 
@@ -38,7 +39,7 @@ def ulysses_attention(
     q, k, v = (_to_heads(x, parts) for x in (q_BTHD, k_BTKD, v_BTKD))
     segments = out_of_zigzag(jax.lax.all_gather(segments_BT, AXIS, axis=1, tiled=True), parts, 1)
     out = _to_time(attention(q, k, v, segments, segments, window=window), parts)
-    return checkpoint_name(out, "attended")
+    return checkpoint_name(out, SAVED)
 
 
 def check_heads(num_local_q_heads: int, parts: int) -> None:

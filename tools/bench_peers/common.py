@@ -1,7 +1,7 @@
 """What every side of the benchmark has in common: the specification that it reads, its clock and its answer.
 
 A side is a script with one argument, the path of a specification. What it prints last is its answer, one line of JSON.
-Nothing here needs more than Python has.
+Nothing here needs more than Python has, but for what is of JAX sides.
 """
 
 import json
@@ -78,3 +78,24 @@ class Meter:
 def host_peak_gb() -> float:
     """The most memory that this process has had in use."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class Compiled:
+    """Of a JAX side: seconds that XLA has spent compiling, from now on."""
+
+    def __init__(self):
+        import jax
+
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+
+    def _add(self, event: str, seconds: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.seconds += seconds
+
+
+def device_peak_gb() -> float:
+    """Of a JAX side: the most memory that arrays have had on its device."""
+    import jax
+
+    return jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # the names of the scripts here would hide packages
 
-from tools.bench_peers.common import Meter, Spec, host_peak_gb  # noqa: E402
+from tools.bench_peers.common import Compiled, Meter, Spec, device_peak_gb, host_peak_gb  # noqa: E402
 
 
 def main() -> None:
@@ -54,26 +54,6 @@ def main() -> None:
 
 class Done(BaseException):
     """All steps are timed."""
-
-
-class Compiled:
-    """Seconds that XLA has spent compiling, from now on."""
-
-    def __init__(self):
-        import jax
-
-        self.seconds = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._add)
-
-    def _add(self, event: str, seconds: float, **_) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.seconds += seconds
-
-
-def device_peak_gb() -> float:
-    import jax
-
-    return jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9
 
 
 if __name__ == "__main__":

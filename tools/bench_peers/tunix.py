@@ -11,8 +11,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # the names of the scripts here would hide packages
 
-from tools.bench_peers.common import Meter, Spec, host_peak_gb  # noqa: E402
-from tools.bench_peers.ours import Compiled, device_peak_gb  # noqa: E402
+from tools.bench_peers.common import Compiled, Meter, Spec, device_peak_gb, host_peak_gb  # noqa: E402
 
 
 def main() -> None:
