@@ -4,7 +4,7 @@ After Liu et al. 2023 (arXiv 2310.01889), in zigzag order. Scores exist one tile
 memory falls with the size of the ring. To be called inside a shard_map that is manual over the context axis; with one
 device on that axis, or without a shard_map, the ring is the whole sequence's own tiles.
 
-Legend: B batch, T tokens of this device, H query heads, K key/value heads, G = H / K, D head size.
+Legend: that of models/tile.py; T tokens of this device, R = B * K.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,19 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtune.models.tile import (
+    Partial,
+    attend,
+    attend_backward,
+    cut_keys,
+    cut_queries,
+    join_keys,
+    join_queries,
+    scaled,
+)
 from jaxtune.models.tiled import SAVED
 from jaxtune.parallel import local
-from jaxtune.parallel.tiles import LATEST, Grid, Partial, Tokens, attend, attend_backward, may_see, visible
+from jaxtune.parallel.tiles import NOWHERE, Grid, Tokens, may_see, visible
 from jaxtune.parallel.zigzag import AXIS, positions_of
 
 
@@ -45,32 +55,35 @@ def _ring(q_BTHD, k_BTKD, v_BTKD, segments_BT, window):
 
 
 def _forward(q_BTHD, k_BTKD, v_BTKD, segments_BT, window):
-    q, kv = _grouped(q_BTHD, k_BTKD.shape[2]), _stacked(k_BTKD, v_BTKD)
+    ring = _Ring.of(q_BTHD, k_BTKD, segments_BT, window)
+    q, kv = ring.queries(scaled(q_BTHD)), ring.keys(k_BTKD, v_BTKD)
 
-    def tile(mask, fixed, kv, part, _):
-        return attend(part, *fixed, *kv, mask), ()
+    def tile(mask, q_RDX, kv, part, _):
+        k_RsD, v_RsD = kv
+        return attend(part, q_RDX, k_RsD, v_RsD.swapaxes(1, 2), mask), ()
 
-    part, _ = _Ring.of(q, segments_BT, window).go_round(tile, (q,), kv, Partial.empty(q.shape), ())
-    out, logsum = part.finish()
-    out, logsum = checkpoint_name(_ungrouped(out).astype(v_BTKD.dtype), SAVED), checkpoint_name(logsum, SAVED)
+    part, _ = ring.go_round(tile, q, kv, Partial.empty(q.shape), ())
+    out, logsum = jax.vmap(Partial.finish)(part)
+    out, logsum = (checkpoint_name(x, SAVED) for x in (ring.whole(out).astype(v_BTKD.dtype), logsum))
     return out, (q_BTHD, k_BTKD, v_BTKD, segments_BT, window, out, logsum)
 
 
 def _backward(saved, dout_BTHD):
     q_BTHD, k_BTKD, v_BTKD, segments_BT, window, out_BTHD, logsum = saved
-    q, dout, out = (_grouped(x, k_BTKD.shape[2]) for x in (q_BTHD, dout_BTHD, out_BTHD))
-    kv = _stacked(k_BTKD, v_BTKD)
-    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
+    ring = _Ring.of(q_BTHD, k_BTKD, segments_BT, window)
+    q, dout, kv = ring.queries(scaled(q_BTHD)), ring.queries(dout_BTHD), ring.keys(k_BTKD, v_BTKD)
+    products = out_BTHD.astype(jnp.float32) * dout_BTHD.astype(jnp.float32)
+    delta = ring.queries(products.sum(-1, keepdims=True))[:, :, 0]
 
     def tile(mask, fixed, kv, dq, dkv):
-        q, *rest = fixed
-        here = attend_backward(q, *kv, mask, *rest)
-        return dq + here[0], dkv + here[1]
+        k_RsD, v_RsD = kv
+        here, *more = attend_backward(*fixed, k_RsD, k_RsD.swapaxes(1, 2), v_RsD, mask)
+        return dq + here, dkv + jnp.stack(more)
 
     zeros = jnp.zeros(q.shape, jnp.float32), jnp.zeros(kv.shape, jnp.float32)
-    dq, dkv = _Ring.of(q, segments_BT, window).go_round(tile, (q, dout, logsum, delta), kv, *zeros)
-    dk, dv = dkv.transpose(0, 1, 3, 2, 4)
-    return _ungrouped(dq).astype(q.dtype), dk.astype(k_BTKD.dtype), dv.astype(v_BTKD.dtype), None, None
+    dq, dkv = ring.go_round(tile, (q, dout, logsum, delta), kv, *zeros)
+    dk, dv = (ring.whole_keys(dkv[:, n]) for n in range(2))
+    return scaled(ring.whole(dq)).astype(q_BTHD.dtype), dk.astype(k_BTKD.dtype), dv.astype(v_BTKD.dtype), None, None
 
 
 _ring.defvjp(_forward, _backward)
@@ -83,14 +96,35 @@ class _Ring:
     size: int
     rank: jax.Array
     grid: Grid
-    queries: Tokens
+    heads: tuple[int, int]  # B, K
+    segments: jax.Array  # [B, T]
     window: jax.Array | None
 
     @classmethod
-    def of(cls, q_BKGTD, segments_BT, window) -> "_Ring":
-        size, rank, time = local.size(AXIS), local.index(AXIS), segments_BT.shape[1]
-        grid = Grid.of(time, 1 if size == 1 else 2, q_BKGTD[..., 0, 0].size)
-        return cls(size, rank, grid, Tokens(positions_of(rank, time, size), segments_BT), window)
+    def of(cls, q_BTHD, k_BTKD, segments_BT, window) -> "_Ring":
+        size, (batch, time, heads, _) = local.size(AXIS), q_BTHD.shape
+        grid = Grid.of(time, 1 if size == 1 else 2, batch * heads)
+        return cls(size, local.index(AXIS), grid, (batch, k_BTKD.shape[2]), segments_BT, window)
+
+    def queries(self, x_BTHD: jax.Array) -> jax.Array:
+        """[N, R, D, X]."""
+        cut = cut_queries(self.grid.filled(x_BTHD, 1), self.heads[1], self.grid.block)
+        return jax.lax.collapse(cut.swapaxes(0, 1), 1, 3)
+
+    def whole(self, x_NRDX: jax.Array) -> jax.Array:
+        """Back from queries: [B, T, H, D]."""
+        split = x_NRDX.reshape(-1, *self.heads, *x_NRDX.shape[2:]).swapaxes(0, 1)
+        return self.grid.emptied(join_queries(split, self.grid.block), 1)
+
+    def keys(self, *arrays_BTKD: jax.Array) -> jax.Array:
+        """Keys and values as one message: [N, 2, R, s, D]."""
+        cut = [cut_keys(self.grid.filled(x, 1), self.grid.block).swapaxes(0, 1) for x in arrays_BTKD]
+        return jnp.stack([jax.lax.collapse(x, 1, 3) for x in cut], axis=1)
+
+    def whole_keys(self, x_NRsD: jax.Array) -> jax.Array:
+        """Back, of keys or values: [B, T, K, D]."""
+        split = x_NRsD.reshape(-1, *self.heads, *x_NRsD.shape[2:]).swapaxes(0, 1)
+        return self.grid.emptied(join_keys(split), 1)
 
     def go_round(self, tile: Callable, fixed: Any, kv: jax.Array, resident: Any, cargo: Any) -> tuple[Any, Any]:
         """Take every part's keys and values past the queries here.
@@ -99,7 +133,7 @@ class _Ring:
         and `resident` belong to the queries and stay, `cargo` belongs to the keys and ends on the device that they
         come from. The next part is on its way while one is dealt with, and so is the cargo of the last one.
         """
-        guest = kv, self.queries.segments
+        guest = kv, self.segments
         following = self._send(guest)
         own = jnp.asarray(self.grid.own_tiles())
         resident, cargo = self._visit(tile, own, self.rank, fixed, guest, resident, cargo)
@@ -126,21 +160,24 @@ class _Ring:
     def _visit(self, tile, tiles, source, fixed, guest, resident, cargo):
         """Go through the tiles with one part's keys; one in which nothing is seen costs nothing."""
         kv, segments = guest
-        keys = Tokens(positions_of(source, segments.shape[1], self.size), segments)
-        cut, put = self.grid.cut, self.grid.put
+        queries = self._tokens(self.rank, self.segments, NOWHERE["queries"])
+        keys = self._tokens(source, segments, NOWHERE["keys"])
 
         def one(n, carry):
             resident, cargo = carry
             i, j = tiles[n]
-            asked = self.grid.tokens(self.queries, i, -1), self.grid.tokens(keys, j, LATEST), self.window
-            before = cut(resident, i), cut(cargo, j)
+            asked = _block(queries, i), _block(keys, j), self.window
+            before = _block(resident, i), _block(cargo, j)
             # Only blocks go in and out of the branches, for what does is copied.
             after = jax.lax.cond(
-                may_see(*asked), lambda: tile(visible(*asked), cut(fixed, i), cut(kv, j), *before), lambda: before
+                may_see(*asked), lambda: tile(visible(*asked), _block(fixed, i), kv[j], *before), lambda: before
             )
-            return put(resident, after[0], i), put(cargo, after[1], j)
+            return _with_block(resident, after[0], i), _with_block(cargo, after[1], j)
 
         return jax.lax.fori_loop(0, len(tiles), one, (resident, cargo))
+
+    def _tokens(self, rank: jax.Array, segments: jax.Array, beyond: int) -> Tokens:
+        return self.grid.tokens(positions_of(rank, segments.shape[1], self.size), segments, beyond)
 
     def _send(self, tree: Any) -> Any:
         """To the next device of the ring."""
@@ -149,17 +186,10 @@ class _Ring:
         return jax.lax.ppermute(tree, AXIS, [(i, (i + 1) % self.size) for i in range(self.size)])
 
 
-def _grouped(x_BTHD: jax.Array, kv_heads: int) -> jax.Array:
-    """[B, K, G, T, D]: the queries that share a key head side by side."""
-    batch, time, heads, dim = x_BTHD.shape
-    return x_BTHD.reshape(batch, time, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+def _block(tree: Any, index: jax.Array) -> Any:
+    """Of arrays [N, ...]."""
+    return jax.tree.map(lambda x: x[index], tree)
 
 
-def _ungrouped(x_BKGTD: jax.Array) -> jax.Array:
-    batch, _, _, time, dim = x_BKGTD.shape
-    return x_BKGTD.transpose(0, 3, 1, 2, 4).reshape(batch, time, -1, dim)
-
-
-def _stacked(k_BTKD: jax.Array, v_BTKD: jax.Array) -> jax.Array:
-    """[2, B, K, T, D]: keys and values as one message."""
-    return jnp.stack([k_BTKD, v_BTKD]).transpose(0, 1, 3, 2, 4)
+def _with_block(tree: Any, parts: Any, index: jax.Array) -> Any:
+    return jax.tree.map(lambda x, part: x.at[index].set(part), tree, parts)

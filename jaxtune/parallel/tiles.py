@@ -1,36 +1,30 @@
-"""Attention of blocks of queries to blocks of keys: one tile of the scores at a time, and the gradient of one.
+"""Which blocks of queries and keys the ring goes through, and what they see of one another.
 
-Which device a block comes from is ring.py's business.
-Online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867. Its backward pass from the logarithm of the sum:
-Dao et al. 2022, arXiv 2205.14135, appendix B.
-
-Legend: B batch, K key/value heads, G query heads to one of those, D head size, T tokens of a device's part of the
-sequence, t queries and s keys of a tile. Statistics and sums are float32.
+Legend: B batch, T tokens of a device's part of the sequence, N blocks of it, t queries and s keys of a tile.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from jaxtune.models.attention import MASKED
 
 # At most so many bytes are one tile's float32 scores; about four times as many are in use. On a CPU they fit into its
 # caches (measured: 4 MiB twice as fast as 16); elsewhere they are large enough to be worth launching kernels for.
 SCORES = {"cpu": 4 << 20}
 SCORES_ELSEWHERE = 64 << 20
 MIN_BLOCK = 128
-LATEST = np.iinfo(np.int32).max
+NOWHERE = {"queries": -1, "keys": np.iinfo(np.int32).max}  # positions that see nothing, or are not seen
 
 
 @dataclass(frozen=True)
 class Grid:
     """How a device's part of the sequence, one or two chunks, is cut into blocks; no block spans two chunks.
 
-    Where blocks do not divide a chunk, its last one reaches back into the one before: those tokens are stale in it.
+    Where blocks do not divide a chunk, its last token stands behind it again; as a query it sees nothing, and as a key
+    nothing sees it.
     """
 
     chunks: int
@@ -39,7 +33,7 @@ class Grid:
 
     @classmethod
     def of(cls, time: int, chunks: int, rows: int) -> "Grid":
-        """time: T. rows: B * K * G, which with the limit on scores decide how large a block may be."""
+        """time: T. rows: B * H, which with the limit on scores decide how large a block may be."""
         limit = SCORES.get(jax.default_backend(), SCORES_ELSEWHERE)
         largest = max(MIN_BLOCK, 2 ** int(math.log2(limit / (4 * rows)) / 2))
         chunk = time // chunks
@@ -50,27 +44,25 @@ class Grid:
         """Of one chunk."""
         return math.ceil(self.chunk / self.block)
 
-    def cut(self, tree: Any, index: jax.Array) -> Any:
-        """One block of arrays whose dimension 3 is T."""
-        start, _ = self._start(index)
-        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, self.block, 3), tree)
+    def filled(self, x: jax.Array, dim: int) -> jax.Array:
+        """An array whose dimension `dim` is T, with each chunk's last token again until its blocks are full."""
+        split = x.reshape(*x.shape[:dim], self.chunks, self.chunk, *x.shape[dim + 1 :])
+        more = [(0, 0)] * split.ndim
+        more[dim + 1] = (0, self.blocks * self.block - self.chunk)
+        return jnp.pad(split, more, mode="edge").reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
 
-    def put(self, tree: Any, parts: Any, index: jax.Array) -> Any:
-        """The arrays with one block replaced."""
-        start, _ = self._start(index)
-        write = jax.lax.dynamic_update_slice_in_dim
-        return jax.tree.map(lambda x, part: write(x, part, start, 3), tree, parts)
+    def emptied(self, x: jax.Array, dim: int) -> jax.Array:
+        """Without what `filled` put in."""
+        split = x.reshape(*x.shape[:dim], self.chunks, -1, *x.shape[dim + 1 :])
+        kept = jax.lax.slice_in_dim(split, 0, self.chunk, axis=dim + 1)
+        return kept.reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
 
-    def tokens(self, tokens: "Tokens", index: jax.Array, stale: int) -> "Tokens":
-        """One block of tokens. stale: a position that hides a token which an earlier block has dealt with."""
-        start, fresh = self._start(index)
-        positions, segments = (
-            jax.lax.dynamic_slice_in_dim(x, start, self.block, axis)
-            for x, axis in ((tokens.positions, 0), (tokens.segments, 1))
-        )
-        if self.chunk % self.block:
-            positions = jnp.where(start + jnp.arange(self.block) < fresh, stale, positions)
-        return Tokens(positions, segments)
+    def tokens(self, positions: jax.Array, segments: jax.Array, beyond: int) -> "Tokens":
+        """In blocks. positions [T], segments [B, T]. beyond: the position of what stands behind a chunk."""
+        places = np.arange(self.chunks * self.blocks * self.block) % (self.blocks * self.block)
+        positions = jnp.where(places < self.chunk, self.filled(positions, 0), beyond).reshape(-1, self.block)
+        segments = self.filled(segments, 1).reshape(len(segments), -1, self.block)
+        return Tokens(positions, segments.swapaxes(0, 1))
 
     def own_tiles(self) -> np.ndarray:
         """[tiles, 2] blocks of queries and of keys: those that causality leaves of a device's part with itself."""
@@ -87,27 +79,21 @@ class Grid:
         later = np.indices((front, everything)).reshape(2, -1).T + np.array([front, 0])
         return earlier.astype(np.int32), later.astype(np.int32)
 
-    def _start(self, index):
-        """First token of a block, and its first one that no earlier block holds."""
-        chunk = index // self.blocks * self.chunk
-        fresh = chunk + index % self.blocks * self.block
-        return jnp.minimum(fresh, chunk + self.chunk - self.block), fresh
-
 
 class Tokens(NamedTuple):
-    """What the mask asks of tokens."""
+    """What the mask asks of tokens: of all blocks, or of one, which has no N."""
 
-    positions: jax.Array  # int32 [T], in the whole sequence
-    segments: jax.Array  # int32 [B, T]
+    positions: jax.Array  # int32 [N, t], in the whole sequence
+    segments: jax.Array  # int32 [N, B, t]
 
 
 def visible(queries: Tokens, keys: Tokens, window: jax.Array | None) -> jax.Array:
-    """The mask [B, t, s]: True where a query sees a key."""
-    distance = queries.positions[:, None] - keys.positions[None, :]
+    """The mask [B, s, t] of two blocks: True where a query sees a key."""
+    distance = queries.positions[None, :] - keys.positions[:, None]
     mask = distance >= 0
     if window is not None:
         mask &= distance < window
-    return mask[None] & (queries.segments[:, :, None] == keys.segments[:, None, :])
+    return mask[None] & (queries.segments[:, None, :] == keys.segments[:, :, None])
 
 
 def may_see(queries: Tokens, keys: Tokens, window: jax.Array | None) -> jax.Array:
@@ -115,60 +101,3 @@ def may_see(queries: Tokens, keys: Tokens, window: jax.Array | None) -> jax.Arra
     (q_low, q_high), (k_low, k_high) = ((x.segments.min(1), x.segments.max(1)) for x in (queries, keys))
     some = jnp.any((q_low <= k_high) & (k_low <= q_high))
     return some if window is None else some & (queries.positions[0] - keys.positions[-1] < window)
-
-
-class Partial(NamedTuple):
-    """Attention to the keys met so far."""
-
-    out: jax.Array  # [B, K, G, T, D], not yet divided by `total`
-    peak: jax.Array  # [B, K, G, T], the largest score
-    total: jax.Array  # [B, K, G, T], sum of exp(score - peak)
-
-    @classmethod
-    def empty(cls, shape: tuple[int, ...]) -> "Partial":
-        statistic = jnp.zeros(shape[:-1], jnp.float32)
-        return cls(jnp.zeros(shape, jnp.float32), statistic + MASKED, statistic)
-
-    def finish(self) -> tuple[jax.Array, jax.Array]:
-        """The output, and the logarithm of the sum of exp(score); zeros where a query saw nothing."""
-        total = jnp.where(self.total > 0, self.total, 1.0)
-        logsum = jnp.where(self.total > 0, self.peak + jnp.log(total), 0.0)
-        return self.out / total[..., None], logsum
-
-
-def attend(part: Partial, q_BKGtD, k_BKsD, v_BKsD, mask_Bts) -> Partial:
-    """The block of queries, with a block of keys added to what it has met."""
-    scores = _scores(q_BKGtD, k_BKsD, mask_Bts)
-    peak = jnp.maximum(part.peak, scores.max(-1))
-    weights = jnp.exp(scores - peak[..., None])
-    fade = jnp.exp(part.peak - peak)
-    out = _dot("bkgts,bksd->bkgtd", weights.astype(v_BKsD.dtype), v_BKsD)
-    return Partial(part.out * fade[..., None] + out, peak, part.total * fade + weights.sum(-1))
-
-
-def attend_backward(q_BKGtD, k_BKsD, v_BKsD, mask_Bts, dout_BKGtD, logsum_BKGt, delta_BKGt):
-    """Gradients, in float32, of the block of queries, and of the blocks of keys and values stacked on axis 0.
-
-    dout: of the output. delta: sum over D of output times dout.
-    """
-    weights = jnp.exp(_scores(q_BKGtD, k_BKsD, mask_Bts) - logsum_BKGt[..., None])
-    dv = _dot("bkgts,bkgtd->bksd", weights.astype(v_BKsD.dtype), dout_BKGtD)
-    dweights = _dot("bkgtd,bksd->bkgts", dout_BKGtD, v_BKsD)
-    dscores = weights * (dweights - delta_BKGt[..., None]) * _scale(q_BKGtD)
-    dscores = dscores.astype(q_BKGtD.dtype)
-    dk = _dot("bkgts,bkgtd->bksd", dscores, q_BKGtD)
-    return _dot("bkgts,bksd->bkgtd", dscores, k_BKsD), jnp.stack([dk, dv])
-
-
-def _scores(q_BKGtD, k_BKsD, mask_Bts) -> jax.Array:
-    scores = _dot("bkgtd,bksd->bkgts", q_BKGtD, k_BKsD) * _scale(q_BKGtD)
-    # -inf, less a finite peak, is a weight of exactly 0: also for a query that sees nothing of this block.
-    return jnp.where(mask_Bts[:, None, None], scores, -jnp.inf)
-
-
-def _scale(q: jax.Array) -> float:
-    return 1.0 / math.sqrt(q.shape[-1])
-
-
-def _dot(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(formula, a, b, preferred_element_type=jnp.float32)
