@@ -130,6 +130,7 @@ def measure(path: str, steps: str) -> dict:
     from jaxtune.data.loader import build_data
     from jaxtune.mesh import make_mesh
     from jaxtune.plan.flops import model_flops
+    from tools.bench_peers.matmul import matmul_rate
 
     config = load_config(path, [])
     config = config.model_copy(update={"tune": tune.resolve(config.tune)})
@@ -174,23 +175,6 @@ def synced(metrics: dict) -> float:
     """The time, once the step is done."""
     float(metrics["loss"])
     return time.monotonic()
-
-
-def matmul_rate(size: int = 8192, times: int = 20) -> float:
-    """Operations a second of the device's bfloat16 matmul."""
-    import jax
-    import jax.numpy as jnp
-
-    if jax.default_backend() == "cpu":
-        size = 1024
-    x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
-    product = jax.jit(lambda x, y: x @ y)
-    product(x, x).block_until_ready()
-    started, y = time.monotonic(), x
-    for _ in range(times):
-        y = product(x, y)
-    y.block_until_ready()
-    return times * 2 * size**3 / (time.monotonic() - started)
 
 
 def print_table(found: dict[str, dict]) -> None:
