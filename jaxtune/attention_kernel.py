@@ -26,7 +26,7 @@ def settle(config: Config, model: ModelConfig, mesh: Mesh) -> str:
         ConfigError: a kernel was asked for by name, and cannot be taken, or does not agree with plain XLA here.
     """
     asked, dtype, platform = config.memory.attention, compute_dtype(config.precision.compute), _platform(mesh)
-    kernel, reason = choose(asked, model, dtype, platform, mesh.shape["context"])
+    kernel, reason = choose(asked, model, dtype, platform, ring_of(config, mesh))
     if kernel == "xla":
         if platform != "cpu":
             say(f"Attention: plain XLA, because {reason or 'memory.attention asks for it'}")
@@ -44,14 +44,19 @@ def settle(config: Config, model: ModelConfig, mesh: Mesh) -> str:
     return "xla"
 
 
-def choose(asked: str, model: ModelConfig, dtype: Any, platform: str, context: int) -> tuple[str, str | None]:
-    """(kernel, why it is plain XLA although nobody asked for that). platform: jax's name; context: the mesh axis' size.
+def ring_of(config: Config, mesh: Mesh) -> int:
+    """How many devices a sequence goes round. With Ulysses each has whole ones."""
+    return 1 if config.mesh.context_attention == "ulysses" else mesh.shape["context"]
+
+
+def choose(asked: str, model: ModelConfig, dtype: Any, platform: str, ring: int) -> tuple[str, str | None]:
+    """(kernel, why it is plain XLA although nobody asked for that). platform: jax's name; ring: what `ring_of` gives.
 
     Raises:
         ConfigError: what was asked for by name cannot be taken.
     """
     kernel = PLATFORMS.get(platform, "xla") if asked == "auto" else asked
-    reason = obstacle(kernel, model, dtype, platform, context)
+    reason = obstacle(kernel, model, dtype, platform, ring)
     if reason is not None and asked != "auto":
         raise ConfigError(f"memory.attention: {asked}: {reason}; set memory.attention to auto or xla")
     return ("xla", reason) if reason else (kernel, None)

@@ -139,9 +139,10 @@ class Attention(nnx.Module):
             )
             cache = write(cache[0], k), write(cache[1], v)
         if local.size("context") > 1:
-            out = spread_attention(run.context_attention, q, k, v, context.segments, window)  # names its own output
+            # Both name themselves what is to be kept of them.
+            out = spread_attention(run.context_attention, q, k, v, context.segments, window, run.attention)
         elif context.start is None:
-            out = attend(run.attention, q, k, v, context.segments, window)  # this one too
+            out = attend(run.attention, q, k, v, context.segments, window)
         else:
             k, v = cache
             out = attention(q, k, v, context.segments, context.cache_segments, context.start, window)

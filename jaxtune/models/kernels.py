@@ -127,15 +127,15 @@ def policy(kernel: str, names: tuple[str, ...]) -> Any:
     return policies.save_from_both_policies(policies.save_only_these_names(*names), own)
 
 
-def obstacle(kernel: str, config: ModelConfig, dtype: Any, platform: str, context: int) -> str | None:
-    """Why a kernel cannot be taken, or None. dtype: of computing. context: size of the mesh's axis of this name."""
+def obstacle(kernel: str, config: ModelConfig, dtype: Any, platform: str, ring: int) -> str | None:
+    """Why a kernel cannot be taken, or None. dtype: of computing. ring: devices that a sequence goes round."""
     dtype = jnp.dtype(dtype)
     if kernel == "xla":
         return None
     if PLATFORMS.get(platform) != kernel:
         return f"{NAMES[kernel]} is for {OWNERS[kernel]}, and this is a {platform}"
-    if context > 1:
-        return "mesh.context splits the sequences, which has its own way (mesh.context_attention)"
+    if ring > 1:
+        return "mesh.context splits the sequences, and the ring has its own tiles; context_attention: ulysses takes it"
     if kernel == "splash" and any(config.windows):
         return "splash knows no window that differs between layers, and the model has sliding windows"
     if kernel == "cudnn" and dtype.name not in ("bfloat16", "float16"):

@@ -70,7 +70,7 @@ def _tiled(q_BTHD, k_BTKD, v_BTKD, segments_BT, window, block):
 
 def _forward(q_BTHD, k_BTKD, v_BTKD, segments_BT, window, block):
     k_BNKsD, v_BNKDs = cut_keys(k_BTKD, block), cut_keys(v_BTKD, block).swapaxes(3, 4)
-    mask, cut, whole = Mask.of(segments_BT, window, block), *_queries(q_BTHD, k_BTKD, block)
+    mask, (cut, whole) = Mask.of(segments_BT, window, block), _queries(q_BTHD, k_BTKD, block)
 
     def tile(queries: Queries, q_KDX, mask, j, part):
         return attend(part, q_KDX, k_BNKsD[queries.row, j], v_BNKDs[queries.row, j], mask)

@@ -17,6 +17,11 @@ def spread_attention(
     v_BTKD: jax.Array,
     segments_BT: jax.Array,
     window: jax.Array | int | None = None,
+    kernel: str = "xla",
 ) -> jax.Array:
-    """`mesh.context_attention` of this device's parts, in zigzag order: [B, T, H, D]."""
-    return KINDS[kind](q_BTHD, k_BTKD, v_BTKD, segments_BT, window)
+    """`mesh.context_attention` of this device's parts, in zigzag order: [B, T, H, D].
+
+    kernel: for Ulysses, which has whole sequences; the ring's tiles are its own.
+    """
+    own = {} if kind == "ring" else {"kernel": kernel}
+    return KINDS[kind](q_BTHD, k_BTKD, v_BTKD, segments_BT, window, **own)

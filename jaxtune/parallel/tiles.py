@@ -59,7 +59,7 @@ class Grid:
 
     def tokens(self, positions: jax.Array, segments: jax.Array, beyond: int) -> "Tokens":
         """In blocks. positions [T], segments [B, T]. beyond: the position of what stands behind a chunk."""
-        places = np.arange(self.chunks * self.blocks * self.block) % (self.blocks * self.block)
+        places: np.ndarray = np.arange(self.chunks * self.blocks * self.block) % (self.blocks * self.block)
         positions = jnp.where(places < self.chunk, self.filled(positions, 0), beyond).reshape(-1, self.block)
         segments = self.filled(segments, 1).reshape(len(segments), -1, self.block)
         return Tokens(positions, segments.swapaxes(0, 1))

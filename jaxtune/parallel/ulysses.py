@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.errors import MeshError
 from jaxtune.models.attention import attention
+from jaxtune.models.kernels import attend
 from jaxtune.models.tiled import SAVED
 from jaxtune.parallel.zigzag import AXIS, into_zigzag, out_of_zigzag
 
@@ -23,11 +24,13 @@ def ulysses_attention(
     v_BTKD: jax.Array,
     segments_BT: jax.Array,
     window: jax.Array | int | None = None,
+    kernel: str = "xla",
 ) -> jax.Array:
     """What `jaxtune.models.attention` gives for the whole sequence, of this device's part: [B, T, H, D].
 
     All arguments are this device's parts, in zigzag order. window: how many keys back a query sees, itself counted;
-    None: all of them. KV heads that the axis does not divide are repeated until it does.
+    None: all of them. kernel: what attends between the exchanges, a name of models/kernels.py. KV heads that the axis
+    does not divide are repeated until it does.
 
     Raises:
         MeshError: the axis does not divide the query heads.
@@ -38,6 +41,8 @@ def ulysses_attention(
     k_BTKD, v_BTKD = (jnp.repeat(x, repeats, axis=2) for x in (k_BTKD, v_BTKD))
     q, k, v = (_to_heads(x, parts) for x in (q_BTHD, k_BTKD, v_BTKD))
     segments = out_of_zigzag(jax.lax.all_gather(segments_BT, AXIS, axis=1, tiled=True), parts, 1)
+    if kernel != "xla":  # it names itself what its backward pass needs, which is its output before the exchange
+        return _to_time(attend(kernel, q, k, v, segments, window), parts)
     out = _to_time(attention(q, k, v, segments, segments, window=window), parts)
     return checkpoint_name(out, SAVED)
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxtune import program, tune
 from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
+from jaxtune.attention_kernel import choose, ring_of
 from jaxtune.config import Config
 from jaxtune.loss import chunk_of
 from jaxtune.mesh import batch_shards, check_time
@@ -117,13 +118,15 @@ def make_step(config: Config, model: ModelConfig, mesh: Mesh) -> Step:
         mesh,
         init="shapes",
         dtype=config.precision.params,
-        execution=Execution.of(config, compute_dtype(config.precision.compute), _attention(config, mesh)),
+        execution=Execution.of(config, compute_dtype(config.precision.compute), _attention(config, mesh, model)),
     )
     built = program.build(config, assembled.model, mesh, assembled.params, assembled.mask, TOTAL_STEPS)
     return Step(config, assembled, mesh, built)
 
 
-def _attention(config: Config, mesh: Mesh) -> str:
+def _attention(config: Config, mesh: Mesh, model: ModelConfig) -> str:
     """Tiles where the devices are a CPU's, also where they stand for others: a fused kernel keeps no scores either."""
-    on_cpu = mesh.devices.flat[0].platform == "cpu" and mesh.shape["context"] == 1
-    return "tiles" if on_cpu and config.memory.attention != "xla" else "xla"
+    asked = "xla" if config.memory.attention == "xla" else "auto"
+    dtype, platform = compute_dtype(config.precision.compute), mesh.devices.flat[0].platform
+    kernel, _ = choose(asked, model, dtype, platform, ring_of(config, mesh))
+    return "tiles" if kernel == "tiles" else "xla"

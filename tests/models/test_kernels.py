@@ -134,8 +134,8 @@ def test_splash_compiles_for_a_tpu_with_heads_of_64(libtpu):
     assert done.stdout == "compiled\n", done.stderr
 
 
-def chosen(asked="auto", dtype="bfloat16", platform="gpu", context=1, **model):
-    return choose(asked, replace(CONFIG, **{"head_dim": 64, **model}), dtype, platform, context)
+def chosen(asked="auto", dtype="bfloat16", platform="gpu", ring=1, **model):
+    return choose(asked, replace(CONFIG, **{"head_dim": 64, **model}), dtype, platform, ring)
 
 
 def test_auto_takes_the_platforms_kernel():
@@ -151,7 +151,7 @@ def test_auto_takes_the_platforms_kernel():
         ({"dtype": "float32"}, "precision.compute is float32"),
         ({"head_dim": 60}, "the model's have 60"),
         ({"head_dim": 512}, "the model's have 512"),
-        ({"context": 2}, "mesh.context splits the sequences"),
+        ({"ring": 2}, "mesh.context splits the sequences"),
         ({"platform": "tpu", "windows": (None, 32, None, 32)}, "sliding windows"),
     ],
 )

@@ -2,10 +2,15 @@
 
 import re
 from functools import partial
+from types import SimpleNamespace
 
+import jax
 import pytest
 
+from jaxtune.attention_kernel import choose, ring_of
 from jaxtune.errors import MeshError
+from jaxtune.models import kernels, tiled
+from jaxtune.parallel.context import spread_attention
 from jaxtune.parallel.ulysses import check_heads, ulysses_attention
 from tests.parallel.support import PACKED, SPLIT, assert_same, draw, on_parts, split, whole, with_gradients
 
@@ -39,3 +44,23 @@ def test_heads_that_cannot_be_shared_are_refused_with_what_would_fit():
     with pytest.raises(MeshError, match="does not divide the 6 query heads"):
         split(ulysses_attention, 4, *draw(heads=6), PACKED)
     check_heads(14, 7)
+
+
+def test_between_the_exchanges_a_kernel_has_whole_sequences_of_its_heads(monkeypatch):
+    monkeypatch.setattr(tiled, "BLOCK", 16)
+    monkeypatch.setattr(kernels, "BLOCK", 16)
+    attend = partial(spread_attention, "ulysses", kernel="tiles")
+    for window in (None, 13):
+        windowed = partial(attend, window=window)
+        assert_same(split(windowed, 2, *draw(), PACKED), whole(*draw(), PACKED, window))
+    named = re.findall(r"name\[name=attended\]", str(jax.make_jaxpr(on_parts(attend, 2))(*draw()[:3], PACKED)))
+    assert len(named) == 2  # its output, once, and the logarithm of the sums
+
+
+def test_a_run_takes_the_platforms_kernel_for_ulysses_and_none_for_the_ring():
+    def kernel(**mesh):
+        config = SimpleNamespace(mesh=SimpleNamespace(**mesh))
+        mesh = SimpleNamespace(shape={"context": 2})
+        return choose("auto", SimpleNamespace(windows=()), "float32", "cpu", ring_of(config, mesh))[0]
+
+    assert (kernel(context_attention="ulysses"), kernel(context_attention="ring")) == ("tiles", "xla")
