@@ -21,7 +21,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(tool, "HEADS", (8,))
     monkeypatch.setattr(tool, "ROWS", ((1, 256, None),))
     monkeypatch.setattr(tool, "LAYERS", ((2, 8),))
-    monkeypatch.setattr(tool, "MATMUL", 8)
+    monkeypatch.setattr(tool, "square", lambda: jnp.ones((8, 8)))
 
 
 def test_tiles_count_whole_where_anything_in_them_is_seen():

@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,11 +44,12 @@ from jaxtune.models.weights import init_params, map_tree  # noqa: E402
 from jaxtune.ops import Noise  # noqa: E402
 from jaxtune.tune.lora import LoraSection  # noqa: E402
 from tools.bench import LORA, SHAPE  # noqa: E402
+from tools.bench_peers.matmul import square  # noqa: E402
 
 CONFIG = parse_config(SHAPE | {"num_hidden_layers": 4})
 DTYPE = compute_dtype("auto")
 KERNEL = PLATFORMS.get(jax.default_backend(), "xla")
-MATMUL, PRODUCTS = (2048, 5) if jax.default_backend() == "cpu" else (8192, 50)
+PRODUCTS = 5 if jax.default_backend() == "cpu" else 50  # large matmuls of a turn
 HEADS = (192, 256, 768)  # supervised tokens
 # rows, tokens of a row, tokens of a document in the mean; None: the row is one document
 ROWS = ((2, 384, 67), (1, 512, None), (1, 2048, 67), (1, 2048, None), (1, 4096, None))
@@ -76,10 +78,10 @@ def main() -> None:
 
 def measured(name: str, flops: float, functions: list[Callable[[], Any]], rounds: int) -> dict[str, Any]:
     """functions: the part, and its matmuls alone where they are timed as well."""
-    square = draw(9, MATMUL, MATMUL)
-    products = jax.jit(lambda x: jax.lax.fori_loop(0, PRODUCTS, lambda _, y: x @ y / MATMUL**0.5, x))
-    seconds = in_turns([lambda: products(square), *functions], rounds)
-    rates = [PRODUCTS * 2 * MATMUL**3 / one[0] for one in seconds]
+    large = square()
+    products = jax.jit(lambda x: jax.lax.fori_loop(0, PRODUCTS, lambda _, y: x @ y / len(x) ** 0.5, x))
+    seconds = in_turns([partial(products, large), *functions], rounds)
+    rates = [PRODUCTS * 2 * len(large) ** 3 / one[0] for one in seconds]
     return {
         "name": name,
         "seconds": median(one[1] for one in seconds),
@@ -115,39 +117,36 @@ def draw(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
 
 
 def heads():
-    weight, targets = draw(0, CONFIG.vocab_size, CONFIG.hidden_size, scale=0.02), jnp.arange(max(HEADS))[None]
+    weight = draw(0, CONFIG.vocab_size, CONFIG.hidden_size, scale=0.02)
+
+    def loss(hidden, weight):
+        targets = jnp.arange(hidden.shape[1])[None]
+        return cross_entropy(hidden, weight, targets, jnp.ones(targets.shape))
 
     @jax.jit
-    def part(hidden, weight):
-        return jax.value_and_grad(lambda hidden: cross_entropy(hidden, weight, targets_of(hidden), ones(hidden)))(
-            hidden
-        )
+    def alone(hidden, d, weight):
+        return jax.lax.dot_general(hidden, weight, (((1,), (1,)), ((), ()))), d @ weight
 
-    targets_of = lambda hidden: targets[:, : hidden.shape[1]]  # noqa: E731
-    ones = lambda hidden: jnp.ones(hidden.shape[:2])  # noqa: E731
-    logits = jax.jit(lambda x, weight: jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ()))))
-    gradient = jax.jit(lambda d, weight: d @ weight)
+    part = jax.jit(jax.value_and_grad(loss))
     for tokens in HEADS:
         hidden, d = draw(1, 1, tokens, CONFIG.hidden_size), draw(2, tokens, CONFIG.vocab_size)
-        alone = lambda hidden=hidden, d=d: (logits(hidden[0], weight), gradient(d, weight))  # noqa: E731
-        flops = 4.0 * tokens * weight.size
-        yield f"head, {tokens} tokens", flops, [lambda hidden=hidden: part(hidden, weight), alone]
+        functions = [partial(part, hidden, weight), partial(alone, hidden[0], d, weight)]
+        yield f"head, {tokens} tokens", 4.0 * tokens * weight.size, functions
 
 
 def attentions():
+    @jax.jit
+    def part(q, k, v, d, segments):
+        out, backward = jax.vjp(lambda *qkv: attend(KERNEL, *qkv, segments), q, k, v)
+        return out, backward(d)
+
+    count = (CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.num_kv_heads, CONFIG.num_heads)
     for rows, time_, mean in ROWS:
         segments = documents(rows, time_, mean)
-        count = (CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.num_kv_heads, CONFIG.num_heads)
-        q, k, v, d = (draw(n, rows, time_, heads, CONFIG.head_dim) for n, heads in enumerate(count))
-
-        @jax.jit
-        def part(q, k, v, d, segments):
-            out, backward = jax.vjp(lambda *qkv: attend(KERNEL, *qkv, segments), q, k, v)
-            return out, backward(d)
-
+        given = [draw(n, rows, time_, heads, CONFIG.head_dim) for n, heads in enumerate(count)]
         flops = 7 * 2.0 * CONFIG.head_dim * CONFIG.num_heads * seen(segments)
         name = f"attention, {rows} x {time_}, " + ("one document" if mean is None else f"documents of {mean}")
-        yield name, flops, [lambda part=part, given=(q, k, v, d, segments): part(*given)]
+        yield name, flops, [partial(part, *given, segments)]
 
 
 def documents(rows: int, time_: int, mean: int | None) -> jax.Array:
@@ -172,25 +171,19 @@ def seen(segments: jax.Array) -> int:
 
 def layers():
     model, trainable, frozen = adapted_model()
+    linear = sum(leaf.size for leaf in jax.tree.leaves(frozen["stacks"]) if leaf.ndim == 3)
+
+    def loss(trainable, frozen, tokens, noise, weights):
+        places, segments = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), jnp.ones_like(tokens)
+        hidden, _ = model.hidden(combine(trainable, frozen), tokens, places, segments, DTYPE, noise)
+        return (hidden @ weights).sum()
+
+    part, weights = jax.jit(jax.grad(loss)), draw(4, CONFIG.hidden_size)
     for rows, time_ in LAYERS:
         tokens = jnp.arange(rows * time_, dtype=jnp.int32).reshape(rows, time_)
-        places, segments = jnp.broadcast_to(jnp.arange(time_), tokens.shape), jnp.ones_like(tokens)
-        given, noise = (tokens, places, segments), Noise(jax.random.key(3), tokens)
-        weights = draw(4, CONFIG.hidden_size)
-
-        @jax.jit
-        def part(trainable, frozen, tokens, places, segments, noise, weights):
-            def loss(trainable):
-                hidden, _ = model.hidden(combine(trainable, frozen), tokens, places, segments, DTYPE, noise)
-                return (hidden @ weights).sum()
-
-            return jax.grad(loss)(trainable)
-
-        def run(part=part, given=given, noise=noise, weights=weights):
-            return part(trainable, frozen, *given, noise, weights)
-
-        linear = sum(leaf.size for leaf in jax.tree.leaves(frozen["stacks"]) if leaf.ndim == 3)
+        noise = Noise(jax.random.key(3), tokens)
         with patch.object(decoder, "attend", passed):
+            run = partial(part, trainable, frozen, tokens, noise, weights)
             yield f"layers, {rows} x {time_}", 4.0 * linear * tokens.size, [run]
 
 

@@ -59,7 +59,7 @@ def attend(part: Partial, q_RDX, k_RsD, v_RDs, mask_Bst) -> Partial:
 def attend_backward(q_RDX, dout_RDX, logsum_RX, delta_RX, k_RsD, k_RDs, v_RsD, mask_Bst):
     """Gradients, in float32, of the scaled queries [R, D, X], of the keys and of the values [R, s, D].
 
-    dout: of the output. delta: sum over D of output times dout. k_RDs: the keys turned round, once for all queries.
+    dout: of the output. delta: sum over D of output times dout. k_RDs: the keys turned round.
     """
     scores = _dot("rsd,rdx->rsx", k_RsD, q_RDX)
     weights = _masked(jnp.exp(jnp.minimum(scores - logsum_RX[:, None], 0.0)), mask_Bst, 0.0)
@@ -73,6 +73,11 @@ def attend_backward(q_RDX, dout_RDX, logsum_RX, delta_RX, k_RsD, k_RDs, v_RsD, m
 def scaled(q: jax.Array) -> jax.Array:
     """Queries as a tile takes them, or their gradient as attention gives it."""
     return q * (1.0 / math.sqrt(q.shape[-1]))
+
+
+def outputs_share(out_BTHD: jax.Array, dout_BTHD: jax.Array) -> jax.Array:
+    """Sum over D of the output times its gradient, [B, T, H, 1]: what `attend_backward` takes as delta, once cut."""
+    return (out_BTHD.astype(jnp.float32) * dout_BTHD.astype(jnp.float32)).sum(-1, keepdims=True)
 
 
 def cut_queries(x_BTHD: jax.Array, kv_heads: int, block: int) -> jax.Array:

@@ -23,6 +23,7 @@ from jaxtune.models.tile import (
     cut_queries,
     join_keys,
     join_queries,
+    outputs_share,
     scaled,
 )
 
@@ -90,8 +91,7 @@ def _backward(block, saved, dout_BTHD):
     k_BNKsD, v_BNKsD = cut_keys(k_BTKD, block), cut_keys(v_BTKD, block)
     k_BNKDs, mask = k_BNKsD.swapaxes(3, 4), Mask.of(segments_BT, window, block)
     cut, whole = _queries(q_BTHD, k_BTKD, block)
-    products = out_BTHD.astype(jnp.float32) * dout_BTHD.astype(jnp.float32)
-    delta = cut(products.sum(-1, keepdims=True))[:, :, 0]
+    delta = cut(outputs_share(out_BTHD, dout_BTHD))[:, :, 0]
 
     def tile(queries: Queries, given, mask, j, carry):
         (q_KDX, dout_KDX, logsum, delta), (dq, dk, dv), at = given, carry, (queries.row, j)

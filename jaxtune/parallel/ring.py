@@ -23,6 +23,7 @@ from jaxtune.models.tile import (
     cut_queries,
     join_keys,
     join_queries,
+    outputs_share,
     scaled,
 )
 from jaxtune.models.tiled import SAVED
@@ -72,8 +73,7 @@ def _backward(saved, dout_BTHD):
     q_BTHD, k_BTKD, v_BTKD, segments_BT, window, out_BTHD, logsum = saved
     ring = _Ring.of(q_BTHD, k_BTKD, segments_BT, window)
     q, dout, kv = ring.queries(scaled(q_BTHD)), ring.queries(dout_BTHD), ring.keys(k_BTKD, v_BTKD)
-    products = out_BTHD.astype(jnp.float32) * dout_BTHD.astype(jnp.float32)
-    delta = ring.queries(products.sum(-1, keepdims=True))[:, :, 0]
+    delta = ring.queries(outputs_share(out_BTHD, dout_BTHD))[:, :, 0]
 
     def tile(mask, fixed, kv, dq, dkv):
         k_RsD, v_RsD = kv

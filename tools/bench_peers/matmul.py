@@ -17,11 +17,15 @@ def main() -> None:
     print(json.dumps(device | {"matmul_flops": matmul_rate()}))
 
 
+def square() -> jax.Array:
+    size, dtype = (2048, jnp.float32) if jax.default_backend() == "cpu" else (8192, jnp.bfloat16)
+    return jax.random.normal(jax.random.key(0), (size, size), dtype)
+
+
 def matmul_rate() -> float:
     """FLOP/s."""
-    size, dtype = (2048, jnp.float32) if jax.default_backend() == "cpu" else (8192, jnp.bfloat16)
-    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    product = jax.jit(lambda x, y: x @ y / size**0.5)
+    x = square()
+    product = jax.jit(lambda x, y: x @ y / len(x) ** 0.5)
     return max(measure(product, product(x, x)) for _ in range(TRIES))
 
 
