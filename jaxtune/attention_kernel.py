@@ -26,7 +26,7 @@ def settle(config: Config, model: ModelConfig, mesh: Mesh) -> str:
         ConfigError: a kernel was asked for by name, and cannot be taken, or does not agree with plain XLA here.
     """
     asked, dtype, platform = config.memory.attention, compute_dtype(config.precision.compute), _platform(mesh)
-    kernel, reason = choose(asked, model, dtype, platform, ring_of(config, mesh))
+    kernel, reason = choose(asked, model, dtype, platform, ring_of(config, mesh), config.data.share_prefix)
     if kernel == "xla":
         if platform != "cpu":
             say(f"Attention: plain XLA, because {reason or 'memory.attention asks for it'}")
@@ -49,14 +49,16 @@ def ring_of(config: Config, mesh: Mesh) -> int:
     return 1 if config.mesh.context_attention == "ulysses" else mesh.shape["context"]
 
 
-def choose(asked: str, model: ModelConfig, dtype: Any, platform: str, ring: int) -> tuple[str, str | None]:
+def choose(
+    asked: str, model: ModelConfig, dtype: Any, platform: str, ring: int, share_prefix: bool = False
+) -> tuple[str, str | None]:
     """(kernel, why it is plain XLA although nobody asked for that). platform: jax's name; ring: what `ring_of` gives.
 
     Raises:
         ConfigError: what was asked for by name cannot be taken.
     """
     kernel = PLATFORMS.get(platform, "xla") if asked == "auto" else asked
-    reason = obstacle(kernel, model, dtype, platform, ring)
+    reason = obstacle(kernel, model, dtype, platform, ring, share_prefix)
     if reason is not None and asked != "auto":
         raise ConfigError(f"memory.attention: {asked}: {reason}; set memory.attention to auto or xla")
     return ("xla", reason) if reason else (kernel, None)

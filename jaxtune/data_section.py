@@ -109,6 +109,7 @@ class DataSection(SourceSection):
     train_on: Literal["all", "last"] = "all"  # their turns: every one, or a conversation's last
     turn_end: Literal["token", "template"] = "token"  # learnt up to: a turn's end token, or all that follows in it
     packing: bool | Literal["in_order"] = True  # several conversations in one sequence; in_order: as they come
+    share_prefix: bool = False  # what all conversations begin with is computed once for all that stand in a pack
     shuffle: bool = True  # anew in each epoch, by seed and epoch alone
     streaming: bool = False  # rows are read and tokenised as steps need them, and not kept; with train.steps
     shuffle_buffer: Positive = 10000  # of streaming: rows that are shuffled and packed together
@@ -180,6 +181,16 @@ class DataSection(SourceSection):
                 f"too_long: split is for format {' and '.join(TEXTS)}: the second piece of a conversation would be an "
                 "answer without its question; allowed with conversations: drop, truncate, error"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _packs_to_share_in(self):
+        if self.share_prefix and not self.packing:
+            raise ValueError(
+                "share_prefix is what the conversations of a pack share, and would do nothing without packing"
+            )
+        if self.share_prefix and self.streaming:
+            raise ValueError("share_prefix looks at what all conversations begin with, which streaming has not read")
         return self
 
     @model_validator(mode="after")

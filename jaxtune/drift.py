@@ -49,6 +49,7 @@ RULES = {
     "data.train_on": REFUSE,
     "data.turn_end": REFUSE,
     "data.packing": REFUSE,
+    "data.share_prefix": REFUSE,
     "data.shuffle": REFUSE,
     "data.streaming": REFUSE,
     "data.shuffle_buffer": REFUSE,

@@ -9,7 +9,9 @@ A case is a model, a method and rows (tools/bench_peers/cases.py; `--list` print
 process of its own, once a round, in turns whose order is reversed every other round, so that the machine's noise falls
 on all alike. On a CPU everything is computed in float32, on a GPU in bfloat16.
 
-A real token is one that is not padding; a supervised one is one that the loss is on. The model's FLOPs of a real token
+A real token is one of a conversation's own, not padding; a supervised one is one that the loss is on. The side
+jaxtune-shared has data.share_prefix: what all conversations begin with is computed once a pack, and counted for each,
+for each has the loss and the gradients that it would have by itself. The model's FLOPs of a real token
 are jaxtune.plan.flops.model_flops, the same number for every side: per matmul weight 2 forward, 2 for the gradient of
 its input and, where it trains, 2 for its own, hence 4 with LoRA and 6 with full tuning; attention over the row that a
 token stands in; the head for every token, also where a side computes it for the supervised alone; nothing that is
@@ -138,7 +140,11 @@ def measure(name: str, options: argparse.Namespace, report: dict) -> None:
     home.mkdir(exist_ok=True)
     spec = home / "spec.json"
     spec.write_text(json.dumps(specification(case, home, options, on_gpu), indent=1))
-    sides = {side: SIDES[side] for side in matching(SIDES, options.sides) if on_gpu or not SIDES[side].gpu_only}
+    sides = {
+        side: SIDES[side]
+        for side in matching(SIDES, options.sides)
+        if (on_gpu or not SIDES[side].gpu_only) and not (case.blocks and SIDES[side].conversations_only)
+    }
     sides |= dict(options.jax_peer)
     found = {
         side: {"why": missing(SIDES[side].needs) if side in SIDES else None, "failed": False, "rounds": []}

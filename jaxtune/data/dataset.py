@@ -6,6 +6,9 @@ and the state of the data is the step. All batches of a run have one shape, [mic
 
 A tuning method may have virtual tokens, ids past the vocabulary: they are put before every example as it is written
 into a row, take their room there, and are counted nowhere.
+
+What all examples begin with may be shared: it is written once, at the start of every pack, for all that stand in it.
+Their tokens see it and their positions follow it, so that each has the numbers that it would have by itself.
 """
 
 import hashlib
@@ -24,10 +27,12 @@ import numpy as np
 from jaxtune.data.examples import Many
 from jaxtune.data.mixing import Sources
 from jaxtune.data.packing import Epoch, plan_epoch
+from jaxtune.segments import SHARED
 
 STREAM_VERSION = 1  # to be raised with any change of order or packing, so that an old run is not resumed on a new one
 NONE = range(0)  # no virtual tokens
 KEPT = 3  # plans of epochs in memory
+WORTH_SHARING = 8  # tokens: of fewer, attention to them costs more than is won
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
@@ -39,8 +44,9 @@ class Batch:
     targets: np.ndarray  # int32, the token that follows; 0 where it is not supervised
     mask: np.ndarray  # bool, where the target is supervised
     positions: np.ndarray  # int32, from 0 in each document
-    segments: np.ndarray  # int32, 1, 2, ... for the documents of a row; 0: padding
+    segments: np.ndarray  # int32, 1, 2, ... for the documents of a row, or PADDING or SHARED (jaxtune/segments.py)
     virtual: int = field(default=0, kw_only=True)  # how many of its tokens are virtual
+    spared: int = field(default=0, kw_only=True)  # tokens of its examples that sharing has left out
     sources: dict[str, int] = field(default_factory=dict, kw_only=True)  # of several: the examples of each
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -82,13 +88,18 @@ class Dataset:
         shuffle: bool = True,
         virtual: range = NONE,
         sources: Sources | None = None,
+        share_prefix: bool = False,
     ):
         """time: tokens of a row, no example is longer; steps: wins over epochs, which may be a fraction.
 
-        virtual: ids that are put before every example, and take of `time`. sources: of several.
+        virtual: ids that are put before every example, and take of `time`. sources: of several. share_prefix: what
+        all examples begin with is put into a pack once; without packing it does nothing.
         """
         self.examples, self.virtual, self.sources = examples, virtual, sources
         self.shape = (micro_batches, batch_size // micro_batches, time)
+        self.share_prefix = share_prefix and bool(packing)
+        start = len(virtual) + examples.common_start if self.share_prefix else 0
+        self.shared = start if start >= WORTH_SHARING else 0  # tokens of a pack's start, virtual ones too
         self._order: dict[str, Any] = {"seed": seed, "packing": packing, "shuffle": shuffle}
         self._epochs: dict[int, Epoch] = {}  # the last few that were asked for
         self._ends = [0]  # the stream's rows before each epoch, and in all
@@ -115,6 +126,8 @@ class Dataset:
         settings = {**self._order, "time": self.shape[-1], "batch_size": self.batch_size, "version": STREAM_VERSION}
         if self.virtual:
             settings["virtual"] = [self.virtual.start, self.virtual.stop]
+        if self.shared:
+            settings["shared"] = self.shared
         if self.sources is not None and self.sources.weights is not None:
             settings["sources"] = [self.sources.counts, self.sources.weights]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -138,8 +151,11 @@ class Dataset:
                 taken.append(members)
         members = np.concatenate(taken)
         counts = self.sources.count(members) if self.sources is not None else {}
-        virtual, arrays = len(self.virtual) * len(members), batch.arrays().values()
-        return Batch(*(array.reshape(self.shape) for array in arrays), virtual=virtual, sources=counts)
+        repeated = len(members) - sum(len(row) > 0 for row in taken) if self.shared else 0
+        virtual = len(self.virtual) * (len(members) - repeated)
+        spared = (self.shared - len(self.virtual)) * repeated
+        arrays = [array.reshape(self.shape) for array in batch.arrays().values()]
+        return Batch(*arrays, virtual=virtual, spared=spared, sources=counts)
 
     def batches(self, first_step: int = 1, rows: Container[int] | None = None) -> Iterator[Batch]:
         """The batches from `first_step` to the last, made ahead of time by a thread; `rows` as `batch` has it."""
@@ -153,15 +169,17 @@ class Dataset:
         at, before = 0, np.array(self.virtual, np.int32)
         for segment, example in enumerate(members, 1):
             own, learnt = examples.read(example)
-            tokens = np.concatenate([before, own])
-            mask = np.concatenate([np.zeros(len(before), bool), learnt])
+            first = self.shared if at else 0  # the others begin after what the first has brought
+            tokens = np.concatenate([before, own])[first:]
+            mask = np.concatenate([np.zeros(len(before), bool), learnt])[first:]
             here, targets = slice(at, at + len(tokens)), slice(at, at + len(tokens) - 1)
             batch.tokens[row, here] = tokens
             batch.targets[row, targets] = np.where(mask[1:], tokens[1:], 0)
             batch.mask[row, targets] = mask[1:]
-            batch.positions[row, here] = np.arange(len(tokens))
+            batch.positions[row, here] = np.arange(first, first + len(tokens))
             batch.segments[row, here] = segment
             at += len(tokens)
+        batch.segments[row, : self.shared] = SHARED
 
     def _row(self, index: int) -> tuple[Many, np.ndarray]:
         """What row `index` of the stream is made of: some examples, and which of them."""
@@ -188,9 +206,9 @@ class Dataset:
             return self._epochs[number]
 
     def _plan(self, epoch: int) -> Epoch:
-        lengths: np.ndarray = self.examples.lengths + len(self.virtual)
+        lengths: np.ndarray = self.examples.lengths + len(self.virtual) - self.shared
         mixed = self.sources.order(self._order["seed"], epoch, self._order["shuffle"]) if self.sources else None
-        return plan_epoch(lengths, self.shape[-1], epoch=epoch, order=mixed, **self._order)
+        return plan_epoch(lengths, self.shape[-1] - self.shared, epoch=epoch, order=mixed, **self._order)
 
     def _rows_of(self, epochs: float) -> int:
         """Rows of the stream in so many epochs; of a part of an epoch, that part of its rows, rounded up."""

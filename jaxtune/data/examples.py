@@ -57,6 +57,24 @@ class Many(ABC):
         return sum(int(np.count_nonzero(mask)) for _, mask in self.runs())
 
     @cached_property
+    def common_start(self) -> int:
+        """How many tokens all examples begin with, none of which predicts a supervised one."""
+        start: np.ndarray | None = None
+        for index in range(len(self)):
+            tokens, learnt = self.read(index)
+            tokens = tokens[: max(int(learnt.argmax()) if learnt.any() else len(tokens), 1) - 1]
+            if start is None:
+                start = tokens
+            size = min(len(start), len(tokens))
+            start = start[:size]
+            differs = start != tokens[:size]
+            if differs.any():
+                start = start[: int(differs.argmax())]
+            if not len(start):
+                break
+        return 0 if start is None else len(start)
+
+    @cached_property
     def largest_token(self) -> int:
         return max(int(tokens.max(initial=0)) for tokens, _ in self.runs())
 

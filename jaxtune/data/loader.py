@@ -127,6 +127,7 @@ def _order(section: DataSection, train: TrainSection, time: int, virtual: range)
         "micro_batches": train.micro_batches,
         "seed": train.seed,
         "packing": section.packing,
+        "share_prefix": section.share_prefix,
         "virtual": virtual,
     }
 

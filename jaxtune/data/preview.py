@@ -21,6 +21,7 @@ from jaxtune.config import Config
 from jaxtune.console import console, say, stage
 from jaxtune.data.loader import Batch, Data, build_data
 from jaxtune.errors import ConfigError
+from jaxtune.segments import PADDING, SHARED
 
 _TALKS = ("alpaca", "sharegpt", "messages")  # formats of conversations
 _BROKEN = "\ufffd"  # what a decoder puts for bytes that are no character, or not yet one
@@ -44,7 +45,7 @@ class Token:
 class Document:
     """A conversation or a text in a row."""
 
-    number: int  # its segment, from 1
+    number: int  # its segment, from 1; SHARED: what the others of the row begin with
     start: int  # its first place in the row
     tokens: list[Token]
 
@@ -56,6 +57,10 @@ class Document:
     @property
     def supervised(self) -> int:
         return sum(self.turns)
+
+    def title(self, name: str, row: int | None) -> str:
+        """What it is called. name: of its kind; row: that it has for itself."""
+        return "shared start" if self.number == SHARED else f"{name} {row or self.number}"
 
     def caption(self, name: str) -> str:
         """Its numbers, in words. name: what it is called."""
@@ -138,11 +143,11 @@ def look(batch: Batch, tokenizer: Any, virtual: range) -> Iterator[SeenRow]:
     arrays = {name: array.reshape(-1, array.shape[-1]) for name, array in batch.arrays().items()}
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     for row, segments in enumerate(arrays["segments"]):
-        found = [number for number in np.unique(segments).tolist() if number]
+        found = [number for number in np.unique(segments).tolist() if number != PADDING]
         parts = {name: array[row] for name, array in arrays.items()}
         documents = [_document(number, parts, tokenizer, special, virtual) for number in found]
         if documents:
-            yield SeenRow(row + 1, documents, int(np.count_nonzero(segments == 0)))
+            yield SeenRow(row + 1, documents, int(np.count_nonzero(segments == PADDING)))
 
 
 def _document(number: int, row: dict[str, np.ndarray], tokenizer: Any, special: set[int], virtual: range) -> Document:
@@ -201,7 +206,7 @@ def print_rows(rows: list[SeenRow], name: str, packs: bool, console: Console) ->
         if packs:
             console.print(Text(row.caption(packs)), style="bold", soft_wrap=True)
         for document in row.documents:
-            title = document.caption(f"{name} {document.number if packs else row.number}")
+            title = document.caption(document.title(name, None if packs else row.number))
             console.print(Text(f"── {title}"), style="dim" if coloured else "", soft_wrap=True)
             console.print(_text(document, coloured), soft_wrap=True)
     console.print()

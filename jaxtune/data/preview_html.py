@@ -84,7 +84,7 @@ def _row(row: SeenRow, name: str, packs: bool) -> str:
     """One card: numbers, a map of the row, and each document's tokens."""
     title, _, counts = row.caption(packs).partition(": ")
     number = None if packs else row.number
-    documents = "\n".join(_document(part, f"{name} {number or part.number}") for part in row.documents)
+    documents = "\n".join(_document(part, part.title(name, number)) for part in row.documents)
     left = f'<div class="padding"><span>{row.padding:,} tokens of padding</span></div>' if packs and row.padding else ""
     return (
         f'<section class="row"><h2>{title}</h2><p class="count">{counts}</p>\n'
@@ -101,7 +101,7 @@ def _map(row: SeenRow, packs: bool) -> str:
 
 
 def _bars(document: Document) -> Iterator[str]:
-    hue, first = _hue(document), " first" if document.number > 1 else ""
+    hue, first = _hue(document), " first" if document.start else ""
     for on, run in groupby(document.tokens, lambda token: token.supervised):
         yield f'<div class="{hue}{" on" if on else ""}{first}" style="flex:{len(list(run))}"></div>'
         first = ""
@@ -127,9 +127,10 @@ def _token(token: Token, document: Document, names: dict[int, str]) -> str:
 
 def _hint(token: Token, document: Document, names: dict[int, str]) -> str:
     what = "virtual" if token.virtual else repr(token.text) if token.text else "begins a character that goes on"
-    place = f"position {token.position:,} · place {document.start + token.position:,} · segment {document.number}"
+    place = document.start + token.position - document.tokens[0].position
+    where = f"position {token.position:,} · place {place:,} · segment {document.number}"
     learnt = "no target" if token.target is None else f"target {token.target} {names.get(token.target, '')!r}"
-    return visible(f"{what} · id {token.id} · {place} · {learnt}")
+    return visible(f"{what} · id {token.id} · {where} · {learnt}")
 
 
 def _hue(document: Document) -> str:

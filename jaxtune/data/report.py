@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jaxtune.data.dataset import WORTH_SHARING
 from jaxtune.data.encode import Lengths
 from jaxtune.data.loader import Data, Dataset
 from jaxtune.data.mixing import Sources
@@ -14,6 +15,8 @@ from jaxtune.data.records import BadRows
 from jaxtune.data.streaming import Stream
 from jaxtune.errors import listing
 
+LOOKED_AT = 1000  # conversations, for what they begin with
+WORTH_TELLING = 0.1  # of their mean length
 SHOWN = 400  # tokens of the example; a longer one is cut in the middle
 _STYLE = "bold green"
 
@@ -72,6 +75,7 @@ def _numbers(part: Dataset) -> dict[str, str]:
     lengths, time = part.examples.lengths, part.shape[-1]
     tokens = part.examples.num_tokens
     virtual = len(part.virtual) * len(lengths)
+    spared = part.shared * (len(lengths) - part.rows)
     kind = "packs" if part.packing else "rows"
     return {
         "conversations": f"{len(lengths):,}",
@@ -80,8 +84,9 @@ def _numbers(part: Dataset) -> dict[str, str]:
         "longest": f"{int(lengths.max()):,}",
         "supervised": f"{part.examples.num_supervised / tokens:.1%}",
         **({"virtual tokens before each": f"{len(part.virtual):,}"} if virtual else {}),
+        **({"shared by all, once a pack": f"{part.shared:,}"} if part.share_prefix else {}),
         f"{kind} of {time:,} tokens": f"{part.rows:,}",
-        "padding": f"{1 - (tokens + virtual) / (part.rows * time):.1%}",
+        "padding": f"{1 - (tokens + virtual - spared) / (part.rows * time):.1%}",
     }
 
 
@@ -115,7 +120,24 @@ def _notes(data: Data) -> list[str]:
                 f"In {counts.shared_starts:,} assistant turns the prompt and the answer share a token, which "
                 "generation cannot reproduce; the template's prompt or these answers have white space to lose."
             )
-    return notes + data.notes
+    return [*notes, *_shared(data), *data.notes]
+
+
+def _shared(data: Data) -> list[str]:
+    """Whether there is a start to share that is not, or none where it was asked for."""
+    train = data.train
+    if train.share_prefix and not train.shared:
+        return ["data.share_prefix: the conversations have no start in common that is long enough; nothing is shared."]
+    if train.share_prefix or not train.packing or isinstance(train, Stream):
+        return []
+    first = train.examples.take(np.arange(min(LOOKED_AT, len(train.examples))))
+    start, mean = first.common_start, first.num_tokens / len(first)
+    if len(first) < LOOKED_AT or start < max(WORTH_SHARING, WORTH_TELLING * mean):
+        return []
+    return [
+        f"The first {len(first):,} conversations begin with the same {start} tokens, {start / mean:.0%} of their mean "
+        "length; data.share_prefix: true computes them once in each pack."
+    ]
 
 
 def _fate(counts: Lengths, max_length: int) -> str:

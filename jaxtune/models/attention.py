@@ -1,14 +1,16 @@
 """Causal grouped-query attention over packed sequences: plain XLA, in blocks of queries.
 
 Legend: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, D head size.
-Attention knows order by index in the sequence and membership by segment id; rotary positions are not its
-business. Segment 0 is padding, which sees only padding.
+Attention knows order by index in the sequence and membership by segment id (jaxtune/segments.py); rotary positions are
+not its business.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+
+from jaxtune.segments import sees
 
 MAX_BLOCKS = 8
 MIN_BLOCK = 128
@@ -26,8 +28,8 @@ def attention(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v under the causal, segment and window mask: [B, T, H, D].
 
-    q_segments [B, T], k_segments [B, S]: a query sees keys of its own segment only. offset: the first query's
-    index among the keys; the number 0 with T == S skips the blocks that the causal mask hides.
+    q_segments [B, T], k_segments [B, S]: a query sees keys of its own segment, and what all segments share. offset:
+    the first query's index among the keys; the number 0 with T == S skips the blocks that the causal mask hides.
     window: how many keys back a query sees, itself counted; None: all of them.
     """
     time = q_BTHD.shape[1]
@@ -52,7 +54,7 @@ def visible(
     mask = k_index <= q_index
     if window is not None:
         mask &= q_index - k_index < window
-    return mask[None] & (q_segments[:, :, None] == k_segments[:, None, :])
+    return mask[None] & sees(q_segments[:, :, None], k_segments[:, None, :])
 
 
 def _block(q_BTHD, k_BSKD, v_BSKD, q_segments, k_segments, offset, window) -> jax.Array:

@@ -279,7 +279,7 @@ class Model:
     ) -> tuple[jax.Array, Cache | None]:
         """The hidden states after the final norm, [B, T, E] in `dtype`, and the cache with this pass in it.
 
-        noise: of dropout; None turns it off. segments: 0 is padding; a token sees its own segment only.
+        noise: of dropout; None turns it off. segments: who sees whom (segments.py).
         """
         x = self.embed(params, tokens_BT, dtype, noise, cache)
         context, cache = self.context(params, tokens_BT, positions_BT, segments_BT, cache)

@@ -127,7 +127,9 @@ def policy(kernel: str, names: tuple[str, ...]) -> Any:
     return policies.save_from_both_policies(policies.save_only_these_names(*names), own)
 
 
-def obstacle(kernel: str, config: ModelConfig, dtype: Any, platform: str, ring: int) -> str | None:
+def obstacle(
+    kernel: str, config: ModelConfig, dtype: Any, platform: str, ring: int, share_prefix: bool = False
+) -> str | None:
     """Why a kernel cannot be taken, or None. dtype: of computing. ring: devices that a sequence goes round."""
     dtype = jnp.dtype(dtype)
     if kernel == "xla":
@@ -138,6 +140,8 @@ def obstacle(kernel: str, config: ModelConfig, dtype: Any, platform: str, ring: 
         return "mesh.context splits the sequences, and the ring has its own tiles; context_attention: ulysses takes it"
     if kernel == "splash" and any(config.windows):
         return "splash knows no window that differs between layers, and the model has sliding windows"
+    if kernel == "splash" and share_prefix:
+        return "splash has no mask for data.share_prefix, by which a token sees two segments"
     if kernel == "cudnn" and dtype.name not in ("bfloat16", "float16"):
         return f"cuDNN computes in bfloat16 or float16, and precision.compute is {dtype.name}"
     if kernel == "cudnn" and (config.head_dim % 8 or config.head_dim > CUDNN_DIM):

@@ -26,6 +26,7 @@ from jaxtune.models.tile import (
     outputs_share,
     scaled,
 )
+from jaxtune.segments import SHARED, sees
 
 SAVED = "attended"  # the checkpoint name of what the backward pass needs beside queries, keys and values
 BLOCK = 128  # tokens at most; measured: a tile's scores have to fit into a CPU's caches
@@ -143,7 +144,7 @@ class Mask:
         """[1, s, t]: True where a query of block i sees a key of block j."""
         segments, block = self.segments[row], self.segments.shape[2]
         distance = (i - j) * block + jnp.arange(block)[None, :] - jnp.arange(block)[:, None]
-        seen = (distance >= 0) & (segments[j][:, None] == segments[i][None, :])
+        seen = (distance >= 0) & sees(segments[i][None, :], segments[j][:, None])
         return (seen if self.window is None else seen & (distance < self.window))[None]
 
     def queries(self) -> "Queries":
@@ -161,7 +162,8 @@ class Mask:
         first = jnp.where(some & (j < i), j, i).min(-1)
         whole = jnp.where(~every & (j < i), j + 1, first[..., None]).max(-1)
         row, index = np.indices((batch, count), np.int32)
-        return Queries(*(jnp.asarray(x, jnp.int32).reshape(-1) for x in (row, index, first, whole)))
+        shared = jnp.where(low == LAST, 0, jnp.minimum((low == SHARED).sum(-1, keepdims=True), first))
+        return Queries(*(jnp.asarray(x, jnp.int32).reshape(-1) for x in (row, index, shared, first, whole)))
 
 
 class Queries(NamedTuple):
@@ -169,17 +171,19 @@ class Queries(NamedTuple):
 
     row: jax.Array
     index: jax.Array  # of the block in its row
-    first: jax.Array  # the first block of keys that any of them may see
+    shared: jax.Array  # so many blocks at the row's start are seen for what all segments share
+    first: jax.Array  # the first block of keys, after those, that any of them may see
     whole: jax.Array  # from this one on, all of them see all of the blocks before their own
 
     def sweep(self, mask: Mask, tile: Callable[[jax.Array | None, jax.Array, Any], Any], carry: Any) -> Any:
         """Fold `tile(mask, j, carry)` over the blocks of keys that are seen. mask [1, s, t]; None: all is seen."""
         with jax.named_scope(f"{TRIPS}{(mask.segments.shape[1] - 1) / 2:g}"):
             carry = jax.lax.fori_loop(self.whole, self.index, lambda j, carry: tile(None, j, carry), carry)
-        parts = self.whole - self.first
+        parts = self.shared + self.whole - self.first
 
         def masked(n, carry):
-            j = jnp.where(n < parts, self.first + n, self.index)
+            j = jnp.where(n < self.shared, n, self.first + n - self.shared)
+            j = jnp.where(n < parts, j, self.index)
             return tile(mask.tile(self.row, self.index, j), j, carry)
 
         with jax.named_scope(f"{TRIPS}1"):

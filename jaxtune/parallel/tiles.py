@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.segments import SHARED, sees
+
 # At most so many bytes are one tile's float32 scores; about four times as many are in use. On a CPU they fit into its
 # caches (measured: 4 MiB twice as fast as 16); elsewhere they are large enough to be worth launching kernels for.
 SCORES = {"cpu": 4 << 20}
@@ -93,11 +95,11 @@ def visible(queries: Tokens, keys: Tokens, window: jax.Array | None) -> jax.Arra
     mask = distance >= 0
     if window is not None:
         mask &= distance < window
-    return mask[None] & (queries.segments[:, None, :] == keys.segments[:, :, None])
+    return mask[None] & sees(queries.segments[:, None, :], keys.segments[:, :, None])
 
 
 def may_see(queries: Tokens, keys: Tokens, window: jax.Array | None) -> jax.Array:
     """False where a glance at the tile's borders tells that no query sees a key, by segment or window."""
     (q_low, q_high), (k_low, k_high) = ((x.segments.min(1), x.segments.max(1)) for x in (queries, keys))
-    some = jnp.any((q_low <= k_high) & (k_low <= q_high))
+    some = jnp.any((q_low <= k_high) & (k_low <= q_high) | (k_low == SHARED))
     return some if window is None else some & (queries.positions[0] - keys.positions[-1] < window)

@@ -128,5 +128,5 @@ def _attention(config: Config, mesh: Mesh, model: ModelConfig) -> str:
     """Tiles where the devices are a CPU's, also where they stand for others: a fused kernel keeps no scores either."""
     asked = "xla" if config.memory.attention == "xla" else "auto"
     dtype, platform = compute_dtype(config.precision.compute), mesh.devices.flat[0].platform
-    kernel, _ = choose(asked, model, dtype, platform, ring_of(config, mesh))
+    kernel, _ = choose(asked, model, dtype, platform, ring_of(config, mesh), config.data.share_prefix)
     return "tiles" if kernel == "tiles" else "xla"

@@ -7,9 +7,11 @@ import pytest
 
 from jaxtune.models import attention as module
 from jaxtune.models.attention import attention, visible
+from jaxtune.segments import SHARED
 
 B, T, H, K, D = 2, 24, 4, 2, 8
 PACKED = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], [6, 6, 6, 6], axis=1).reshape(2, 24)
+SHARING = np.repeat([[SHARED, 1, 2, 0], [SHARED, SHARED, 1, 2]], [6, 6, 6, 6], axis=1).reshape(2, 24)
 
 
 def by_definition(q, k, v, q_segments, k_segments, offset=0, window=None):
@@ -20,7 +22,9 @@ def by_definition(q, k, v, q_segments, k_segments, offset=0, window=None):
         seen = [
             s
             for s in range(k.shape[1])
-            if s <= t + offset and (window is None or t + offset - s < window) and q_segments[b, t] == k_segments[b, s]
+            if s <= t + offset
+            and (window is None or t + offset - s < window)
+            and (k_segments[b, s] == q_segments[b, t] or (k_segments[b, s] == -1 and q_segments[b, t] != 0))
         ]
         if not seen:
             continue
@@ -46,11 +50,12 @@ def block(request, monkeypatch):
     monkeypatch.setattr(module, "MAX_BLOCKS", 100)
 
 
+@pytest.mark.parametrize("segments", [PACKED, SHARING], ids=["packed", "shared start"])
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
-def test_packed_causal_windowed(block, window):
+def test_packed_causal_windowed(block, window, segments):
     inputs = draw()
-    ours = attention(*inputs, PACKED, PACKED, window=window)
-    np.testing.assert_allclose(ours, by_definition(*inputs, PACKED, PACKED, window=window), atol=1e-5)
+    ours = attention(*inputs, segments, segments, window=window)
+    np.testing.assert_allclose(ours, by_definition(*inputs, segments, segments, window=window), atol=1e-5)
 
 
 def test_window_may_be_traced(block):

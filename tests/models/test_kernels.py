@@ -18,6 +18,7 @@ from jaxtune.errors import ConfigError
 from jaxtune.models import kernels
 from jaxtune.models.attention import attention
 from jaxtune.models.kernels import cudnn_attention, keeps, policy, splash_attention
+from jaxtune.segments import SHARED
 from tests.programs import CONFIG, FULL, ROWS, TIME, Stepper
 
 B, H, K, D = 2, 4, 2, 16
@@ -33,17 +34,18 @@ def cudnn_is_found(monkeypatch):
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91100)
 
 
-def packed(time):
-    """Three documents and padding; and two that fill the row."""
+def packed(time, start=0):
+    """Three documents and padding; and two that fill the row. start: tokens that they share."""
     steps = np.arange(time)
     first = np.where(steps < time - 5, 1 + (steps >= 9) + (steps >= time // 2), 0)
-    return np.stack([first, 1 + (steps >= time // 3)]).astype(np.int32)
+    segments = np.stack([first, 1 + (steps >= time // 3)])
+    return np.where(steps < start, SHARED, segments).astype(np.int32)
 
 
-def with_gradients(attend, time, window=None):
+def with_gradients(attend, time, window=None, start=0):
     draw = np.random.default_rng(0)
     q, k, v, dout = (draw.standard_normal((B, time, heads, D)).astype(np.float32) for heads in (H, K, K, H))
-    segments, more = packed(time), () if window is None else (window,)
+    segments, more = packed(time, start), () if window is None else (window,)
 
     @jax.jit
     def both(q, k, v, dout):
@@ -61,6 +63,12 @@ def plain(q, k, v, segments, window=None):
 @pytest.mark.parametrize(("kernel", "time", "window"), [("cudnn", 33, None), ("cudnn", 33, 4), ("splash", 140, None)])
 def test_a_kernel_gives_what_plain_attention_gives_forward_and_backward_on_packed_rows(kernel, time, window):
     found, wanted = with_gradients(ON_CPU[kernel], time, window), with_gradients(plain, time, window)
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=3e-5)
+
+
+def test_cudnn_lets_documents_see_the_start_that_they_share():
+    found, wanted = (with_gradients(attend, 33, start=7) for attend in (ON_CPU["cudnn"], plain))
     for ours, theirs in zip(found, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=3e-5)
 
@@ -134,8 +142,8 @@ def test_splash_compiles_for_a_tpu_with_heads_of_64(libtpu):
     assert done.stdout == "compiled\n", done.stderr
 
 
-def chosen(asked="auto", dtype="bfloat16", platform="gpu", ring=1, **model):
-    return choose(asked, replace(CONFIG, **{"head_dim": 64, **model}), dtype, platform, ring)
+def chosen(asked="auto", dtype="bfloat16", platform="gpu", ring=1, share_prefix=False, **model):
+    return choose(asked, replace(CONFIG, **{"head_dim": 64, **model}), dtype, platform, ring, share_prefix)
 
 
 def test_auto_takes_the_platforms_kernel():
@@ -153,6 +161,7 @@ def test_auto_takes_the_platforms_kernel():
         ({"head_dim": 512}, "the model's have 512"),
         ({"ring": 2}, "mesh.context splits the sequences"),
         ({"platform": "tpu", "windows": (None, 32, None, 32)}, "sliding windows"),
+        ({"platform": "tpu", "share_prefix": True}, "data.share_prefix"),
     ],
 )
 def test_auto_takes_plain_xla_and_says_why_and_a_name_is_refused_with_the_same_words(asked, reason):
@@ -163,6 +172,11 @@ def test_auto_takes_plain_xla_and_says_why_and_a_name_is_refused_with_the_same_w
         ConfigError, match=rf"memory\.attention: {name}: .*{reason}.*; set memory\.attention to auto or xla"
     ):
         chosen(name, **asked)
+
+
+def test_a_shared_start_is_no_obstacle_to_cudnn_and_tiles():
+    assert chosen(share_prefix=True) == ("cudnn", None)
+    assert chosen(platform="cpu", dtype="float32", share_prefix=True) == ("tiles", None)
 
 
 def test_a_window_is_no_obstacle_to_cudnn_and_another_platform_is_one():

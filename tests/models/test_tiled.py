@@ -10,10 +10,13 @@ import pytest
 from jaxtune.models import tiled
 from jaxtune.models.attention import _block
 from jaxtune.models.tiled import Mask, tiled_attention
+from jaxtune.segments import SHARED
 
 B, T, H, K, D = 2, 45, 6, 2, 8  # T is no multiple of a block
 PACKED = np.stack([np.repeat([1, 2, 3, 0], [21, 1, 18, 5]), np.repeat([1, 2], [4, 41])]).astype(np.int32)
+SHARED_START = np.stack([np.repeat([SHARED, 1, 2, 3, 0], [11, 10, 2, 17, 5]), np.repeat([SHARED, 1, 2], [3, 20, 22])])
 SHUFFLED = np.random.default_rng(0).permutation(PACKED.T).T  # no run of tokens: nothing can be left out
+SEGMENTS = {"packed": PACKED, "shuffled": SHUFFLED, "one": np.ones_like(PACKED), "shared start": SHARED_START}
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +39,7 @@ def with_gradients(function, *qkv_dout):
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 9, 100])
-@pytest.mark.parametrize("segments", [PACKED, SHUFFLED, np.ones_like(PACKED)], ids=["packed", "shuffled", "one"])
+@pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
 def test_output_and_gradients_are_those_of_the_whole_mask(segments, window):
     ours = with_gradients(lambda *qkv: tiled_attention(*qkv, segments, window), *draw())
     plain = with_gradients(lambda *qkv: _block(*qkv, segments, segments, 0, window), *draw())
@@ -84,6 +87,11 @@ def test_which_blocks_are_seen():
     queries = Mask.of(jnp.asarray(np.repeat([[1, 2]], [12, 28], axis=1)), None, 8).queries()
     np.testing.assert_array_equal(queries.first, [0, 0, 1, 1, 1])
     np.testing.assert_array_equal(queries.whole, [0, 1, 2, 2, 2])
+    shared = np.repeat([[SHARED, 1, 2, 3, 0]], [18, 6, 8, 16, 8], axis=1)
+    queries = Mask.of(jnp.asarray(shared), None, 8).queries()
+    np.testing.assert_array_equal(queries.shared, [0, 0, 0, 3, 3, 3, 0])  # beside those from `first` on
+    np.testing.assert_array_equal(queries.first, [0, 0, 0, 3, 4, 4, 6])
+    np.testing.assert_array_equal(queries.whole, [0, 0, 2, 3, 4, 4, 6])
     queries = Mask.of(jnp.ones((1, 40), jnp.int32), jnp.int32(17), 8).queries()
     np.testing.assert_array_equal(queries.first, [0, 0, 0, 1, 2])
     np.testing.assert_array_equal(queries.whole, [0, 0, 1, 2, 3])

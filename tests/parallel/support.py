@@ -10,11 +10,14 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtune.models.attention import attention
 from jaxtune.parallel.zigzag import AXIS, unzigzag, zigzag
+from jaxtune.segments import SHARED
 
 B, T, H, K, D = 2, 80, 8, 2, 8
 SPLIT = P(None, AXIS)
 # Segments that cross the borders of the chunks, of 20, 10 or 5 steps, and padding at the end.
 PACKED = np.stack([np.repeat([1, 2, 3, 4, 0], [33, 2, 28, 9, 8]), np.repeat([1, 2, 3], [7, 60, 13])])
+# The same with a start that all share, longer than a chunk in one row.
+SHARING = np.stack([np.where(np.arange(T) < start, SHARED, row) for row, start in zip(PACKED, (25, 6))])
 
 
 def draw(time=T, heads=H, kv_heads=K, dtype=jnp.float32, seed=0):

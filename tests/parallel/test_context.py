@@ -16,6 +16,7 @@ from jaxtune.parallel.context import KINDS, spread_attention
 from jaxtune.parallel.zigzag import AXIS, unzigzag, zigzag
 from tests.parallel.support import (
     PACKED,
+    SHARING,
     K,
     T,
     assert_same,
@@ -41,6 +42,11 @@ def test_the_kinds_are_those_of_the_configuration():
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 def test_packed_sequences(attend, parts):
     assert_same(split(attend, parts, *draw(), PACKED), whole(*draw(), PACKED))
+
+
+@pytest.mark.parametrize("parts", [2, 8])
+def test_a_start_that_documents_share(attend, parts):
+    assert_same(split(attend, parts, *draw(), SHARING), whole(*draw(), SHARING))
 
 
 @pytest.mark.parametrize("window", [1, 3, 17, 45, NONE])

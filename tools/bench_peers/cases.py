@@ -57,6 +57,7 @@ class Side:
     needs: tuple[str, ...] = ()  # packages of this interpreter
     is_torch: bool = False
     gpu_only: bool = False
+    conversations_only: bool = False
     python: str = sys.executable
 
 
@@ -65,6 +66,7 @@ TRL = (*PEFT, "trl", "datasets")
 OURS = "jaxtune"
 SIDES = {
     OURS: Side(SCRIPTS / "ours.py"),
+    f"{OURS}-shared": Side(SCRIPTS / "ours.py", ("--share-prefix",), conversations_only=True),
     "trainer": Side(SCRIPTS / "trainer.py", (), PEFT, True),
     "trl": Side(SCRIPTS / "trl_packed.py", (), TRL, True),
     "trainer-compile": Side(SCRIPTS / "trainer.py", ("--compile",), PEFT, True, gpu_only=True),

@@ -1,6 +1,6 @@
 """jaxtune, as its users run it: the training loop on a configuration. It ends after the last step: nothing is exported.
 
-usage: ours.py SPEC.json
+usage: ours.py SPEC.json [--share-prefix]
 """
 
 import sys
@@ -27,13 +27,15 @@ def main() -> None:
     without_torch()  # as the command line does
 
     record, assemble = loop.record, loop.assemble
+    own = ("data.share_prefix=true",) if "--share-prefix" in sys.argv else ()
     total, peak = spec.warm + spec.steps, []
 
     def noted(outcome, recorder, config):
         """A step's numbers are on the host, so it is done."""
         record(outcome, recorder, config)
         meter.ends.append(time.time())
-        meter.counts.append((outcome.batch.num_tokens, outcome.batch.num_supervised))
+        batch = outcome.batch
+        meter.counts.append((batch.num_tokens + batch.spared, batch.num_supervised))
         meter.losses.append(float(recorder.rows[-1]["loss"]))
         if len(meter.ends) == total:
             peak.append(device_peak_gb() if spec.device == "gpu" else host_peak_gb())
@@ -47,7 +49,7 @@ def main() -> None:
     shutil.rmtree(json.loads(Path(spec.jaxtune).read_text())["train"]["output_dir"], ignore_errors=True)
     loop.record, loop.assemble = noted, loaded
     try:
-        loop.train(load_config(spec.jaxtune, [f"train.steps={total}", *spec.overrides]))
+        loop.train(load_config(spec.jaxtune, [f"train.steps={total}", *own, *spec.overrides]))
     except Done:
         print("\n" + meter.answer(peak[0], compiled.seconds))
 
