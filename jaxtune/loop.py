@@ -30,6 +30,7 @@ from jaxtune.parallel.schedule import bubble
 from jaxtune.program import Program, build
 from jaxtune.rundir import Run, open_run
 from jaxtune.signals import StopSignal
+from jaxtune.state import owned
 
 
 @dataclass
@@ -105,6 +106,7 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
     if config.precision.matmul == "float8" and not float8.has_units(mesh.devices.flat[0]):
         warn(f"{mesh.devices.flat[0].device_kind} has no float8 units: its matmuls are computed in wider types, slower")
     check_sharded(program.state["trainable"], program.homes["trainable"])
+    program.state["trainable"] = owned(program.state["trainable"])
     first = program.put(data.train.batch(1, rows=()).arrays())  # any will do
     compiled, needs = _compile(program.train_step, program.state, program.frozen, first, _number(1))
     return Job(config, data, assembled, program, program.state, compiled, needs)
@@ -117,7 +119,10 @@ def resume(job: Job, run: Run, checkpoints: Checkpointer) -> int:
     if step is None:
         checkpoints.preflight(job.state)
         return 0
-    job.state = job.program.loaded(checkpoints.restore(step, job.program.saved_shape()))
+    wanted = job.program.saved_shape()
+    for array in jax.tree.leaves(job.state):  # there may be no room for two
+        array.delete()
+    job.state = job.program.loaded(checkpoints.restore(step, wanted))
     say(f"Going on from the checkpoint of step {step} in {run.directory}")
     return step
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -60,3 +61,20 @@ def make_state(
 def abstract(state: Tree) -> Tree:
     """The state's shapes, types and shardings, for a checkpoint to be restored into."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def owned(tree: Tree) -> Tree:
+    """The arrays of a tree in memory that is the runtime's own, copied one after another; what they were is given up.
+
+    On a CPU a loaded array is the very memory of the numpy array that it was read into. A step cannot write its new
+    state there, and the first one would hold both.
+    """
+
+    def own(array: jax.Array) -> jax.Array:
+        if next(iter(array.devices())).platform != "cpu":
+            return array
+        copy = jax.block_until_ready(jnp.copy(array))
+        array.delete()
+        return copy
+
+    return jax.tree.map(own, tree)
