@@ -67,8 +67,8 @@ def _cross_entropy(hidden, head, targets_N, weights_N):
     """hidden: what ops.inputs made of the hidden states: one [N, E], or two where a head has dropout."""
     arrays, structure = jax.tree.flatten(head)
 
-    def chunk(total, hidden, targets_C, weights_C):
-        return total + _chunk_loss(hidden, arrays, structure, targets_C, weights_C), None
+    def chunk(hidden, targets_C, weights_C):
+        return _chunk_loss(hidden, arrays, structure, targets_C, weights_C), None
 
     return _sweep(chunk, jnp.float32(0), hidden, targets_N, weights_N, _width(hidden, head))[0]
 
@@ -85,11 +85,10 @@ def _cross_entropy_fwd(hidden, head, targets, weights):
         mixed = [next(given) if train else array for array, train in zip(arrays, perturbed, strict=True)]
         return _chunk_loss(hidden, mixed, structure, targets_C, weights_C)
 
-    def chunk(carry, hidden, targets_C, weights_C):
-        total, d_trained = carry
+    def chunk(hidden, targets_C, weights_C):
         grad = jax.value_and_grad(objective, argnums=(0, 1))
         loss, (d_hidden, d_arrays) = grad(hidden, trained, targets_C, weights_C)
-        return (total + loss, [d + more.astype(d.dtype) for d, more in zip(d_trained, d_arrays, strict=True)]), d_hidden
+        return (loss, d_arrays), d_hidden
 
     start = jnp.float32(0), [jnp.zeros(array.shape, jnp.float32) for array in trained]
     (loss, d_trained), d_hidden = _sweep(chunk, start, hidden, targets_N, weights_N, _width(hidden, head))
@@ -117,10 +116,10 @@ def _width(hidden, head) -> int:
     return jax.eval_shape(ops.product, hidden, head).shape[-1]
 
 
-def _sweep(function, carry, hidden, targets_N, weights_N, vocab_size):
-    """Fold `function(carry, hidden, targets, weights) -> (carry, d_hidden)` over the chunks that count.
+def _sweep(function, total, hidden, targets_N, weights_N, vocab_size):
+    """Add up `function(hidden, targets, weights) -> (what to add, d_hidden)` over the chunks that count.
 
-    Returns the last carry and the d_hidden of all tokens, each [N, E], zero where nothing is supervised.
+    Returns the sum from `total` on and the d_hidden of all tokens, each [N, E], zero where nothing is supervised.
     """
     tokens = weights_N.shape[0]
     size = min(chunk_of(vocab_size), tokens)
@@ -130,31 +129,30 @@ def _sweep(function, carry, hidden, targets_N, weights_N, vocab_size):
     order, count = pad(order_N), jnp.sum(weights_N != 0)
 
     def body(index, state):
-        carry, d_sorted = state
+        total, d_sorted = state
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size)  # noqa: E731
         chosen = tuple(x_NE[cut(order)] for x_NE in hidden)
-        given = carry, chosen, cut(targets), cut(weights)
-        carry, d_hidden = _fitting(function, count - index * size, size, given)
+        more, d_hidden = _fitting(function, count - index * size, size, (chosen, cut(targets), cut(weights)))
+        # Not within a branch, which would copy the gradients of a head in and out.
+        total = jax.tree.map(lambda one, other: one + other.astype(one.dtype), total, more)
         if d_hidden is not None:
             put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, index * size, axis=0)  # noqa: E731
             d_sorted = jax.tree.map(put, d_sorted, d_hidden)
-        return carry, d_sorted
+        return total, d_sorted
 
     d_sorted = tuple(jnp.zeros((order.shape[0], x_NE.shape[-1]), x_NE.dtype) for x_NE in hidden)
-    carry, d_sorted = jax.lax.fori_loop(0, -(-count // size), body, (carry, d_sorted))
+    total, d_sorted = jax.lax.fori_loop(0, -(-count // size), body, (total, d_sorted))
     home = jnp.argsort(order_N)
-    return carry, tuple(d_NE[home] for d_NE in d_sorted)
+    return total, tuple(d_NE[home] for d_NE in d_sorted)
 
 
 def _fitting(function, count, size, given):
     """`function` of the smallest part of a chunk of `size` tokens that holds the first `count` of them."""
-    if any(x.ndim for x in jax.tree.leaves(given[0])):
-        return function(*given)  # the gradients of a head would be copied into a branch and out of it
     sizes = sorted({max(1, size // part) for part in PARTS})
 
-    def part(length, carry, *arrays):
-        carry, d_hidden = function(carry, *jax.tree.map(lambda x: x[:length], arrays))
-        return carry, jax.tree.map(lambda d: jnp.pad(d, ((0, size - length), (0, 0))), d_hidden)
+    def part(length, *arrays):
+        more, d_hidden = function(*jax.tree.map(lambda x: x[:length], arrays))
+        return more, jax.tree.map(lambda d: jnp.pad(d, ((0, size - length), (0, 0))), d_hidden)
 
     index = jnp.searchsorted(jnp.array(sizes[:-1]), count)
     return jax.lax.switch(index, [partial(part, length) for length in sizes], *given)

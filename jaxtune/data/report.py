@@ -15,7 +15,7 @@ from jaxtune.data.records import BadRows
 from jaxtune.data.streaming import Stream
 from jaxtune.errors import listing
 
-LOOKED_AT = 1000  # conversations, for what they begin with
+FEWEST, LOOKED_AT = 100, 1000  # conversations, for what they begin with
 WORTH_TELLING = 0.1  # of their mean length
 SHOWN = 400  # tokens of the example; a longer one is cut in the middle
 _STYLE = "bold green"
@@ -132,7 +132,7 @@ def _shared(data: Data) -> list[str]:
         return []
     first = train.examples.take(np.arange(min(LOOKED_AT, len(train.examples))))
     start, mean = first.common_start, first.num_tokens / len(first)
-    if len(first) < LOOKED_AT or start < max(WORTH_SHARING, WORTH_TELLING * mean):
+    if len(first) < FEWEST or start < max(WORTH_SHARING, WORTH_TELLING * mean):
         return []
     return [
         f"The first {len(first):,} conversations begin with the same {start} tokens, {start / mean:.0%} of their mean "
