@@ -10,7 +10,7 @@ from jaxtune.ops import Noise, dropout
 TOKENS, FEATURES = 64, 4096
 
 
-@pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
 def test_it_drops_its_share_of_every_token_anew_and_keeps_the_mean(rate):
     noise = Noise(jax.random.key(0), jnp.arange(TOKENS))
     found = np.asarray(dropout(jnp.ones((TOKENS, FEATURES)), rate, noise))
