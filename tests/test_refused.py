@@ -9,6 +9,7 @@ import re
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from jaxtune.errors import UserError
 from jaxtune.loading import as_mesh
 from jaxtune.mesh import make_mesh
 from jaxtune.optim import make_schedule
+from jaxtune.parallel.checks import check_windows
 from jaxtune.parallel.schedule import check_numbers
 from jaxtune.parallel.zigzag import check_length
 from tests.plan.shapes import config, step_of
@@ -139,6 +141,13 @@ REST = {
         says(data={"path": [], "sources": [{"path": "-", "name": "a"}, {"path": "-", "name": "a"}]}),
     ],
     "`data.dataset_dir`": [says(data={"dataset_dir": "-"})],
+    "`data.share_prefix` without": [
+        says(data={"share_prefix": True, "packing": False}),
+        says(data={"share_prefix": True, "streaming": True}),
+        lambda: check_windows(
+            SimpleNamespace(data=DataSection(path="-", share_prefix=True)), SimpleNamespace(windows=(None, 8))
+        ),
+    ],
     "`data.streaming` with": [
         says(data={"format": "megatron", "streaming": True}),
         says(data={"shuffle_buffer": 9}),

@@ -56,6 +56,9 @@ megatron; a column that the format does not read | likewise |
 | a `weight` for some of `data.sources`, or for the only one; a `name` that two have | a weight is a share beside the \
 others', a name tells them apart |
 | `data.dataset_dir` without `dataset` | it would do nothing |
+| `data.share_prefix` without `packing`, with `streaming`, or with a model whose attention has a window below \
+`max_length` | only conversations of a pack share; a stream has not read them all; the start may lie outside of the \
+window |
 | `data.streaming` with format megatron or a `weight`; `shuffle_buffer` without it | files by memory map are none; \
 nobody knows how long a stream is; it would do nothing |
 | `data.split`, `subset` or `revision` of a local path | they are of a data set on the hub |
