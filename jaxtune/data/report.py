@@ -134,8 +134,9 @@ def _shared(data: Data) -> list[str]:
     start, mean = first.common_start, first.num_tokens / len(first)
     if len(first) < FEWEST or start < max(WORTH_SHARING, WORTH_TELLING * mean):
         return []
+    which = "All" if len(first) == len(train.examples) else "The first"
     return [
-        f"The first {len(first):,} conversations begin with the same {start} tokens, {start / mean:.0%} of their mean "
+        f"{which} {len(first):,} conversations begin with the same {start} tokens, {start / mean:.0%} of their mean "
         "length; data.share_prefix: true computes them once in each pack."
     ]
 
