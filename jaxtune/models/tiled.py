@@ -26,7 +26,7 @@ from jaxtune.models.tile import (
     outputs_share,
     scaled,
 )
-from jaxtune.segments import SHARED, sees
+from jaxtune.segments import PADDING, SHARED, sees
 
 SAVED = "attended"  # the checkpoint name of what the backward pass needs beside queries, keys and values
 BLOCK = 128  # tokens at most; measured: a tile's scores have to fit into a CPU's caches
@@ -150,7 +150,7 @@ class Mask:
     def queries(self) -> "Queries":
         """All blocks of queries of all rows, along axis 0."""
         batch, count, block = self.segments.shape
-        ordered = jnp.where(self.segments == 0, LAST, self.segments)  # padding stands at the end
+        ordered = jnp.where(self.segments == PADDING, LAST, self.segments)  # it stands at the end
         low, high = ordered.min(-1), ordered.max(-1)
         i, j = np.indices((count, count))
         some = (low[:, None, :] <= high[:, :, None]) & (low[:, :, None] <= high[:, None, :])
