@@ -190,7 +190,10 @@ class DataSection(SourceSection):
                 "share_prefix is what the conversations of a pack share, and would do nothing without packing"
             )
         if self.share_prefix and self.streaming:
-            raise ValueError("share_prefix looks at what all conversations begin with, which streaming has not read")
+            raise ValueError(
+                "share_prefix looks at what all conversations begin with, which streaming has not read; set one of them to "
+                "false"
+            )
         return self
 
     @model_validator(mode="after")
