@@ -191,8 +191,8 @@ class DataSection(SourceSection):
             )
         if self.share_prefix and self.streaming:
             raise ValueError(
-                "share_prefix looks at what all conversations begin with, which streaming has not read; set one of them to "
-                "false"
+                "share_prefix looks at what all conversations begin with, which streaming has not read; "
+                "set one of them to false"
             )
         return self
 
