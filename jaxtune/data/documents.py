@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,14 @@ class Documents(Many):
         number = bisect_right(self._bases, start) - 1
         start -= self._bases[number]
         return self.files[number][start : start + length], np.arange(length) > 0
+
+    def at(self, place: int, indices: np.ndarray) -> Pair:
+        starts = self.starts[indices] + place
+        tokens: np.ndarray = np.empty(len(indices), np.int32)
+        for file, (base, end) in zip(self.files, pairwise(self._bases)):
+            own = (base <= starts) & (starts < end)
+            tokens[own] = file[starts[own] - base]
+        return tokens, np.full(len(indices), place > 0)
 
     def take(self, indices: np.ndarray) -> "Documents":
         return Documents(self.files, self.starts[indices], self.lengths[indices])

@@ -28,6 +28,10 @@ class Many(ABC):
         """One example."""
 
     @abstractmethod
+    def at(self, place: int, indices: np.ndarray) -> Pair:
+        """Token number `place` of each of these examples, all of which have so many."""
+
+    @abstractmethod
     def take(self, indices: np.ndarray) -> "Many":
         """Only these examples, in this order."""
 
@@ -59,20 +63,13 @@ class Many(ABC):
     @cached_property
     def common_start(self) -> int:
         """How many tokens all examples begin with, none of which predicts a supervised one."""
-        start: np.ndarray | None = None
-        for index in range(len(self)):
-            tokens, learnt = self.read(index)
-            tokens = tokens[: max(int(learnt.argmax()) if learnt.any() else len(tokens), 1) - 1]
-            if start is None:
-                start = tokens
-            size = min(len(start), len(tokens))
-            start = start[:size]
-            differs = start != tokens[:size]
-            if differs.any():
-                start = start[: int(differs.argmax())]
-            if not len(start):
-                break
-        return 0 if start is None else len(start)
+        every = np.arange(len(self))
+        most = max(int(self.lengths.min()) - 1, 0) if len(self) else 0
+        for place in range(most):
+            tokens = self.at(place, every)[0]
+            if (tokens != tokens[0]).any() or self.at(place + 1, every)[1].any():
+                return place
+        return most
 
     @cached_property
     def largest_token(self) -> int:
@@ -94,6 +91,10 @@ class Examples(Many):
     def read(self, index: int) -> Pair:
         part = slice(self.starts[index], self.starts[index + 1])
         return self.tokens[part].astype(np.int32, copy=False), self.supervised[part]  # -100 has no place in uint16
+
+    def at(self, place: int, indices: np.ndarray) -> Pair:
+        where = self.starts[indices] + place
+        return self.tokens[where], self.supervised[where]
 
     def between(self, first: int, last: int) -> Iterator[Pair]:
         """The tokens of examples `first` up to `last`, in pieces of at most BLOCK."""
@@ -131,6 +132,15 @@ class Chosen(Many):
     def read(self, index: int) -> Pair:
         part, own = self._place(int(self.indices[index]))
         return part.read(own)
+
+    def at(self, place: int, indices: np.ndarray) -> Pair:
+        chosen = self.indices[indices]
+        tokens: np.ndarray = np.empty(len(chosen), np.int32)
+        supervised: np.ndarray = np.empty(len(chosen), bool)
+        for part, first, end in zip(self.parts, [0, *self.ends], self.ends):
+            own = (first <= chosen) & (chosen < end)
+            tokens[own], supervised[own] = part.at(place, chosen[own] - first)
+        return tokens, supervised
 
     def runs(self) -> Iterator[Pair]:
         """Neighbours that are neighbours in their part too come together."""

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from jaxtune.config import DataSection
 from jaxtune.data.dataset import WORTH_SHARING, Dataset
+from jaxtune.data.documents import Documents
 from jaxtune.data.examples import Chosen, join
 from jaxtune.segments import PADDING, SHARED
 from tests.data.templates import say, word_tokenizer
@@ -105,6 +106,21 @@ def test_the_start_ends_where_examples_part_or_something_is_learnt_or_one_is_use
     assert start(([1, 2, 3], [0, 0, 1]), ([4, 2, 3], [0, 0, 1])) == 0
     assert join([]).common_start == 0
     assert Chosen([examples(5), examples(6)], np.arange(11)).common_start == START
+
+
+def test_a_column_of_examples_is_what_reading_each_of_them_gives():
+    documents = Documents(
+        (np.arange(20, dtype=np.uint16), np.arange(50, 90)), np.array([3, 15, 20]), np.array([8, 5, 9])
+    )
+    both = Chosen([examples(5), documents, examples(6)], np.arange(14)[::-1])
+    assert both.common_start == documents.common_start == 0
+    for kind in (examples(5), documents, both):
+        for place in range(3):
+            indices = np.arange(len(kind))[::-1]
+            read = [kind.read(index) for index in indices]
+            tokens, supervised = kind.at(place, indices)
+            assert tokens.tolist() == [tokens[place] for tokens, _ in read]
+            assert supervised.tolist() == [mask[place] for _, mask in read]
 
 
 def test_a_short_start_is_not_shared():
