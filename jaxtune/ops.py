@@ -47,7 +47,9 @@ def product(inputs: tuple[jax.Array, ...], weight: Any, split: str | None = None
     if isinstance(weight, Leaf):
         return weight.product(inputs, split)
     (x,) = inputs
-    return jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+    # As a matrix: where a weight's gradient is a sum over two dimensions, XLA turns the whole of dy round to make one.
+    y = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), weight.astype(x.dtype), (((1,), (1,)), ((), ())))
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def embed(ids: jax.Array, weight: Any, dtype: Any) -> jax.Array:

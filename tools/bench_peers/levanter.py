@@ -83,7 +83,7 @@ def load(spec: Spec, trainer):
     found = json.loads((Path(spec.model) / "config.json").read_text())
     config = QwenConfig.from_hf_config(Qwen2Config(**found, no_bias=True))  # it reads a field that Qwen2's have not
     config = dataclasses.replace(config, seq_len=spec.length)
-    converter = config.hf_checkpoint_converter(spec.model)
+    converter = config.hf_checkpoint_converter(for_transformers_4(spec.model))
     places = trainer.parameter_axis_mapping
     options = {"axis_mapping": places, "dtype": trainer.mp.param_dtype, "resize_vocab_to_match_tokenizer": False}
     model = converter.load_pretrained(config.model_type, config=config, **options)
@@ -93,6 +93,21 @@ def load(spec: Spec, trainer):
     add = haliax.named_jit(lambda model, key: loraize(model, lora, key=key), axis_resources=places)
     model = add(model, jax.random.key(1))
     return model, lora_trainable_params_filter(model)
+
+
+def for_transformers_4(model: str) -> str:
+    """The model's directory again, less the tokenizer's list of special tokens, which only Transformers 5 can read."""
+    import json
+    import tempfile
+
+    copy = Path(tempfile.mkdtemp(prefix="bench-"))
+    for file in Path(model).iterdir():
+        (copy / file.name).symlink_to(file)
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    settings.pop("extra_special_tokens", None)
+    (copy / "tokenizer_config.json").unlink()
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    return str(copy)
 
 
 def batches(spec: Spec, meter: Meter, positions, batch):
