@@ -55,17 +55,22 @@ WAYS: dict[str, dict] = {
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one device: matmul operations a second that it reaches; bytes a second that it sends to one in its own
-    machine, and that its own port sends to another machine."""
+    """Of one device: matmul operations a second that it reaches; bytes a second that it sends round a ring in its own
+    machine, to one neighbour there, and through its own port to another machine."""
 
     flops: float
     near: float
+    hop: float
     far: float
 
 
 # NVIDIA's data sheets: H100 SXM, 989 TFLOP/s of dense bfloat16, of which a half; NVLink 4, 900 GB/s both ways together;
 # a ConnectX-7 port of 400 Gbit/s for each GPU, as in a DGX H100.
-H100 = Rates(flops=0.5 * 989e12, near=450e9, far=50e9)
+H100 = Rates(flops=0.5 * 989e12, near=450e9, hop=450e9, far=50e9)
+# Google's page of the v5p: 459 TFLOP/s, of which a half; 1,200 GB/s both ways together over the six links of a torus of
+# three dimensions, of which a ring has the two of one dimension. All 512 chips are in one slice: there is no far.
+V5P = Rates(flops=0.5 * 459e12, near=200e9, hop=100e9, far=200e9)
+CARDS = {"H100": H100, "TPU v5p": V5P}
 
 
 def seconds(one: Traffic, rates: Rates) -> float:
@@ -76,10 +81,9 @@ def seconds(one: Traffic, rates: Rates) -> float:
     once; with `members` rings, each with a part of the data and a port of its own, all their ports are used. A
     permutation has one path for each device: where one leaves the machine, all wait for its one port.
     """
-    if not one.crosses:
-        return one.sent / rates.near
-    ports = 1 if one.kind in ("collective-permute", "all-to-all") else one.members
-    return one.sent / min(rates.near, ports * rates.far)
+    is_ring = one.kind not in ("collective-permute", "all-to-all")
+    near, ports = (rates.near, one.members) if is_ring else (rates.hop, 1)
+    return one.sent / (min(near, ports * rates.far) if one.crosses else near)
 
 
 def efficiency(count: Count, rates: Rates) -> tuple[float, float]:
@@ -165,17 +169,17 @@ def dumped(counts: list[Count]) -> str:
     return "[\n" + ",\n".join(json.dumps(asdict(one)) for one in counts) + "\n]\n"
 
 
-def table(counts: list[Count], rates: Rates = H100) -> list[str]:
+def table(counts: list[Count]) -> list[str]:
     """Markdown. What is under 10 MB is left out."""
-    names = ["mesh", "devices", "state GB", "TFLOP", "collectives: times, GB sent", "bubble", "efficiency"]
+    names = ["mesh", "devices", "state GB", "TFLOP", "collectives: times, GB sent", "bubble", *CARDS]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for one in counts:
-        apart, hidden = efficiency(one, rates)
         sent = "<br>".join(told(row) for row in one.traffic if row.sent >= 1e7)
         mesh = ", ".join(f"{axis} {size}" for axis, size in one.mesh.items())
         bubble = f"{one.bubble:.0%}" if one.bubble else ""
-        cells = [mesh, one.devices, f"{one.state / 1e9:.1f}", f"{one.flops / 1e12:.0f}", sent, bubble]
-        lines.append(f"| {' | '.join(map(str, cells))} | {apart:.0%} to {hidden:.0%} |")
+        bands = ["{:.0%} to {:.0%}".format(*efficiency(one, rates)) for rates in CARDS.values()]
+        cells = [mesh, one.devices, f"{one.state / 1e9:.1f}", f"{one.flops / 1e12:.0f}", sent, bubble, *bands]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
 
@@ -185,8 +189,8 @@ def told(row: Traffic) -> str:
     return f"{row.kind} {axes} {row.devices}{where}, {row.dtype}: {row.times:,}, {row.sent / 1e9:.2f}"
 
 
-def draw(counts: list[Count], path: Path, rates: Rates = H100) -> None:
-    """A band for each way, between nothing overlapped and all that can be."""
+def draw(counts: list[Count], path: Path) -> None:
+    """A band for each way, between nothing overlapped and all that can be; a row of them for each card."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -194,22 +198,30 @@ def draw(counts: list[Count], path: Path, rates: Rates = H100) -> None:
 
     # Text stays text, and nothing depends on the day: a small file that changes only with its numbers.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "scaling", "font.size": 9})
-    figure, panels = pyplot.subplots(1, len(WAYS), figsize=(10, 3), sharey=True)
-    for panel, way in zip(panels, WAYS, strict=True):
-        rows = [one for one in counts if one.way == way]
-        devices = [one.devices for one in rows]
-        apart, hidden = zip(*(efficiency(one, rates) for one in rows), strict=True) if rows else ((), ())
-        panel.fill_between(devices, apart, hidden, alpha=0.3, linewidth=0)
-        panel.plot(devices, apart, marker="o", markersize=3, label="nothing overlapped")
-        panel.plot(devices, hidden, marker="o", markersize=3, label="all that can be")
-        panel.set(title=way, xscale="log", ylim=(0, 1.05), xlabel="devices")
-        panel.set_xticks(SIZES, labels=[str(size) for size in SIZES])
-        panel.minorticks_off()
-    panels[0].set_ylabel("predicted efficiency")
-    panels[0].legend(frameon=False, loc="lower left", fontsize=7)
+    figure, rows = pyplot.subplots(len(CARDS), len(WAYS), figsize=(10, 5), sharex=True, sharey=True)
+    for panels, (card, rates) in zip(rows, CARDS.items(), strict=True):
+        for panel, way in zip(panels, WAYS, strict=True):
+            draw_band(panel, [one for one in counts if one.way == way], rates)
+        panels[0].set_ylabel(f"{card}: efficiency")
+    for panel, way in zip(rows[0], WAYS, strict=True):
+        panel.set_title(way)
+    for panel in rows[-1]:
+        panel.set_xlabel("devices")
+    rows[0][0].legend(frameon=False, loc="lower left", fontsize=7)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def draw_band(panel, counts: list[Count], rates: Rates) -> None:
+    devices = [one.devices for one in counts]
+    apart, hidden = zip(*(efficiency(one, rates) for one in counts), strict=True) if counts else ((), ())
+    panel.fill_between(devices, apart, hidden, alpha=0.3, linewidth=0)
+    panel.plot(devices, apart, marker="o", markersize=3, label="nothing overlapped")
+    panel.plot(devices, hidden, marker="o", markersize=3, label="all that can be")
+    panel.set(xscale="log", ylim=(0, 1.05))
+    panel.set_xticks(SIZES, labels=[str(size) for size in SIZES])
+    panel.minorticks_off()
 
 
 if __name__ == "__main__":

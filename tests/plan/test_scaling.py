@@ -11,7 +11,7 @@ from tests.plan.shapes import SMALL, config
 from tools import scaling as tool
 from tools.scaling_count import Count, Traffic, count_step, members
 
-RATES = tool.Rates(flops=100.0, near=40.0, far=5.0)
+RATES = tool.Rates(flops=100.0, near=40.0, hop=20.0, far=5.0)
 TRAFFIC = Traffic("all-gather", ("fsdp",), "bf16", 1, sent=80, devices=8, members=8)
 COUNT = Count("made up", 8, {"fsdp": 8}, flops=500.0, alone=400.0, state=0, bubble=0.0, traffic=())
 
@@ -80,6 +80,7 @@ def test_a_ring_between_machines_uses_the_ports_of_its_members_and_a_permutation
     assert tool.seconds(TRAFFIC, RATES) == 80 / 40
     assert tool.seconds(replace(TRAFFIC, devices=16, members=2), RATES) == 80 / 10
     assert tool.seconds(replace(TRAFFIC, devices=128, members=16), RATES) == 80 / 40
+    assert tool.seconds(replace(TRAFFIC, kind="collective-permute"), RATES) == 80 / 20
     assert tool.seconds(replace(TRAFFIC, kind="collective-permute", devices=16, members=8), RATES) == 80 / 5
 
 
@@ -102,4 +103,4 @@ def test_the_pages_table_is_made_of_the_committed_counts(repository):
     page = (repository / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert page.split(tool.BEGIN)[1].split(tool.END)[0].strip().splitlines() == tool.table(counts)
     picture = (repository / "docs" / "scaling.svg").read_text(encoding="utf-8")
-    assert all(f">{way}<" in picture for way in tool.WAYS)
+    assert all(f">{text}<" in picture for text in (*tool.WAYS, *(f"{card}: efficiency" for card in tool.CARDS)))
