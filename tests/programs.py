@@ -1,6 +1,6 @@
 """A training step of a small random model on any mesh, with batches to feed it: what the tests of parallelism share."""
 
-from functools import cached_property
+from functools import cache, cached_property
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxtune.mesh import axes_sharding, check_model, make_mesh, shardings
 from jaxtune.models.config import ModelConfig, Rope
 from jaxtune.models.decoder import Model
 from jaxtune.models.execution import Execution
-from jaxtune.models.weights import init_params, leaves_with_path
+from jaxtune.models.weights import Weight, initial_value, leaves_with_path, map_tree
 from jaxtune.program import build
 from jaxtune.tune.method import get_path
 
@@ -22,6 +22,16 @@ CONFIG = ModelConfig("qwen2", VOCAB, HIDDEN, 128, LAYERS, 8, 2, 8, 256, tied=Tru
 LORA = {"method": "lora", "rank": 4, "dropout": 0.1, "targets": "all-linear"}
 FULL = {"method": "full"}
 STEPS = 10
+
+
+@cache
+def drawn(weight: Weight) -> np.ndarray:
+    """What init_params makes of a weight. On one device: to compile it for each mesh takes longer than their steps."""
+    return np.asarray(jax.jit(initial_value, static_argnums=(0, 1, 2, 3))(weight, 0, 0.1, jnp.dtype(jnp.float32)))
+
+
+def placed(weight: Weight, home) -> jax.Array:
+    return jax.device_put(drawn(weight), home, may_alias=False)
 
 
 def make_batch(step, micro_batches=1, rows=ROWS, time=TIME, vocab=VOCAB, virtual=0):
@@ -70,7 +80,7 @@ class Stepper:
         self.model = declared = Model.create(settings, stacks, execution, tune.hooks(section, model))
         places = execution.places
         own = Model.create(settings, stacks).weights  # without what the method adds
-        params = init_params(own, shardings(self.mesh, settings, own, *places), 0, 0.1, "float32")
+        params = map_tree(placed, own, shardings(self.mesh, settings, own, *places))
         where = axes_sharding(self.mesh, settings, *places)
         params, mask = tune.apply(section, params, declared.weights, 0, where)
         return build(self.config, declared, self.mesh, params, mask, STEPS)

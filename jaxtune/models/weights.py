@@ -85,8 +85,12 @@ def set_path(tree: Tree, path: Path, value: Any) -> None:
 
 def path_key(seed: int, path: Path | str) -> jax.Array:
     """A random key that depends on the seed and the path alone: any mesh and process count start alike."""
-    name = path if isinstance(path, str) else "/".join(path)
-    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    return jax.random.fold_in(jax.random.key(seed), number_of(path if isinstance(path, str) else "/".join(path)))
+
+
+def number_of(name: str) -> int:
+    """What a name is to a random key."""
+    return zlib.crc32(name.encode())
 
 
 def initial_value(weight: Weight, seed: int, std: float, dtype: Any) -> jax.Array:
@@ -94,8 +98,14 @@ def initial_value(weight: Weight, seed: int, std: float, dtype: Any) -> jax.Arra
     if weight.init != "normal":
         fill = {"zeros": jnp.zeros, "ones": jnp.ones}[weight.init]
         return fill(weight.full_shape, dtype)
-    draws = [std * jax.random.normal(path_key(seed, key), weight.shape, jnp.float32) for key in weight.keys]
-    return (draws[0] if weight.layers is None else jnp.stack(draws)).astype(dtype)
+
+    def draw(number: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        return (std * jax.random.normal(key, weight.shape, jnp.float32)).astype(dtype)
+
+    # One program for all layers: a draw for each takes as long to compile as the step.
+    draws = jax.vmap(draw)(jnp.array([number_of(key) for key in weight.keys], jnp.uint32))
+    return draws[0] if weight.layers is None else draws
 
 
 def init_params(
