@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtune.float8 import NOTHING, Watch
 from jaxtune.models.execution import HOST
 from jaxtune.models.weights import Tree
+from jaxtune.once import run_once
 from jaxtune.optim import state_shardings
 from jaxtune.parallel.layout import Layout
 from jaxtune.step import init_state
@@ -54,7 +55,7 @@ def make_state(
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trainable)):
         return jax.tree.map(lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), shapes, where), where
     rest = {name: home for name, home in where.items() if name != "trainable"}
-    made = jax.jit(lambda t: {n: s for n, s in initial(t).items() if n != "trainable"}, out_shardings=rest)(trainable)
+    made = run_once(lambda t: {n: s for n, s in initial(t).items() if n != "trainable"}, trainable, shardings=rest)
     return {"trainable": jax.device_put(trainable, where["trainable"]), **made}, where
 
 

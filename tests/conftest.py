@@ -24,11 +24,11 @@ CACHE = REPOSITORY / ".cache"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Compiling is most of what a test with a tiny model takes. A process of its own may run a real one, and has its loops
-# optimised, which pays there. XLA ends a process that names a flag which it does not know, as jaxlib 0.11 this one.
+# Compiling is most of what a test with a tiny model takes, so nothing is optimised. XLA ends a process that names a
+# flag which it does not know, as jaxlib 0.11 the first one here.
 QUICK_COMPILER = "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
-FLAGS = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILER} --xla_backend_optimization_level=0"
-os.environ.setdefault("XLA_FLAGS", FLAGS)
+UNOPTIMISED = "--xla_backend_optimization_level=0"
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {QUICK_COMPILER} {UNOPTIMISED}")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "JAXTUNE_CACHE" not in os.environ:
@@ -155,37 +155,44 @@ def tiny_tokenizer():
     return tokenizer()
 
 
-def child_environment(devices: int = 1, env: dict[str, str] | None = None) -> dict[str, str]:
-    """The environment of a Python process that finds this checkout and sees `devices` CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILER}"
+def child_environment(devices: int = 1, env: dict[str, str] | None = None, optimised: bool = False) -> dict[str, str]:
+    """The environment of a Python process that finds this checkout and sees `devices` CPU devices.
+
+    optimised: for a model that is not tiny, whose steps take longer than compiling them.
+    """
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILER} {'' if optimised else UNOPTIMISED}"
     path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path, **(env or {})}
 
 
 @pytest.fixture(scope="session")
 def run_python():
-    """run_python(code, *args, devices=1, env=None, cwd=None, timeout=300) -> the finished process, with its text."""
+    """run_python(code, *args, cwd=None, timeout=300, **environment) -> the finished process, with its text.
 
-    def run(code: str, *args, devices=1, env=None, cwd=None, timeout=300) -> subprocess.CompletedProcess:
-        return _run(["-c", code, *args], devices, env, cwd, timeout)
+    environment: as child_environment takes it.
+    """
+
+    def run(code: str, *args, cwd=None, timeout=300, **environment) -> subprocess.CompletedProcess:
+        return _run(["-c", code, *args], cwd, timeout, environment)
 
     return run
 
 
 @pytest.fixture(scope="session")
 def run_cli():
-    """run_cli(*args, devices=1, env=None, cwd=None, timeout=300, module="jaxtune.train") -> the finished process.
+    """run_cli(*args, module="jaxtune.train", cwd=None, timeout=300, **environment) -> the finished process.
 
-    Runs `python -m MODULE ARGS`; check the process's returncode, stdout and stderr.
+    Runs `python -m MODULE ARGS`; check the process's returncode, stdout and stderr. environment: as child_environment
+    takes it.
     """
 
-    def run(*args, devices=1, env=None, cwd=None, timeout=300, module="jaxtune.train") -> subprocess.CompletedProcess:
-        return _run(["-m", module, *args], devices, env, cwd, timeout)
+    def run(*args, module="jaxtune.train", cwd=None, timeout=300, **environment) -> subprocess.CompletedProcess:
+        return _run(["-m", module, *args], cwd, timeout, environment)
 
     return run
 
 
-def _run(args, devices, env, cwd, timeout) -> subprocess.CompletedProcess:
+def _run(args, cwd, timeout, environment) -> subprocess.CompletedProcess:
     command = [sys.executable, *map(str, args)]
-    environment = child_environment(devices, env)
+    environment = child_environment(**environment)
     return subprocess.run(command, env=environment, cwd=cwd, timeout=timeout, capture_output=True, text=True)

@@ -40,7 +40,7 @@ def test_the_demo_asks_trains_asks_again_and_exports(smollm2, repository, run_py
     run_dir = tmp_path / "demo"
     settings = [f"train.output_dir={run_dir}", "train.steps=2", "log.every=1", "data.max_length=128"]
     script = f"import runpy; runpy.run_path({str(repository / 'demo' / 'run.py')!r}, run_name='__main__')"
-    done = run_python(script, *settings, cwd=tmp_path, timeout=900)
+    done = run_python(script, *settings, cwd=tmp_path, timeout=900, optimised=True)
     assert done.returncode == 0, done.stderr
     assert "step 2/2  loss " in done.stdout
     assert "of 16 before" in done.stdout

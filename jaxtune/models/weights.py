@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtune.once import run_once
+
 Tree = dict[str, Any]  # nested dicts of strings; the leaves are Weights, arrays, or leaves.py's types
 Path = tuple[str, ...]
 
@@ -119,7 +121,7 @@ def init_params(
     """Random parameters for training from scratch, each made in its own shards. finish: makes a leaf of each."""
 
     def make(weight: Weight, sharding) -> Any:
-        draw = jax.jit(initial_value, static_argnums=(0, 1, 2, 3), out_shardings=sharding)
-        return finish(weight, draw(weight, seed, std, jnp.dtype(dtype)))
+        settings = {"weight": weight, "seed": seed, "std": std, "dtype": jnp.dtype(dtype)}
+        return finish(weight, run_once(initial_value, shardings=sharding, **settings))
 
     return map_tree(make, weights, shardings)

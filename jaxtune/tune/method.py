@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Sharding
 
 from jaxtune.models.weights import Path, Tree, Weight, leaves_with_path
+from jaxtune.once import run_once
 from jaxtune.section import TuneSection
 
 if TYPE_CHECKING:
@@ -108,11 +109,10 @@ def is_concrete(params: Tree) -> bool:
 def make(function: Callable, shardings: Any, abstract: bool, *arrays: Any, **settings: Any) -> Any:
     """The tree that `function` makes of arrays and static settings, each array in its own shards.
 
-    Where `abstract`, the shapes alone. Calls with one function, settings and shapes are compiled once.
+    Where `abstract`, the shapes alone.
     """
     if not abstract:
-        where = {} if shardings is None else {"out_shardings": shardings}
-        return jax.jit(function, static_argnames=tuple(settings), **where)(*arrays, **settings)
+        return run_once(function, *arrays, shardings=shardings, **settings)
     shapes = jax.eval_shape(partial(function, **settings), *arrays)
     if shardings is None:
         return shapes

@@ -33,7 +33,7 @@ def run(smollm2, shared, tmp_path_factory, run_cli):
         "eval": {"path": str(home / "held_out.json"), "every": 10},
         "log": {"every": 1},
     }
-    done = run_cli("--config", write_config(home / "config.yaml", tree), timeout=1200)
+    done = run_cli("--config", write_config(home / "config.yaml", tree), timeout=1200, optimised=True)
     assert done.returncode == 0, done.stderr
     return make_config(tree), read_jsonl(home / "run/metrics.jsonl")
 
