@@ -33,7 +33,7 @@ def settle(config: Config, model: ModelConfig, mesh: Mesh) -> str:
         return kernel
     if kernel == "tiles":
         return kernel
-    problem = _problem(kernel, model, dtype)
+    problem = _problem(kernel, model, dtype, config.data.share_prefix)
     if problem is None:
         say(f"Attention: {NAMES[kernel]}, which agrees with plain XLA on packed rows, forward and backward")
         return kernel
@@ -64,11 +64,11 @@ def choose(
     return ("xla", reason) if reason else (kernel, None)
 
 
-def _problem(kernel: str, model: ModelConfig, dtype: Any) -> str | None:
+def _problem(kernel: str, model: ModelConfig, dtype: Any, share_prefix: bool) -> str | None:
     """What is wrong with a kernel, in any of the processes: they have to run the same program."""
     found = None
     try:
-        trial(kernel, model.num_heads, model.num_kv_heads, model.head_dim, dtype)
+        trial(kernel, model.num_heads, model.num_kv_heads, model.head_dim, dtype, share_prefix)
     except Exception as error:  # whatever a kernel, its compiler or its library raises
         found = processes.first_line(str(error)) or type(error).__name__
     return next((text for text in processes.gathered("attention", found) if text), None)

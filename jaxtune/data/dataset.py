@@ -5,7 +5,7 @@ B being train.batch_size. So neither devices nor processes nor where a run was i
 and the state of the data is the step. All batches of a run have one shape, [micro_batches, rows, time].
 
 A tuning method may have virtual tokens, ids past the vocabulary: they are put before every example as it is written
-into a row, take their room there, and are counted nowhere.
+into a row, or before the start that examples share, take their room there, and are counted nowhere.
 
 What all examples begin with may be shared: it is written once, at the start of every pack, for all that stand in it.
 Their tokens see it and their positions follow it, so that each has the numbers that it would have by itself.
@@ -43,7 +43,7 @@ class Batch:
     tokens: np.ndarray  # int32; 0 where there is padding
     targets: np.ndarray  # int32, the token that follows; 0 where it is not supervised
     mask: np.ndarray  # bool, where the target is supervised
-    positions: np.ndarray  # int32, from 0 in each document
+    positions: np.ndarray  # int32, from 0 in each document, or from where the shared start ends
     segments: np.ndarray  # int32, 1, 2, ... for the documents of a row, or PADDING or SHARED (jaxtune/segments.py)
     virtual: int = field(default=0, kw_only=True)  # how many of its tokens are virtual
     spared: int = field(default=0, kw_only=True)  # tokens of its examples that sharing has left out

@@ -137,7 +137,7 @@ def _shared(data: Data) -> list[str]:
     which = "All" if len(first) == len(train.examples) else "The first"
     return [
         f"{which} {len(first):,} conversations begin with the same {start} tokens, {start / mean:.0%} of their mean "
-        "length; data.share_prefix: true computes them once in each pack."
+        "length; data.share_prefix: true computes them once in each pack (docs/data.md: where it can)."
     ]
 
 

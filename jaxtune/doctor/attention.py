@@ -16,6 +16,7 @@ from jaxtune.models.attention import MIN_BLOCK, attention
 from jaxtune.models.kernels import NAMES, PLATFORMS
 from jaxtune.parallel.context import KINDS, spread_attention
 from jaxtune.parallel.zigzag import AXIS, into_zigzag, out_of_zigzag
+from jaxtune.segments import PADDING, SHARED
 
 ROWS, HEADS, KV_HEADS, DIM = 2, 8, 2, 16
 PARTS = 8  # devices at most that a sequence is split over
@@ -48,7 +49,7 @@ def fused(kernel: str) -> str:
     here = jax.default_backend()
     if PLATFORMS.get(here) != kernel:
         raise NotHere(f"{NAMES[kernel]} is not for a {here}")
-    largest = trial.trial(kernel, HEADS, KV_HEADS, FUSED_DIM, jnp.bfloat16)
+    largest = trial.trial(kernel, HEADS, KV_HEADS, FUSED_DIM, jnp.bfloat16, share_prefix=kernel != "splash")
     return f"plain XLA's numbers to {largest:.1e} of the largest, forward and backward, packed and unpacked"
 
 
@@ -100,17 +101,22 @@ def with_gradients(attend: Callable[..., jax.Array], time: int) -> Arrays:
 
 
 def packed(time: int) -> jax.Array:
-    """Segment ids [ROWS, time]: three documents in the first row, two and no padding in the second."""
-    cuts = [(time // 5, time // 2, time - 7), (time // 3, time, time)]
+    """Segment ids [ROWS, time]: three documents in the first row; a shared start, two and no padding in the second."""
+    cuts = [(time // 5, time // 2, time - 7), (time // 3, 2 * time // 3, time)]
     steps = np.arange(time)
-    rows = [np.where(steps < end, 1 + (steps >= first) + (steps >= second), 0) for first, second, end in cuts]
+    rows = [np.where(steps < end, 1 + (steps >= first) + (steps >= second), PADDING) for first, second, end in cuts]
+    rows[1][rows[1] == 1] = SHARED
     return jnp.asarray(np.stack(rows), jnp.int32)
 
 
 def formula(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, segments: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v under the causal and the segments' mask; padding sees padding."""
+    """softmax(q k^T / sqrt(D)) v under the causal and the segments' mask.
+
+    Padding sees padding, and every document what is shared.
+    """
     repeats, time = q_BTHD.shape[2] // k_BTKD.shape[2], q_BTHD.shape[1]
     k, v = (jnp.repeat(x, repeats, axis=2) for x in (k_BTKD, v_BTKD))
     scores = jnp.einsum("bthd,bshd->bhts", q_BTHD, k) / np.sqrt(q_BTHD.shape[-1])
-    sees = np.tri(time, dtype=bool) & (segments[:, None, :, None] == segments[:, None, None, :])
+    queries, keys = segments[:, None, :, None], segments[:, None, None, :]
+    sees = np.tri(time, dtype=bool) & ((queries == keys) | (keys == SHARED) & (queries != PADDING))
     return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores, axis=-1, where=sees), v)

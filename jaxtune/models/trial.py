@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxtune.models.attention import attention
 from jaxtune.models.kernels import NAMES, attend
+from jaxtune.segments import SHARED
 
 TIME = 300  # tokens of a row: no kernel's tiles divide it
 ENDS = ((70, 181, 283, TIME), (128, 256, TIME, TIME))  # of three documents, and of the padding behind them
@@ -29,16 +30,23 @@ class Disagreement(Exception):
     """A kernel gives other numbers than plain XLA, or packed rows other than single ones."""
 
 
-def trial(kernel: str, num_heads: int, num_kv_heads: int, head_dim: int, dtype: Any) -> float:
+def trial(
+    kernel: str, num_heads: int, num_kv_heads: int, head_dim: int, dtype: Any, share_prefix: bool = False
+) -> float:
     """The largest difference, as a share of the largest number, forward and backward and between packed and unpacked.
+
+    share_prefix: on rows whose first document all others see, too.
 
     Raises:
         Disagreement: something differs by more than rounding. Whatever else the kernel raises goes through.
     """
-    return compare(partial(attend, kernel), NAMES[kernel], num_heads // num_kv_heads, num_kv_heads, head_dim, dtype)
+    group, function = num_heads // num_kv_heads, partial(attend, kernel)
+    return compare(function, NAMES[kernel], group, num_kv_heads, head_dim, dtype, share_prefix)
 
 
-def compare(kernel: Attend, name: str, group: int, num_kv_heads: int, head_dim: int, dtype: Any) -> float:
+def compare(
+    kernel: Attend, name: str, group: int, num_kv_heads: int, head_dim: int, dtype: Any, share_prefix: bool = False
+) -> float:
     """`trial` of any function (q, k, v, segments) -> output. group: query heads to each key head."""
     kv_heads, dtype = min(num_kv_heads, KV_HEADS), jnp.dtype(dtype)
     draw = np.random.default_rng(0)
@@ -47,10 +55,12 @@ def compare(kernel: Attend, name: str, group: int, num_kv_heads: int, head_dim: 
     given = [np.asarray(jnp.asarray(draw.standard_normal(shape), dtype), np.float32) for shape in shapes]
     segments = np.stack([_segments(ends) for ends in ENDS])
     plain = lambda q, k, v, segments: attention(q, k, v, segments, segments)  # noqa: E731
-    found, wanted = with_gradients(kernel, given, segments, dtype), with_gradients(plain, given, segments, jnp.float32)
-    largest = 0.0
-    for what, ours, theirs in zip(RESULTS, found, wanted, strict=True):
-        largest = max(largest, _difference(f"{name}: {what}", ours, theirs, dtype))
+    largest, found = 0.0, []
+    shared = {f"{name}, a shared start": np.where(segments == 1, SHARED, segments)} if share_prefix else {}
+    for case, ids in {**shared, name: segments}.items():
+        found, wanted = with_gradients(kernel, given, ids, dtype), with_gradients(plain, given, ids, jnp.float32)
+        for what, ours, theirs in zip(RESULTS, found, wanted, strict=True):
+            largest = max(largest, _difference(f"{case}: {what}", ours, theirs, dtype))
     alone, ones = _unpacked(given), _unpacked([segments])[0]
     for what, packed, single in zip(RESULTS, _unpacked(found), with_gradients(kernel, alone, ones, dtype), strict=True):
         largest = max(largest, _difference(f"{name}, packed and in rows of their own: {what}", packed, single, dtype))

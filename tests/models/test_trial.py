@@ -13,11 +13,12 @@ from jaxtune.mesh import single_device_mesh
 from jaxtune.models import trial
 from jaxtune.models.attention import attention
 from jaxtune.models.trial import Disagreement, compare
+from jaxtune.segments import SHARED
 from tests.programs import CONFIG
 
 
-def tried(kernel, dtype="float32"):
-    return compare(kernel, "it", group=1, num_kv_heads=1, head_dim=8, dtype=dtype)
+def tried(kernel, dtype="float32", **more):
+    return compare(kernel, "it", group=1, num_kv_heads=1, head_dim=8, dtype=dtype, **more)
 
 
 def test_plain_attention_agrees_with_itself_to_rounding():
@@ -45,6 +46,17 @@ def test_a_kernel_with_another_mask_or_scale_or_without_numbers_is_told(kernel):
         tried(kernel)
 
 
+def test_a_kernel_that_knows_no_shared_start_is_told_where_one_is_asked_for():
+    def apart(q, k, v, segments):
+        own = jnp.where(segments == SHARED, 99, segments)
+        return attention(q, k, v, own, own)
+
+    assert tried(apart) < 1e-5
+    with pytest.raises(Disagreement, match=r"it, a shared start: the output differs"):
+        tried(apart, share_prefix=True)
+    assert tried(lambda q, k, v, segments: attention(q, k, v, segments, segments), share_prefix=True) < 1e-5
+
+
 def test_packed_rows_that_differ_from_single_ones_are_told(monkeypatch):
     """By a kernel that agrees with a plain attention of the same fault: the first token sees itself half."""
 
@@ -62,16 +74,16 @@ def test_packed_rows_that_differ_from_single_ones_are_told(monkeypatch):
 def settle(monkeypatch, capsys):
     """settle(asked, problem) -> (kernel, what was said), on what looks like a GPU."""
 
-    def on_gpu(asked="auto", problem=None):
-        def tried(kernel, num_heads, num_kv_heads, head_dim, dtype):
-            assert (kernel, num_heads, num_kv_heads, head_dim) == ("cudnn", 8, 2, 8)
+    def on_gpu(asked="auto", problem=None, share_prefix=False):
+        def tried(kernel, num_heads, num_kv_heads, head_dim, dtype, shares):
+            assert (kernel, num_heads, num_kv_heads, head_dim, shares) == ("cudnn", 8, 2, 8, share_prefix)
             if problem is not None:
                 raise problem
 
         monkeypatch.setattr(attention_kernel, "_platform", lambda _: "gpu")
         monkeypatch.setattr(attention_kernel, "trial", tried)
         sections = {"memory": {"attention": asked}, "precision": {"compute": "bfloat16"}}
-        config = make_config({"model": {"path": "-"}, "data": {"path": "-"}, **sections})
+        config = make_config({"model": {"path": "-"}, "data": {"path": "-", "share_prefix": share_prefix}, **sections})
         kernel = attention_kernel.settle(config, CONFIG, single_device_mesh())
         return kernel, capsys.readouterr().out
 
@@ -82,6 +94,7 @@ def test_a_kernel_that_agrees_is_taken_and_said(settle):
     for asked in ("auto", "cudnn"):
         kernel, said = settle(asked)
         assert kernel == "cudnn" and said.startswith("Attention: cuDNN, which agrees with plain XLA")
+    assert settle(share_prefix=True)[0] == "cudnn"  # tried with a shared start
     assert settle("xla") == ("xla", "Attention: plain XLA, because memory.attention asks for it\n")
 
 
