@@ -64,12 +64,12 @@ class Many(ABC):
     def common_start(self) -> int:
         """How many tokens all examples begin with, none of which predicts a supervised one."""
         every = np.arange(len(self))
-        most = max(int(self.lengths.min()) - 1, 0) if len(self) else 0
-        for place in range(most):
-            tokens = self.at(place, every)[0]
-            if (tokens != tokens[0]).any() or self.at(place + 1, every)[1].any():
+        most = int(self.lengths.min()) - 1 if len(self) else 0
+        columns = (self.at(place, every) for place in range(most + 1))
+        for place, ((tokens, _), (_, learnt)) in enumerate(pairwise(columns)):
+            if (tokens != tokens[0]).any() or learnt.any():
                 return place
-        return most
+        return max(most, 0)
 
     @cached_property
     def largest_token(self) -> int:

@@ -57,7 +57,7 @@ def compare(
     plain = lambda q, k, v, segments: attention(q, k, v, segments, segments)  # noqa: E731
     largest, found = 0.0, []
     shared = {f"{name}, a shared start": np.where(segments == 1, SHARED, segments)} if share_prefix else {}
-    for case, ids in {**shared, name: segments}.items():
+    for case, ids in {**shared, name: segments}.items():  # the plain rows last: what was found is unpacked below
         found, wanted = with_gradients(kernel, given, ids, dtype), with_gradients(plain, given, ids, jnp.float32)
         for what, ours, theirs in zip(RESULTS, found, wanted, strict=True):
             largest = max(largest, _difference(f"{case}: {what}", ours, theirs, dtype))
