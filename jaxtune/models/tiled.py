@@ -92,7 +92,6 @@ def _backward(block, saved, dout_BTHD):
     k_BNKsD, v_BNKsD = cut_keys(k_BTKD, block), cut_keys(v_BTKD, block)
     k_BNKDs, mask = k_BNKsD.swapaxes(3, 4), Mask.of(segments_BT, window, block)
     cut, whole = _queries(q_BTHD, k_BTKD, block)
-    delta = cut(outputs_share(out_BTHD, dout_BTHD))[:, :, 0]
 
     def tile(queries: Queries, given, mask, j, carry):
         (q_KDX, dout_KDX, logsum, delta), (dq, dk, dv), at = given, carry, (queries.row, j)
@@ -100,13 +99,14 @@ def _backward(block, saved, dout_BTHD):
         return dq + here[0], dk.at[at].add(here[1]), dv.at[at].add(here[2])
 
     def row(carry, inputs):
-        queries, q_KDX, *rest = inputs
+        queries, q_KDX, out_KDX, dout_KDX, logsum = inputs
+        given = q_KDX, dout_KDX, logsum, outputs_share(out_KDX, dout_KDX)
         start = jnp.zeros(q_KDX.shape, jnp.float32), *carry
-        dq, *carry = queries.sweep(mask, partial(tile, queries, (q_KDX, *rest)), start)
+        dq, *carry = queries.sweep(mask, partial(tile, queries, given), start)
         return tuple(carry), dq
 
     zeros = jnp.zeros(k_BNKsD.shape, jnp.float32)
-    given = mask.queries(), cut(scaled(q_BTHD)), cut(dout_BTHD), logsum, delta
+    given = mask.queries(), cut(scaled(q_BTHD)), cut(out_BTHD), cut(dout_BTHD), logsum
     (dk, dv), dq = jax.lax.scan(row, (zeros, zeros), given)
     dq = scaled(whole(dq)).astype(q_BTHD.dtype)
     return dq, join_keys(dk).astype(k_BTKD.dtype), join_keys(dv).astype(v_BTKD.dtype), None, None

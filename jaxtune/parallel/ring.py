@@ -73,7 +73,7 @@ def _backward(saved, dout_BTHD):
     q_BTHD, k_BTKD, v_BTKD, segments_BT, window, out_BTHD, logsum = saved
     ring = _Ring.of(q_BTHD, k_BTKD, segments_BT, window)
     q, dout, kv = ring.queries(scaled(q_BTHD)), ring.queries(dout_BTHD), ring.keys(k_BTKD, v_BTKD)
-    delta = ring.queries(outputs_share(out_BTHD, dout_BTHD))[:, :, 0]
+    delta = outputs_share(ring.queries(out_BTHD), dout)
 
     def tile(mask, fixed, kv, dq, dkv):
         k_RsD, v_RsD = kv
