@@ -119,3 +119,21 @@ def test_a_policy_that_keeps_the_name_runs_the_forward_pass_once():
 
     forward = 2 * 2  # two products for a tile, masked or not
     assert products("query") - products(tiled.SAVED) == forward
+
+
+def test_xla_for_cpus_can_vectorise_what_is_not_a_product(monkeypatch):
+    """Sums run down columns, and no loop has both the exponential and the mask in it."""
+    monkeypatch.setattr(tiled, "BLOCK", 128)
+    segments = jnp.asarray(np.repeat([[1, 2]], [100, 156], axis=1).astype(np.int32))
+    q, k, v, dout = (jnp.ones((1, 256, heads, 16)) for heads in (H, K, K, H))
+
+    def both(q, k, v, dout):
+        out, backward = jax.vjp(lambda *qkv: tiled_attention(*qkv, segments), q, k, v)
+        return out, *backward(dout)
+
+    program = jax.jit(both).lower(q, k, v, dout).compile().as_text()
+    loops = re.split(r"\n(?=%)", program)
+    assert sum("exponential(" in loop for loop in loops) >= 4, "of a tile with and without a mask, forward and backward"
+    assert not [loop for loop in loops if "exponential(" in loop and "select(" in loop]
+    last = r"f32\[(?:1,)?256,6\]\S* reduce\("  # a sum over D of [B, T, H, D]
+    assert not re.search(last, program)
