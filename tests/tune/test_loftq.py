@@ -17,6 +17,7 @@ from jaxtune.tune.low_rank import LowRank
 from jaxtune.tune.merge import merged
 from jaxtune.tune.peft_config import read_config
 from jaxtune.tune.peft_io import save_adapter
+from tests.quant.support import as_defined
 from tests.tune.support import difference, logits
 
 W = jnp.array(np.random.default_rng(0).normal(size=(64, 96)) * 0.1, jnp.float32)
@@ -46,6 +47,8 @@ def test_the_start_is_peft_s(monkeypatch, times):
     import bitsandbytes as bnb
     import torch
     from peft.utils import loftq_utils
+
+    as_defined()
 
     class OnCpu:
         def __init__(self, data, **settings):
