@@ -113,6 +113,7 @@ def test_every_case_is_a_specification_and_a_valid_configuration(name, on_gpu, t
     assert (spec["steps"], spec["dtype"]) == (5, "bfloat16" if on_gpu else "float32")
     config = load_config(spec["jaxtune"])
     assert (config.train.batch_size, config.data.max_length) == (spec["batch"], spec["length"])
+    assert config.train.micro_batches == (2 if name in ("lora", "qlora") and not on_gpu else 1)
     assert config.data.format == ("text" if case.blocks else "messages")
     assert config.model.quantize == ("nf4" if case.method == "qlora" else None)
 

@@ -171,10 +171,7 @@ def specification(case: Case, home: Path, options: argparse.Namespace, on_gpu: b
     texts = {"path": str(home / "texts.jsonl"), "format": "text", "too_long": "split"}
     shared = {"max_length": case.length, "cache": str(HOME / "tokens")}
     tune = {"method": "full"} if case.method == "full" else {"method": "lora", **LORA}
-    # A pack at a time, as the Trainer accumulates conversations: no slower on a CPU, but where layers are as narrow as
-    # SmolLM2's. Full tuning would sum gradients.
-    one_by_one = not on_gpu and not case.blocks and case.method != "full" and case.shape != "smollm2"
-    batches = {"batch_size": case.batch[on_gpu], "micro_batches": case.batch[on_gpu] if one_by_one else 1}
+    batches = {"batch_size": case.batch[on_gpu], "micro_batches": 1 if on_gpu else case.micro_batches}
     narrow = {"precision": {"params": "bfloat16"}} if on_gpu and case.method != "full" else {}
     config = narrow | {
         "model": {"path": model} | ({"quantize": "nf4"} if case.method == "qlora" else {}),
