@@ -114,7 +114,7 @@ def test_every_case_is_a_specification_and_a_valid_configuration(name, on_gpu, t
     config = load_config(spec["jaxtune"])
     assert (config.train.batch_size, config.data.max_length) == (spec["batch"], spec["length"])
     assert config.train.micro_batches == (2 if name in ("lora", "qlora") and not on_gpu else 1)
-    assert config.data.format == ("text" if case.blocks else "messages")
+    assert config.data.format == ("megatron" if case.blocks else "messages")
     assert config.model.quantize == ("nf4" if case.method == "qlora" else None)
 
 
@@ -178,7 +178,7 @@ def spec(tiny_model, tmp_path):
     train = {"output_dir": str(tmp_path / "run"), "batch_size": 2}
     config = {"model": {"path": model}, "tune": {"method": "lora", **lora}, "data": data, "train": train}
     write_config(tmp_path / "config.json", config | {"log": {"every": 1}})
-    data |= {"path": str(tmp_path / "texts.jsonl"), "format": "text", "too_long": "split", "max_length": 16}
+    data |= {"path": str(tmp_path / "blocks"), "format": "megatron", "max_length": 16}
     write_config(tmp_path / "blocks.json", config | {"data": data})
     spec = {"model": model, "rows": str(tmp_path / "rows.json"), "method": "lora", "length": 64, "batch": 2}
     return spec | {"steps": 2, "warm": 1, "dtype": "float32", "lora": lora, "jaxtune": str(tmp_path / "config.json")}
@@ -201,15 +201,14 @@ def test_the_rows_are_jaxtunes_own_and_flops_are_counted(spec):
 
 
 def test_blocks_are_all_conversations_joined_and_cut(spec):
+    """And jaxtune's are the very ones of the other sides: none is shorter."""
     conversations = prepared(spec)[1]
     found, blocks = prepared(spec, blocks=True)
-    assert {len(row["input_ids"]) for row in blocks} == {16}
     assert all(row["supervised"] == [0] + [1] * 15 for row in blocks)  # nothing stands before the first
     joined = [token for row in conversations for token in row["input_ids"]]
-    cut = [row["input_ids"] for row in blocks]  # each begins with the last token of the one before
-    assert cut == [joined[start : start + 16] for start in range(0, 15 * len(cut), 15)]
-    assert len(cut) == (len(joined) - 1) // 15
+    assert [row["input_ids"] for row in blocks] == [joined[16 * n :][:16] for n in range(len(joined) // 16)]
     assert found["tokens_per_row"] == 16
+    assert prepare.read_rows(load_config(Path(spec["jaxtune"]).with_name("blocks.json"))) == blocks
 
 
 @pytest.mark.parametrize("name", ["ours.py", pytest.param("trainer.py", marks=pytest.mark.slow)])

@@ -168,7 +168,7 @@ def specification(case: Case, home: Path, options: argparse.Namespace, on_gpu: b
     model = str(HOME / "models" / case.shape)
     common = {"method": case.method, "length": case.length, "batch": case.batch[on_gpu], "warm": WARM}
     data = {"path": str(options.data), "format": options.format, "system": options.system}
-    texts = {"path": str(home / "texts.jsonl"), "format": "text", "too_long": "split"}
+    blocks = {"path": str(home / "blocks"), "format": "megatron"}
     shared = {"max_length": case.length, "cache": str(HOME / "tokens")}
     tune = {"method": "full"} if case.method == "full" else {"method": "lora", **LORA}
     batches = {"batch_size": case.batch[on_gpu], "micro_batches": 1 if on_gpu else case.micro_batches}
@@ -180,7 +180,7 @@ def specification(case: Case, home: Path, options: argparse.Namespace, on_gpu: b
         "checkpoint": {"resume": "never"},
         "log": {"every": 1},
     }
-    (home / "config.json").write_text(json.dumps(config | {"data": shared | (texts if case.blocks else data)}))
+    (home / "config.json").write_text(json.dumps(config | {"data": shared | (blocks if case.blocks else data)}))
     (home / "conversations.json").write_text(json.dumps(config | {"data": shared | data}))
     return common | {
         "model": model,

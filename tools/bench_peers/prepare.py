@@ -17,6 +17,7 @@ from jaxtune import tune  # noqa: E402
 from jaxtune.assemble import FULL, Source, assemble  # noqa: E402
 from jaxtune.config import Config, load_config  # noqa: E402
 from jaxtune.data.loader import build_data  # noqa: E402
+from jaxtune.data.megatron import DatasetWriter  # noqa: E402
 from jaxtune.hf_io import resolve_model, write_model  # noqa: E402
 from jaxtune.mesh import single_device_mesh  # noqa: E402
 from jaxtune.models.families import parse_config, read_config  # noqa: E402
@@ -29,11 +30,10 @@ def prepare(plan: dict) -> dict[str, float]:
     config = load_config(plan["config"])
     if not (Path(config.model.path) / "config.json").exists():
         make_model(plan["shape"], resolve_model(plan["words"], weights=False), Path(config.model.path))
+    rows = read_rows(load_config(plan["conversations"] or plan["config"]))
     if plan["conversations"]:
-        join(load_config(plan["conversations"]), Path(config.data.paths[0]))
-    rows = read_rows(config)
-    if plan["conversations"]:
-        rows = [row for row in rows if len(row["input_ids"]) == config.data.max_length]
+        rows = blocks(rows, config.data.max_length)
+        write_documents(config.data.paths[0], rows)
     Path(plan["rows"]).write_text(json.dumps(rows))
     lengths = [len(row["input_ids"]) for row in rows]
     per_token = flops_per_token(config, sum(n * n for n in lengths) / sum(lengths))
@@ -53,21 +53,27 @@ def make_model(shape: str, words: Path, directory: Path) -> None:
     write_model(directory, made.params, model.weights, model.config, words, dtype, tokenizer=source.tokenizer)
 
 
-def join(conversations: Config, path: Path) -> None:
-    """Write all conversations as one text, which jaxtune splits into blocks."""
-    tokenizer = Source.open(conversations.model).tokenizer
-    text = "".join(tokenizer.decode(row["input_ids"]) for row in read_rows(conversations))
-    path.write_text(json.dumps({"text": text}) + "\n")
+def blocks(rows: list[dict], length: int) -> list[dict]:
+    """All rows joined and cut into whole blocks; a rest that is shorter is left out, for every side alike."""
+    tokens = [token for row in rows for token in row["input_ids"]]
+    starts = range(0, len(tokens) - length + 1, length)
+    return [{"input_ids": tokens[at : at + length], "supervised": [0] + [1] * (length - 1)} for at in starts]
+
+
+def write_documents(prefix: str, rows: list[dict]) -> None:
+    """The rows as jaxtune reads them."""
+    with DatasetWriter(prefix) as writer:
+        for row in rows:
+            writer.add_document(row["input_ids"])
+        writer.finalize()
 
 
 def read_rows(config: Config) -> list[dict]:
     """The very tokens and labels of jaxtune's data."""
     tokenizer = Source.open(config.model).tokenizer
     examples = build_data(config.data, config.eval, config.train, tokenizer).train.examples
-    return [
-        {"input_ids": examples.tokens[start:end].tolist(), "supervised": examples.supervised[start:end].tolist()}
-        for start, end in zip(examples.starts[:-1], examples.starts[1:], strict=True)
-    ]
+    pairs = (examples.read(index) for index in range(len(examples)))
+    return [{"input_ids": tokens.tolist(), "supervised": supervised.tolist()} for tokens, supervised in pairs]
 
 
 def flops_per_token(config: Config, time: float) -> float:
