@@ -45,7 +45,7 @@ def test_each_part_runs_and_its_matmuls_are_those_of_its_shape():
             for found in jax.tree.leaves([function() for function in functions]):
                 assert np.isfinite(np.asarray(found, np.float32)).all()
     assert counted["head, 8 tokens"] == 4 * 8 * 64 * 16
-    assert counted["attention, 1 x 256, one document"] == 7 * 2 * 4 * 4 * 3 * 128**2
+    assert counted["attention, 1 x 256, one document"] == 2 * 7 * 2 * 4 * 4 * 3 * 128**2
     assert counted["layers, 2 x 8"] == 4 * LINEAR * 16
 
 

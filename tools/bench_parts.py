@@ -7,7 +7,8 @@ Qwen2.5-0.5B's shape; float32 on a CPU, bfloat16 elsewhere. A part and a large m
 the median of the rounds, the ratios too: a shared machine's rate changes from one minute to the next.
 
 head: logits, loss and gradient of so many supervised tokens; its matmuls are two, and are timed alone as well.
-attention: one layer's, 2 products forward and 5 backward, of the tiles (128 x 128) of which anything is seen.
+attention: of four layers in turn, as a step has it, 2 products forward and 5 backward, of the tiles (128 x 128) of which
+anything is seen.
 layers: four of them but for attention, with the benchmark's LoRA and its dropout; 4 FLOPs for each weight and token.
 """
 
@@ -135,18 +136,22 @@ def heads():
 
 
 def attentions():
+    def layer(given, _, segments):
+        *qkv, d = given
+        out, backward = jax.vjp(lambda *qkv: attend(KERNEL, *qkv, segments), *qkv)
+        return tuple(x + 1e-6 * more for x, more in zip(given, (*backward(d), out), strict=True)), None
+
     @jax.jit
-    def part(q, k, v, d, segments):
-        out, backward = jax.vjp(lambda *qkv: attend(KERNEL, *qkv, segments), q, k, v)
-        return out, backward(d)
+    def part(given, segments):
+        return jax.lax.scan(partial(layer, segments=segments), given, length=CONFIG.num_layers)[0]
 
     count = (CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.num_kv_heads, CONFIG.num_heads)
     for rows, time_, mean in ROWS:
         segments = documents(rows, time_, mean)
-        given = [draw(n, rows, time_, heads, CONFIG.head_dim) for n, heads in enumerate(count)]
-        flops = 7 * 2.0 * CONFIG.head_dim * CONFIG.num_heads * seen(segments)
+        given = tuple(draw(n, rows, time_, heads, CONFIG.head_dim) for n, heads in enumerate(count))
+        flops = CONFIG.num_layers * 7 * 2.0 * CONFIG.head_dim * CONFIG.num_heads * seen(segments)
         name = f"attention, {rows} x {time_}, " + ("one document" if mean is None else f"documents of {mean}")
-        yield name, flops, [partial(part, *given, segments)]
+        yield name, flops, [partial(part, given, segments)]
 
 
 def documents(rows: int, time_: int, mean: int | None) -> jax.Array:

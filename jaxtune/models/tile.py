@@ -6,7 +6,8 @@ parallel/ring.py's for one that is split.
 
 A tile has its keys along the rows and its queries along the columns: then every product is of matrices as they lie in
 memory, of which only narrow ones are turned round, and maxima and sums run down columns. XLA for CPU would else copy
-tiles of scores into another order, which costs as much as multiplying them.
+tiles of scores into another order, which costs as much as multiplying them. A mask is made in that order too, from what
+is known of each of the X queries: spread out from t of them it would take six times as long, for XLA counts out places.
 
 Legend: B batch, T tokens, H query heads, K key/value heads, G = H / K, D head size, N blocks of a sequence, t tokens of
 a block, s keys of a tile (as many), X = G * t, the queries that share a key head; R = K, or B * K where all rows of a
@@ -14,13 +15,34 @@ batch are dealt with at once. Statistics and sums are float32.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxtune.segments import sees
+
 LOWEST = -1e30  # not -inf, of which exp is slow
+
+
+class Tokens(NamedTuple):
+    """What a mask asks of the tokens of a block; N: of all blocks."""
+
+    positions: jax.Array  # int32 [t], [N, t], or of queries [..., X]
+    segments: jax.Array  # int32 [B, t], [N, B, t] or [..., B, X]
+
+    def spread(self, groups: int) -> "Tokens":
+        """Of queries: t tokens for each of the heads that share a key head, X in all."""
+        return Tokens(*(jnp.concatenate([x] * groups, axis=-1) for x in self))
+
+
+def visible(queries: Tokens, keys: Tokens, window: jax.Array | None) -> jax.Array:
+    """The mask of a tile, [B, s, X]: True where a query sees a key. window: see tiled_attention."""
+    distance = queries.positions[None, :] - keys.positions[:, None]
+    mask = distance >= 0
+    if window is not None:
+        mask &= distance < window
+    return mask[None] & sees(queries.segments[:, None, :], keys.segments[:, :, None])
 
 
 class Partial(NamedTuple):
@@ -43,27 +65,27 @@ class Partial(NamedTuple):
         return self.out / total[..., None, :], logsum
 
 
-def attend(part: Partial, q_RDX, k_RsD, v_RDs, mask_Bst) -> Partial:
+def attend(part: Partial, q_RDX, k_RsD, v_RDs, mask_BsX) -> Partial:
     """The block of queries, which are scaled, with a block of keys added to what it has met.
 
     mask: True where a query sees a key; None: it sees all of them.
     """
     scores = _dot("rsd,rdx->rsx", k_RsD, q_RDX)
-    peak = jnp.maximum(part.peak, _columns(jnp.max, _masked(scores, mask_Bst, LOWEST)))
+    peak = jnp.maximum(part.peak, _masked(scores, mask_BsX, LOWEST).max(1))
     # Masked after the exponential: those of scores far below are slow.
-    weights = _masked(jnp.exp(jnp.minimum(scores - peak[:, None], 0.0)), mask_Bst, 0.0)
+    weights = _masked(jnp.exp(jnp.minimum(scores - peak[:, None], 0.0)), mask_BsX, 0.0)
     fade = jnp.exp(part.peak - peak)
-    out = _dot("rds,rsx->rdx", v_RDs, weights.reshape(scores.shape).astype(v_RDs.dtype))
-    return Partial(part.out * fade[:, None] + out, peak, part.total * fade + _columns(jnp.sum, weights))
+    out = _dot("rds,rsx->rdx", v_RDs, weights.astype(v_RDs.dtype))
+    return Partial(part.out * fade[:, None] + out, peak, part.total * fade + weights.sum(1))
 
 
-def attend_backward(q_RDX, dout_RDX, logsum_RX, delta_RX, k_RsD, k_RDs, v_RsD, mask_Bst):
+def attend_backward(q_RDX, dout_RDX, logsum_RX, delta_RX, k_RsD, k_RDs, v_RsD, mask_BsX):
     """Gradients, in float32, of the scaled queries [R, D, X], of the keys and of the values [R, s, D].
 
     dout: of the output. delta: what `outputs_share` gives. k_RDs: the keys turned round.
     """
     scores = _dot("rsd,rdx->rsx", k_RsD, q_RDX)
-    weights = _masked(jnp.exp(jnp.minimum(scores - logsum_RX[:, None], 0.0)), mask_Bst, 0.0).reshape(scores.shape)
+    weights = _masked(jnp.exp(jnp.minimum(scores - logsum_RX[:, None], 0.0)), mask_BsX, 0.0)
     dweights = _dot("rsd,rdx->rsx", v_RsD, dout_RDX)
     dscores = (weights * (dweights - delta_RX[:, None])).astype(q_RDX.dtype)
     dv = _dot("rsx,rxd->rsd", weights.astype(dout_RDX.dtype), dout_RDX.swapaxes(1, 2))
@@ -110,22 +132,11 @@ def join_keys(x_BNKsD: jax.Array) -> jax.Array:
     return x_BNKsD.transpose(0, 1, 3, 2, 4).reshape(batch, blocks * block, heads, dim)
 
 
-def _masked(x_RsX: jax.Array, mask_Bst: jax.Array | None, other: float) -> jax.Array:
-    """[B, K, s, G, t] where there is a mask, for whoever sums it: a loop over that form XLA for CPU vectorises, and one
-    over [R, s, X], with the exponential in it, it does not (0.05 ms a tile, and 0.3)."""
-    if mask_Bst is None:
+def _masked(x_RsX: jax.Array, mask_BsX: jax.Array | None, other: float) -> jax.Array:
+    """`other` where the mask is False."""
+    if mask_BsX is None:
         return x_RsX
-    rows, block = mask_Bst.shape[0], mask_Bst.shape[2]
-    split = x_RsX.reshape(rows, -1, x_RsX.shape[1], x_RsX.shape[2] // block, block)
-    return jnp.where(mask_Bst[:, None, :, None], split, other)
-
-
-def _columns(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
-    """Over the keys of what `_masked` gives: [R, X]."""
-    if x.ndim == 3:
-        return reduce(x, 1)
-    batch, heads, _, groups, block = x.shape
-    return reduce(x, 2).reshape(batch * heads, groups * block)
+    return jnp.where(jnp.repeat(mask_BsX, x_RsX.shape[0] // mask_BsX.shape[0], axis=0), x_RsX, other)
 
 
 def _dot(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:

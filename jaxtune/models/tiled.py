@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models.tile import (
     Partial,
+    Tokens,
     attend,
     attend_backward,
     cut_keys,
@@ -25,8 +26,9 @@ from jaxtune.models.tile import (
     join_queries,
     outputs_share,
     scaled,
+    visible,
 )
-from jaxtune.segments import PADDING, SHARED, sees
+from jaxtune.segments import PADDING, SHARED
 
 SAVED = "attended"  # the checkpoint name of what the backward pass needs beside queries, keys and values
 BLOCK = 128  # tokens at most; measured: a tile's scores have to fit into a CPU's caches
@@ -82,7 +84,7 @@ def _forward(q_BTHD, k_BTKD, v_BTKD, segments_BT, window, block):
         part = queries.sweep(mask, partial(tile, queries, q_KDX), Partial.empty(q_KDX.shape))
         return None, part.finish()
 
-    _, (out, logsum) = jax.lax.scan(row, None, (mask.queries(), cut(scaled(q_BTHD))))
+    _, (out, logsum) = jax.lax.scan(row, None, (mask.queries(q_BTHD.shape[2] // k_BTKD.shape[2]), cut(scaled(q_BTHD))))
     out, logsum = (checkpoint_name(x, SAVED) for x in (whole(out).astype(v_BTKD.dtype), logsum))
     return out, (q_BTHD, k_BTKD, v_BTKD, segments_BT, window, out, logsum)
 
@@ -106,7 +108,7 @@ def _backward(block, saved, dout_BTHD):
         return tuple(carry), dq
 
     zeros = jnp.zeros(k_BNKsD.shape, jnp.float32)
-    given = mask.queries(), cut(scaled(q_BTHD)), cut(out_BTHD), cut(dout_BTHD), logsum
+    given = mask.queries(q_BTHD.shape[2] // k_BTKD.shape[2]), cut(scaled(q_BTHD)), cut(out_BTHD), cut(dout_BTHD), logsum
     (dk, dv), dq = jax.lax.scan(row, (zeros, zeros), given)
     dq = scaled(whole(dq)).astype(q_BTHD.dtype)
     return dq, join_keys(dk).astype(k_BTKD.dtype), join_keys(dv).astype(v_BTKD.dtype), None, None
@@ -140,15 +142,14 @@ class Mask:
     def of(cls, segments_BT: jax.Array, window: jax.Array | None, block: int) -> "Mask":
         return cls(segments_BT.reshape(segments_BT.shape[0], -1, block), window)
 
-    def tile(self, row: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
-        """[1, s, t]: True where a query of block i sees a key of block j."""
-        segments, block = self.segments[row], self.segments.shape[2]
-        distance = (i - j) * block + jnp.arange(block)[None, :] - jnp.arange(block)[:, None]
-        seen = (distance >= 0) & sees(segments[i][None, :], segments[j][:, None])
-        return (seen if self.window is None else seen & (distance < self.window))[None]
+    def tile(self, queries: "Queries", j: jax.Array) -> jax.Array:
+        """[1, s, X]: True where a query sees a key of block j."""
+        block = self.segments.shape[2]
+        keys = Tokens(j * block + jnp.arange(block), self.segments[queries.row, j][None])
+        return visible(queries.tokens, keys, self.window)
 
-    def queries(self) -> "Queries":
-        """All blocks of queries of all rows, along axis 0."""
+    def queries(self, groups: int) -> "Queries":
+        """All blocks of queries of all rows, along axis 0. groups: G."""
         batch, count, block = self.segments.shape
         ordered = jnp.where(self.segments == PADDING, LAST, self.segments)  # it stands at the end
         low, high = ordered.min(-1), ordered.max(-1)
@@ -163,12 +164,16 @@ class Mask:
         whole = jnp.where(~every & (j < i), j + 1, first[..., None]).max(-1)
         row, index = np.indices((batch, count), np.int32)
         shared = jnp.where(low == LAST, 0, jnp.minimum((low == SHARED).sum(-1, keepdims=True), first))
-        return Queries(*(jnp.asarray(x, jnp.int32).reshape(-1) for x in (row, index, shared, first, whole)))
+        positions = jnp.broadcast_to(np.arange(count * block, dtype=np.int32).reshape(count, block), ordered.shape)
+        tokens = Tokens(positions.reshape(-1, block), self.segments.reshape(-1, 1, block)).spread(groups)
+        flat = [jnp.asarray(x, jnp.int32).reshape(-1) for x in (row, index, shared, first, whole)]
+        return Queries(tokens, *flat)
 
 
 class Queries(NamedTuple):
-    """One block of queries, and which blocks of its row's keys it sees."""
+    """One block of queries, and which blocks of its row's keys it sees. Of all blocks: with another axis before."""
 
+    tokens: Tokens
     row: jax.Array
     index: jax.Array  # of the block in its row
     shared: jax.Array  # so many blocks at the row's start are seen for what all segments share
@@ -176,7 +181,7 @@ class Queries(NamedTuple):
     whole: jax.Array  # from this one on, all of them see all of the blocks before their own
 
     def sweep(self, mask: Mask, tile: Callable[[jax.Array | None, jax.Array, Any], Any], carry: Any) -> Any:
-        """Fold `tile(mask, j, carry)` over the blocks of keys that are seen. mask [1, s, t]; None: all is seen."""
+        """Fold `tile(mask, j, carry)` over the blocks of keys that are seen. mask [1, s, X]; None: all is seen."""
         with jax.named_scope(f"{TRIPS}{(mask.segments.shape[1] - 1) / 2:g}"):
             carry = jax.lax.fori_loop(self.whole, self.index, lambda j, carry: tile(None, j, carry), carry)
         parts = self.shared + self.whole - self.first
@@ -184,7 +189,7 @@ class Queries(NamedTuple):
         def masked(n, carry):
             j = jnp.where(n < self.shared, n, self.first + n - self.shared)
             j = jnp.where(n < parts, j, self.index)
-            return tile(mask.tile(self.row, self.index, j), j, carry)
+            return tile(mask.tile(self, j), j, carry)
 
         with jax.named_scope(f"{TRIPS}1"):
             return jax.lax.fori_loop(0, parts + 1, masked, carry)

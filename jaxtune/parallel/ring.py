@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models.tile import (
     Partial,
+    Tokens,
     attend,
     attend_backward,
     cut_keys,
@@ -25,10 +26,11 @@ from jaxtune.models.tile import (
     join_queries,
     outputs_share,
     scaled,
+    visible,
 )
 from jaxtune.models.tiled import SAVED
 from jaxtune.parallel import local
-from jaxtune.parallel.tiles import NOWHERE, Grid, Tokens, may_see, visible
+from jaxtune.parallel.tiles import NOWHERE, Grid, may_see
 from jaxtune.parallel.zigzag import AXIS, positions_of
 
 
@@ -97,6 +99,7 @@ class _Ring:
     rank: jax.Array
     grid: Grid
     heads: tuple[int, int]  # B, K
+    groups: int  # G
     segments: jax.Array  # [B, T]
     window: jax.Array | None
 
@@ -104,7 +107,8 @@ class _Ring:
     def of(cls, q_BTHD, k_BTKD, segments_BT, window) -> "_Ring":
         size, (batch, time, heads, _) = local.size(AXIS), q_BTHD.shape
         grid = Grid.of(time, 1 if size == 1 else 2, batch * heads)
-        return cls(size, local.index(AXIS), grid, (batch, k_BTKD.shape[2]), segments_BT, window)
+        kv_heads = k_BTKD.shape[2]
+        return cls(size, local.index(AXIS), grid, (batch, kv_heads), heads // kv_heads, segments_BT, window)
 
     def queries(self, x_BTHD: jax.Array) -> jax.Array:
         """[N, R, D, X]."""
@@ -160,7 +164,7 @@ class _Ring:
     def _visit(self, tile, tiles, source, fixed, guest, resident, cargo):
         """Go through the tiles with one part's keys; one in which nothing is seen costs nothing."""
         kv, segments = guest
-        queries = self._tokens(self.rank, self.segments, NOWHERE["queries"])
+        queries = self._tokens(self.rank, self.segments, NOWHERE["queries"]).spread(self.groups)
         keys = self._tokens(source, segments, NOWHERE["keys"])
 
         def one(n, carry):

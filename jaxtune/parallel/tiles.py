@@ -5,13 +5,13 @@ Legend: B batch, T tokens of a device's part of the sequence, N blocks of it, t 
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.segments import SHARED, sees
+from jaxtune.models.tile import Tokens
+from jaxtune.segments import SHARED
 
 # At most so many bytes are one tile's float32 scores; about four times as many are in use. On a CPU they fit into its
 # caches (measured: 4 MiB twice as fast as 16); elsewhere they are large enough to be worth launching kernels for.
@@ -59,7 +59,7 @@ class Grid:
         kept = jax.lax.slice_in_dim(split, 0, self.chunk, axis=dim + 1)
         return kept.reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
 
-    def tokens(self, positions: jax.Array, segments: jax.Array, beyond: int) -> "Tokens":
+    def tokens(self, positions: jax.Array, segments: jax.Array, beyond: int) -> Tokens:
         """In blocks. positions [T], segments [B, T]. beyond: the position of what stands behind a chunk."""
         places: np.ndarray = np.arange(self.chunks * self.blocks * self.block) % (self.blocks * self.block)
         positions = jnp.where(places < self.chunk, self.filled(positions, 0), beyond).reshape(-1, self.block)
@@ -82,24 +82,8 @@ class Grid:
         return earlier.astype(np.int32), later.astype(np.int32)
 
 
-class Tokens(NamedTuple):
-    """What the mask asks of tokens: of all blocks, or of one, which has no N."""
-
-    positions: jax.Array  # int32 [N, t], in the whole sequence
-    segments: jax.Array  # int32 [N, B, t]
-
-
-def visible(queries: Tokens, keys: Tokens, window: jax.Array | None) -> jax.Array:
-    """The mask [B, s, t] of two blocks: True where a query sees a key."""
-    distance = queries.positions[None, :] - keys.positions[:, None]
-    mask = distance >= 0
-    if window is not None:
-        mask &= distance < window
-    return mask[None] & sees(queries.segments[:, None, :], keys.segments[:, :, None])
-
-
 def may_see(queries: Tokens, keys: Tokens, window: jax.Array | None) -> jax.Array:
-    """False where a glance at the tile's borders tells that no query sees a key, by segment or window."""
+    """False where a glance at the borders of two blocks tells that no query sees a key, by segment or window."""
     (q_low, q_high), (k_low, k_high) = ((x.segments.min(1), x.segments.max(1)) for x in (queries, keys))
     some = jnp.any((q_low <= k_high) & (k_low <= q_high) | (k_low == SHARED))
     return some if window is None else some & (queries.positions[0] - keys.positions[-1] < window)

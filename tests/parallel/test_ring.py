@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune.models.tile import Partial
+from jaxtune.models.tile import Partial, Tokens, visible
 from jaxtune.parallel import tiles
 from jaxtune.parallel.ring import ring_attention
-from jaxtune.parallel.tiles import Grid, Tokens, may_see, visible
+from jaxtune.parallel.tiles import Grid, may_see
 from jaxtune.parallel.zigzag import positions_of
 from tests.parallel.support import (
     PACKED,
