@@ -7,7 +7,7 @@ Qwen2.5-0.5B's shape; float32 on a CPU, bfloat16 elsewhere. A part and a large m
 the median of the rounds, the ratios too: a shared machine's rate changes from one minute to the next.
 
 head: logits, loss and gradient of so many supervised tokens; its matmuls are two, and are timed alone as well.
-attention: of four layers in turn, as a step has it, 2 products forward and 5 backward, of the tiles (128 x 128) of which
+attention: of four layers in turn, as in a step, 2 products forward and 5 backward, of the tiles (128 x 128) of which
 anything is seen.
 layers: four of them but for attention, with the benchmark's LoRA and its dropout; 4 FLOPs for each weight and token.
 """
