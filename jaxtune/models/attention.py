@@ -49,12 +49,8 @@ def visible(
     q_segments: jax.Array, k_segments: jax.Array, offset: jax.Array | int, window: jax.Array | int | None
 ) -> jax.Array:
     """The mask [B, T, S]: True where a query sees a key."""
-    q_index = offset + jnp.arange(q_segments.shape[1])[:, None]
-    k_index = jnp.arange(k_segments.shape[1])[None, :]
-    mask = k_index <= q_index
-    if window is not None:
-        mask &= q_index - k_index < window
-    return mask[None] & sees(q_segments[:, :, None], k_segments[:, None, :])
+    distance = offset + jnp.arange(q_segments.shape[1])[:, None] - jnp.arange(k_segments.shape[1])[None, :]
+    return sees(q_segments[:, :, None], k_segments[:, None, :], distance, window)
 
 
 def _block(q_BTHD, k_BSKD, v_BSKD, q_segments, k_segments, offset, window) -> jax.Array:

@@ -37,12 +37,9 @@ class Tokens(NamedTuple):
 
 
 def visible(queries: Tokens, keys: Tokens, window: jax.Array | None) -> jax.Array:
-    """The mask of a tile, [B, s, X]: True where a query sees a key. window: see tiled_attention."""
+    """The mask of a tile, [B, s, X]: True where a query sees a key. window: as in jaxtune.segments.sees."""
     distance = queries.positions[None, :] - keys.positions[:, None]
-    mask = distance >= 0
-    if window is not None:
-        mask &= distance < window
-    return mask[None] & sees(queries.segments[:, None, :], keys.segments[:, :, None])
+    return sees(queries.segments[:, None, :], keys.segments[:, :, None], distance, window)
 
 
 class Partial(NamedTuple):

@@ -132,6 +132,8 @@ def test_xla_for_cpus_can_vectorise_what_is_not_a_product(monkeypatch):
         return out, *backward(dout)
 
     program = jax.jit(both).lower(q, k, v, dout).compile().as_text()
+    loops = re.split(r"\n(?=%)", program)
+    assert sum("exponential(" in loop for loop in loops) >= 4, "of a tile with and without a mask, forward and backward"
     assert f"[1,128,{H // K * 128}]" in program
     assert f"128,{H // K},128]" not in program
     last = r"f32\[(?:1,)?256,6\]\S* reduce\("  # a sum over D of [B, T, H, D]
