@@ -17,6 +17,9 @@ class _Train(ModuleType):
 sys.modules[__name__].__class__ = _Train
 
 if __name__ == "__main__":
+    from jaxtune.huge_pages import start_anew
+
+    start_anew()
     from jaxtune.cli import main
     from jaxtune.tokenizer import without_torch
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # the names of the scripts here would hide packages
 
+from jaxtune.huge_pages import start_anew  # noqa: E402
 from tools.bench_peers.common import Compiled, Meter, Spec, device_peak_gb, host_peak_gb  # noqa: E402
 
 
@@ -16,6 +17,7 @@ def main() -> None:
     import shutil
     import time
 
+    start_anew()  # as the command line does
     spec = Spec.read(sys.argv[1])
     meter = Meter(spec.warm)
     compiled = Compiled()
@@ -24,7 +26,7 @@ def main() -> None:
     from jaxtune.config import load_config
     from jaxtune.tokenizer import without_torch
 
-    without_torch()  # as the command line does
+    without_torch()  # likewise
 
     record, assemble = loop.record, loop.assemble
     own = ("data.share_prefix=true",) if "--share-prefix" in sys.argv else ()
