@@ -5,10 +5,6 @@ and each chunk's logits give its loss and its gradients at once. Nothing is comp
 pass, and a frozen head has no weight gradient. Where the vocabulary is split over the tensor axis, each device
 has the logits of its own part, and only sums and maxima over it move: one number for each token.
 
-The gradients of hidden states leave a chunk as columns: the product of the head's columns with the logits' gradient
-takes a CPU two thirds of the time of that gradient with the head's rows, which is what XLA makes of it where its result
-is turned round at once.
-
 Legend: N tokens of this device, E hidden size, C chunk, V vocabulary of this device.
 """
 
@@ -26,7 +22,7 @@ from jaxtune.parallel import local
 # its logits stay small. An accelerator reads the whole head for each chunk, so it takes as many as the float32 logits
 # allow, of which about three times the bytes are in use.
 CHUNK = 192
-PARTS = (1 / 6, 1 / 2, 2 / 3, 5 / 6, 1)  # of a chunk: the last one is as small a part as its tokens fit into
+PARTS = 6  # of a chunk: the last one is as few of them as its tokens fit into
 CHUNK_ELSEWHERE = 2048
 LOGITS = 512 << 20  # bytes; 800 tokens of 150,000 words, whose products take longer than reading the head
 
@@ -84,15 +80,15 @@ def _cross_entropy_fwd(hidden, head, targets, weights):
     arrays, structure = jax.tree.flatten(head)
     trained = [array for array, train in zip(arrays, perturbed, strict=True) if train]
 
-    def objective(columns, trained, targets_C, weights_C):
+    def objective(hidden, trained, targets_C, weights_C):
         given = iter(trained)
         mixed = [next(given) if train else array for array, train in zip(arrays, perturbed, strict=True)]
-        return _chunk_loss(_turned(columns), mixed, structure, targets_C, weights_C)
+        return _chunk_loss(hidden, mixed, structure, targets_C, weights_C)
 
     def chunk(hidden, targets_C, weights_C):
         grad = jax.value_and_grad(objective, argnums=(0, 1))
-        loss, (d_columns, d_arrays) = grad(_turned(hidden), trained, targets_C, weights_C)
-        return (loss, d_arrays), d_columns
+        loss, (d_hidden, d_arrays) = grad(hidden, trained, targets_C, weights_C)
+        return (loss, d_arrays), d_hidden
 
     start = jnp.float32(0), [jnp.zeros(array.shape, jnp.float32) for array in trained]
     (loss, d_trained), d_hidden = _sweep(chunk, start, hidden, targets_N, weights_N, _width(hidden, head))
@@ -115,20 +111,15 @@ def _chunk_loss(hidden, arrays, structure, targets_C, weights_C) -> jax.Array:
     return jnp.sum(token_losses(logits_CV, targets_C) * weights_C) / local.size("tensor")
 
 
-def _turned(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    return tuple(x.T for x in arrays)
-
-
 def _width(hidden, head) -> int:
     """The vocabulary of this device."""
     return jax.eval_shape(ops.product, hidden, head).shape[-1]
 
 
 def _sweep(function, total, hidden, targets_N, weights_N, vocab_size):
-    """Add up `function(hidden, targets, weights) -> (what to add, d_columns)` over the chunks that count.
+    """Add up `function(hidden, targets, weights) -> (what to add, d_hidden)` over the chunks that count.
 
-    hidden: each [N, E], of a chunk [C, E]. d_columns: their gradients, each [E, C]. Returns the sum from `total` on and
-    the gradients of all tokens, each [N, E], zero where nothing is supervised.
+    Returns the sum from `total` on and the d_hidden of all tokens, each [N, E], zero where nothing is supervised.
     """
     tokens = weights_N.shape[0]
     size = min(chunk_of(vocab_size), tokens)
@@ -141,27 +132,27 @@ def _sweep(function, total, hidden, targets_N, weights_N, vocab_size):
         total, d_sorted = state
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size)  # noqa: E731
         chosen = tuple(x_NE[cut(order)] for x_NE in hidden)
-        more, d_columns = _fitting(function, count - index * size, size, (chosen, cut(targets), cut(weights)))
+        more, d_hidden = _fitting(function, count - index * size, size, (chosen, cut(targets), cut(weights)))
         # Not within a branch, which would copy the gradients of a head in and out.
         total = jax.tree.map(lambda one, other: one + other.astype(one.dtype), total, more)
-        if d_columns is not None:
-            put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, index * size, axis=1)  # noqa: E731
-            d_sorted = jax.tree.map(put, d_sorted, d_columns)
+        if d_hidden is not None:
+            put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, index * size, axis=0)  # noqa: E731
+            d_sorted = jax.tree.map(put, d_sorted, d_hidden)
         return total, d_sorted
 
-    d_sorted = tuple(jnp.zeros((x_NE.shape[-1], order.shape[0]), x_NE.dtype) for x_NE in hidden)
+    d_sorted = tuple(jnp.zeros((order.shape[0], x_NE.shape[-1]), x_NE.dtype) for x_NE in hidden)
     total, d_sorted = jax.lax.fori_loop(0, -(-count // size), body, (total, d_sorted))
     home = jnp.argsort(order_N)
-    return total, tuple(d_NE[home] for d_NE in _turned(d_sorted))
+    return total, tuple(d_NE[home] for d_NE in d_sorted)
 
 
 def _fitting(function, count, size, given):
     """`function` of the smallest part of a chunk of `size` tokens that holds the first `count` of them."""
-    sizes = sorted({max(1, round(size * part)) for part in PARTS})
+    sizes = sorted({max(1, round(size * part / PARTS)) for part in range(1, PARTS + 1)})
 
     def part(length, *arrays):
-        more, d_columns = function(*jax.tree.map(lambda x: x[:length], arrays))
-        return more, jax.tree.map(lambda d: jnp.pad(d, ((0, 0), (0, size - length))), d_columns)
+        more, d_hidden = function(*jax.tree.map(lambda x: x[:length], arrays))
+        return more, jax.tree.map(lambda d: jnp.pad(d, ((0, size - length), (0, 0))), d_hidden)
 
     index = jnp.searchsorted(jnp.array(sizes[:-1]), count)
     return jax.lax.switch(index, [partial(part, length) for length in sizes], *given)

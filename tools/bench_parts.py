@@ -26,6 +26,11 @@ from unittest.mock import patch
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from jaxtune.huge_pages import start_anew  # noqa: E402
+
+if __name__ == "__main__":
+    start_anew()  # as the command line does
+
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
