@@ -404,11 +404,10 @@ def _leave(message: str, code: int) -> NoReturn:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The console script. arguments: in place of the command line's."""
-    if arguments is None:
-        without_torch()
+    """Do as the command line says. arguments: in its place."""
     app(arguments, prog_name="jaxtune")
 
 
 if __name__ == "__main__":
+    without_torch()
     main()

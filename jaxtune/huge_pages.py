@@ -34,10 +34,12 @@ def start_anew() -> None:
 def with_tunable(environment: Mapping[str, str], policy: Path = POLICY) -> dict[str, str] | None:
     """The environment in which large pages are asked for; None where that is done already, or would change nothing."""
     given = environment.get(TUNABLES, "")
+    if TUNABLE in given:
+        return None
     try:
         is_on_request = "[madvise]" in policy.read_text()
     except OSError:  # another system
         return None
-    if TUNABLE in given or not is_on_request:
+    if not is_on_request:
         return None
     return {**environment, TUNABLES: ":".join(filter(None, (given, f"{TUNABLE}=1")))}

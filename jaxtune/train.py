@@ -17,11 +17,6 @@ class _Train(ModuleType):
 sys.modules[__name__].__class__ = _Train
 
 if __name__ == "__main__":
-    from jaxtune.huge_pages import start_anew
+    from jaxtune.__main__ import main
 
-    start_anew()
-    from jaxtune.cli import main
-    from jaxtune.tokenizer import without_torch
-
-    without_torch()
     main(["train", *sys.argv[1:]])

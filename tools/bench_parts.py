@@ -26,11 +26,6 @@ from unittest.mock import patch
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from jaxtune.huge_pages import start_anew  # noqa: E402
-
-if __name__ == "__main__":
-    start_anew()  # as the command line does
-
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
@@ -38,6 +33,7 @@ from jax.sharding import SingleDeviceSharding  # noqa: E402
 
 from jaxtune import tune  # noqa: E402
 from jaxtune.assemble import compute_dtype  # noqa: E402
+from jaxtune.huge_pages import start_anew  # noqa: E402
 from jaxtune.leaves import combine, partition  # noqa: E402
 from jaxtune.loss import cross_entropy  # noqa: E402
 from jaxtune.models import decoder  # noqa: E402
@@ -217,4 +213,5 @@ def passed(kernel, q_BTHD, k_BTKD, v_BTKD, segments_BT, window):
 PARTS = {"head": heads, "attention": attentions, "layers": layers}
 
 if __name__ == "__main__":
+    start_anew()  # as the command line does
     main()

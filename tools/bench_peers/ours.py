@@ -17,7 +17,6 @@ def main() -> None:
     import shutil
     import time
 
-    start_anew()  # as the command line does
     spec = Spec.read(sys.argv[1])
     meter = Meter(spec.warm)
     compiled = Compiled()
@@ -26,7 +25,7 @@ def main() -> None:
     from jaxtune.config import load_config
     from jaxtune.tokenizer import without_torch
 
-    without_torch()  # likewise
+    without_torch()  # as the command line does
 
     record, assemble = loop.record, loop.assemble
     own = ("data.share_prefix=true",) if "--share-prefix" in sys.argv else ()
@@ -61,4 +60,5 @@ class Done(BaseException):
 
 
 if __name__ == "__main__":
+    start_anew()  # likewise
     main()
