@@ -10,6 +10,7 @@ Of several processes the first holds the directory, decides and writes; the othe
 import contextlib
 import json
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from jaxtune import __version__, processes, tune
 from jaxtune.config import Config, dump_config, make_config
 from jaxtune.console import say, warn
 from jaxtune.drift import LOG, REFUSE, Change, changes, fingerprint
-from jaxtune.errors import CheckpointError, listing
+from jaxtune.errors import CheckpointError, UserError, listing
 from jaxtune.files import read_json, try_lock
 from jaxtune.section import adapter_of
 from jaxtune.signals import StopSignal
@@ -39,11 +40,20 @@ class Run:
     more; there is nothing to do.
     """
 
-    def __init__(self, directory: Path, config: Config, record: dict[str, Any], found: list[Change], lock: int | None):
-        """lock: the file handle that holds the directory; None where another process does."""
+    def __init__(
+        self,
+        directory: Path,
+        config: Config,
+        record: dict[str, Any],
+        found: list[Change],
+        lock: int | None,
+        made: bool = False,
+    ):
+        """lock: the file handle that holds the directory; None where another process does. made: the directory was
+        made for this run, and goes with it where the run is refused."""
         self.directory, self.checkpoints = directory, directory / CHECKPOINTS
         self.begun = _begun(directory)
-        self._config, self._record, self._changes, self._lock = config, record, found, lock
+        self._config, self._record, self._changes, self._lock, self._made = config, record, found, lock, made
         longer = {"train.steps", "train.epochs"} & {change.key for change in found}
         result = directory / ("adapter" if tune.has_adapter(config.tune) else "model")
         self.finished = bool(record.get("finished")) and result.is_dir() and not longer
@@ -51,9 +61,12 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
+    def __exit__(self, kind: type[BaseException] | None = None, *_) -> None:
+        if self._lock is None:
+            return
+        if self._made and kind is not None and issubclass(kind, UserError):
+            _remove_unused(self.directory)
+        os.close(self._lock)
 
     def check(self, data: str, model: Path, total_steps: int | None = None) -> None:
         """Compare what the run reads with what it began with, and write the configuration that holds from now on.
@@ -165,18 +178,19 @@ def _require_shared(directory: Path, mark: str) -> None:
 def _hold(directory: Path, config: Config) -> Run:
     with _told(directory):
         _require_ours(directory)
+        made = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(directory)
     try:
         with _told(directory):
             _require_ours(directory)
-            return _open(directory, config, lock)
+            return _open(directory, config, lock, made)
     except BaseException:
         os.close(lock)
         raise
 
 
-def _open(directory: Path, config: Config, lock: int) -> Run:
+def _open(directory: Path, config: Config, lock: int, made: bool) -> Run:
     begun, record = _begun(directory), _read_record(directory)
     if begun and config.checkpoint.resume == "never":
         raise CheckpointError(
@@ -185,7 +199,7 @@ def _open(directory: Path, config: Config, lock: int) -> Run:
         )
     found = changes(_old_config(directory, record), config) if begun else []
     _refuse(directory, found)
-    run = Run(directory, config, record if begun else {}, found, lock)
+    run = Run(directory, config, record if begun else {}, found, lock, made)
     if not begun:
         run._write()
     _announce(run, found, record)
@@ -244,6 +258,13 @@ def _require_ours(directory: Path) -> None:
             f"{directory}: there are other things in it ({listing(names)}) and no {RECORD}; "
             "allowed: a new or empty directory, or that of a run; choose another train.output_dir"
         )
+
+
+def _remove_unused(directory: Path) -> None:
+    """Of a run that was refused before it had anything to write but what it was to be."""
+    with contextlib.suppress(OSError):
+        if {path.name for path in directory.iterdir()} <= {RECORD, CONFIG, LOCK}:
+            shutil.rmtree(directory)
 
 
 def _take_lock(directory: Path) -> int:

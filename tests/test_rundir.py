@@ -277,6 +277,34 @@ def test_a_refusal_lets_the_directory_go(settings, model):
     open_run(settings()).__exit__()
 
 
+def refused(config, *write):
+    with pytest.raises(CheckpointError, match="no such module"), open_run(config) as run:
+        for name in write:
+            (run.directory / name).write_text("{}")
+        raise CheckpointError("no such module")
+
+
+def test_a_new_directory_goes_with_a_run_that_is_refused(tmp_path, settings):
+    refused(settings())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["ledger.jsonl", "metrics.jsonl", "notes.txt"])
+def test_a_refused_runs_directory_with_anything_else_in_it_stays(tmp_path, settings, name):
+    refused(settings(), name)
+    assert {name, "run.json", "config.yaml"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_directory_that_was_there_before_the_refused_run_stays(tmp_path, settings, model):
+    (tmp_path / "run").mkdir()
+    refused(settings())
+    assert (tmp_path / "run").is_dir()
+    take_steps(settings(), model)
+    before = tree(tmp_path / "run")
+    refused(settings())
+    assert tree(tmp_path / "run") == before
+
+
 def test_without_locks_the_run_goes_on_with_a_warning(settings, monkeypatch, capsys):
     def unsupported(*_):
         raise OSError(38, "Function not implemented")
