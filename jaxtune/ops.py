@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtune.leaves import Leaf
 from jaxtune.parallel import local
 
-DRAWS = 1 << 16  # of a random number of 16 bits
+DRAWS = 1 << 32  # of a random number
 
 
 @jax.tree_util.register_dataclass
@@ -69,23 +69,35 @@ def dense(weight: Any, is_table: bool = False) -> jax.Array:
 
 
 def dropout(x: jax.Array, rate: float, noise: Noise | None, split: str | None = None) -> jax.Array:
-    """x with a share `rate` of its numbers zeroed, to 1 / 65536, and the rest scaled up; without noise, x.
+    """x with a share `rate` of its numbers zeroed and the rest scaled up; without noise, x.
 
     split: the mesh axis over which the last dimension is split.
     """
     if noise is None or rate == 0.0:
         return x
-    features = x.shape[-1] * (local.size(split) if split else 1)
-    dropped = jnp.uint16(min(round(rate * DRAWS), DRAWS - 1))
+    first = local.index(split) * x.shape[-1] if split else 0
+    dropped = jnp.uint32(min(round(rate * DRAWS), DRAWS - 1))
+    return jnp.where(
+        _random(noise, first + jnp.arange(x.shape[-1])) >= dropped, x / (1.0 - rate), jnp.zeros((), x.dtype)
+    )
 
-    def kept(token):
-        # Two numbers out of each draw: a draw of 16 bits takes as long as one of 32.
-        pairs = jax.random.bits(jax.random.fold_in(noise.key, token), (-(-features // 2),), jnp.uint32)
-        return jax.lax.bitcast_convert_type(pairs, jnp.uint16).reshape(-1)[:features] >= dropped
 
-    keep = jax.vmap(kept)(noise.tokens.reshape(-1)).reshape(*x.shape[:-1], features)
-    keep = local.part(keep, split, x.ndim - 1) if split else keep
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+def _random(noise: Noise, features: jax.Array) -> jax.Array:
+    """A uint32 for each token and feature: [tokens' shape, features].
+
+    A counter-based generator (Salmon et al. 2011) as jax.random's is, but of 2 hashes for its 20 rounds: XLA makes
+    those of a loop on a CPU, which took 4 % of a layer's time, and these a part of what uses them.
+    """
+    one, other = jax.random.key_data(noise.key)[:2]
+    tokens = noise.tokens.astype(jnp.uint32)[..., None]
+    return _mixed(_mixed(features.astype(jnp.uint32) ^ _mixed(tokens ^ one)) ^ _mixed(tokens ^ other))
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """fmix32, with which MurmurHash3 ends: one to one, and a changed bit changes every other with a chance of half."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -90,9 +90,9 @@ def attend_backward(q_RDX, dout_RDX, logsum_RX, delta_RX, k_RsD, k_RDs, v_RsD, m
     return _dot("rds,rsx->rdx", k_RDs, dscores), dk, dv
 
 
-def scaled(q: jax.Array) -> jax.Array:
-    """Queries as a tile takes them, or their gradient as attention gives it."""
-    return q * (1.0 / math.sqrt(q.shape[-1]))
+def scaled(q: jax.Array, axis: int = -1) -> jax.Array:
+    """Queries as a tile takes them, or their gradient as attention gives it. axis: of a head's D numbers."""
+    return q * (1.0 / math.sqrt(q.shape[axis]))
 
 
 def outputs_share(out_RDX: jax.Array, dout_RDX: jax.Array) -> jax.Array:

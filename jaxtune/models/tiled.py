@@ -74,26 +74,25 @@ def _tiled(q_BTHD, k_BTKD, v_BTKD, segments_BT, window, block):
 
 def _forward(q_BTHD, k_BTKD, v_BTKD, segments_BT, window, block):
     k_BNKsD, v_BNKDs = cut_keys(k_BTKD, block), cut_keys(v_BTKD, block).swapaxes(3, 4)
-    mask, (cut, whole) = Mask.of(segments_BT, window, block), _queries(q_BTHD, k_BTKD, block)
+    mask, (batch, _, heads, _), kv_heads = Mask.of(segments_BT, window, block), q_BTHD.shape, k_BTKD.shape[2]
 
     def tile(queries: Queries, q_KDX, mask, j, part):
         return attend(part, q_KDX, k_BNKsD[queries.row, j], v_BNKDs[queries.row, j], mask)
 
-    def row(_, inputs):
-        queries, q_KDX = inputs
-        part = queries.sweep(mask, partial(tile, queries, q_KDX), Partial.empty(q_KDX.shape))
-        return None, part.finish()
+    def row(_, queries):
+        q_KDX = scaled(queries.cut(q_BTHD, kv_heads), axis=-2)
+        return None, queries.sweep(mask, partial(tile, queries, q_KDX), Partial.empty(q_KDX.shape)).finish()
 
-    _, (out, logsum) = jax.lax.scan(row, None, (mask.queries(q_BTHD.shape[2] // k_BTKD.shape[2]), cut(scaled(q_BTHD))))
-    out, logsum = (checkpoint_name(x, SAVED) for x in (whole(out).astype(v_BTKD.dtype), logsum))
-    return out, (q_BTHD, k_BTKD, v_BTKD, segments_BT, window, out, logsum)
+    _, (out, logsum) = jax.lax.scan(row, None, mask.queries(heads // kv_heads))
+    out, logsum = (checkpoint_name(x, SAVED) for x in (out.astype(v_BTKD.dtype), logsum))
+    return _whole(out, batch, block), (q_BTHD, k_BTKD, v_BTKD, segments_BT, window, out, logsum)
 
 
 def _backward(block, saved, dout_BTHD):
-    q_BTHD, k_BTKD, v_BTKD, segments_BT, window, out_BTHD, logsum = saved
+    q_BTHD, k_BTKD, v_BTKD, segments_BT, window, out, logsum = saved
     k_BNKsD, v_BNKsD = cut_keys(k_BTKD, block), cut_keys(v_BTKD, block)
     k_BNKDs, mask = k_BNKsD.swapaxes(3, 4), Mask.of(segments_BT, window, block)
-    cut, whole = _queries(q_BTHD, k_BTKD, block)
+    (batch, _, heads, _), kv_heads = q_BTHD.shape, k_BTKD.shape[2]
 
     def tile(queries: Queries, given, mask, j, carry):
         (q_KDX, dout_KDX, logsum, delta), (dq, dk, dv), at = given, carry, (queries.row, j)
@@ -101,33 +100,26 @@ def _backward(block, saved, dout_BTHD):
         return dq + here[0], dk.at[at].add(here[1]), dv.at[at].add(here[2])
 
     def row(carry, inputs):
-        queries, q_KDX, out_KDX, dout_KDX, logsum = inputs
+        queries, out_KDX, logsum = inputs
+        q_KDX = scaled(queries.cut(q_BTHD, kv_heads), axis=-2)
+        dout_KDX = queries.cut(dout_BTHD, kv_heads)
         given = q_KDX, dout_KDX, logsum, outputs_share(out_KDX, dout_KDX)
         start = jnp.zeros(q_KDX.shape, jnp.float32), *carry
         dq, *carry = queries.sweep(mask, partial(tile, queries, given), start)
         return tuple(carry), dq
 
     zeros = jnp.zeros(k_BNKsD.shape, jnp.float32)
-    given = mask.queries(q_BTHD.shape[2] // k_BTKD.shape[2]), cut(scaled(q_BTHD)), cut(out_BTHD), cut(dout_BTHD), logsum
-    (dk, dv), dq = jax.lax.scan(row, (zeros, zeros), given)
-    dq = scaled(whole(dq)).astype(q_BTHD.dtype)
+    (dk, dv), dq = jax.lax.scan(row, (zeros, zeros), (mask.queries(heads // kv_heads), out, logsum))
+    dq = scaled(_whole(dq, batch, block)).astype(q_BTHD.dtype)
     return dq, join_keys(dk).astype(k_BTKD.dtype), join_keys(dv).astype(v_BTKD.dtype), None, None
 
 
 _tiled.defvjp(_forward, _backward)
 
 
-def _queries(q_BTHD: jax.Array, k_BTKD: jax.Array, block: int) -> tuple[Callable, Callable]:
-    """How arrays like q are cut into [B * N, K, D, X], a block of a row after the other, and how they are joined."""
-    batch, kv_heads = q_BTHD.shape[0], k_BTKD.shape[2]
-
-    def cut(x_BTHD: jax.Array) -> jax.Array:
-        return jax.lax.collapse(cut_queries(x_BTHD, kv_heads, block), 0, 2)
-
-    def whole(x: jax.Array) -> jax.Array:
-        return join_queries(x.reshape(batch, -1, *x.shape[1:]), block)
-
-    return cut, whole
+def _whole(x: jax.Array, batch: int, block: int) -> jax.Array:
+    """[B * N, K, D, X], a block of a row after the other, as q is: [B, T, H, D]."""
+    return join_queries(x.reshape(batch, -1, *x.shape[1:]), block)
 
 
 @jax.tree_util.register_dataclass
@@ -179,6 +171,16 @@ class Queries(NamedTuple):
     shared: jax.Array  # so many blocks at the row's start are seen for what all segments share
     first: jax.Array  # the first block of keys, after those, that any of them may see
     whole: jax.Array  # from this one on, all of them see all of the blocks before their own
+
+    def cut(self, x_BTHD: jax.Array, kv_heads: int) -> jax.Array:
+        """This block of an array like q: [K, D, X].
+
+        Turned round where it is used: of the whole array at once, XLA for CPU takes longer and then copies each block.
+        """
+        _, _, heads, dim = x_BTHD.shape
+        block = self.tokens.positions.shape[-1] * kv_heads // heads
+        here = jax.lax.dynamic_slice(x_BTHD, (self.row, self.index * block, 0, 0), (1, block, heads, dim))
+        return cut_queries(here, kv_heads, block)[0, 0]
 
     def sweep(self, mask: Mask, tile: Callable[[jax.Array | None, jax.Array, Any], Any], carry: Any) -> Any:
         """Fold `tile(mask, j, carry)` over the blocks of keys that are seen. mask [1, s, X]; None: all is seen."""
