@@ -123,7 +123,7 @@ def _instruction(name: str, rest: str) -> Instruction:
     shape, rest = rest[:end], rest[end:].lstrip()
     opening = rest.index("(")
     closing = _closing(rest, opening)
-    operands = tuple(re.findall(r"%([\w.-]+)", rest[opening:closing])) or (rest[opening + 1 : closing],)
+    operands = tuple(re.findall(r"%([\w.#-]+)", rest[opening:closing])) or (rest[opening + 1 : closing],)
     return Instruction(name, shape, rest[:opening], operands, rest[closing + 1 :])
 
 
@@ -156,23 +156,32 @@ def _walk(computations: Computations, name: str, run: _Run, loop_trips: int) -> 
 def trip_count(loop: Instruction, computations: Computations, home: str) -> int | None:
     """How often a while loop runs; None: the data decide.
 
-    XLA for CPU and GPU says so; for TPU it is read off a condition `index < constant` and the index's first value.
+    XLA for CPU and GPU says so in the end; for TPU, and before that, it is read off a condition `index < constant` and
+    the index's first value.
     """
     if said := _TRIPS.search(loop.attributes):
         return int(said[1])
     condition = computations[loop.called["condition"][0]]
     names = {one.name: one for one in condition}
     root = condition[-1]
-    pair = [names[name] for name in root.operands if name in names]
-    if root.opcode not in ("compare", "fusion") or len(pair) != 2:
+    if root.opcode not in ("compare", "fusion") or len(root.operands) != 2:
         return None
-    index, limit = pair
+    position, limit = _position(root.operands[0], names), names.get(root.operands[1])
     compare = root if root.opcode == "compare" else computations[root.called["calls"][0]][-1]
-    position = re.search(r"index=(\d+)", index.attributes)
-    if limit.opcode != "constant" or position is None or "direction=LT" not in compare.attributes:
+    if position is None or limit is None or limit.opcode != "constant" or "direction=LT" not in compare.attributes:
         return None
-    first = _element(computations[home], loop.operands[0], int(position[1]))
+    first = _element(computations[home], loop.operands[0], position)
     return None if first is None else int(limit.operands[0]) - first
+
+
+def _position(operand: str, names: dict[str, Instruction]) -> int | None:
+    """Of which element of a tuple an operand is: XLA writes `tuple#2`, or names an instruction that takes it out."""
+    _, hash_, written = operand.partition("#")
+    if not hash_:
+        taken = names.get(operand)
+        found = taken and re.search(r"index=(\d+)", taken.attributes)
+        written = found[1] if found else ""
+    return int(written) if written else None
 
 
 def _element(computation: list[Instruction], name: str, position: int) -> int | None:
