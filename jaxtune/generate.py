@@ -116,7 +116,8 @@ class Generator:
         time = bucket(max(map(len, preceded)))
         inputs = left_padded(preceded, rows, time)
         left = np.array([*rooms, *[0] * (rows - len(prompts))], np.int32)
-        knobs = {**sampling.knobs, "stop": np.array(self.stop, np.int32)}
+        # No token is -1: on a mesh the compiler of jax 0.11 ends the process at an array of nothing.
+        knobs = {**sampling.knobs, "stop": np.array(self.stop or (-1,), np.int32)}
         columns = bucket(time + max(rooms))
         state, drawn = self._prefill(params, inputs, left, knobs, columns=columns, kind=sampling.kind)
         counts = [0] * len(prompts)

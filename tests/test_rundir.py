@@ -278,10 +278,16 @@ def test_a_refusal_lets_the_directory_go(settings, model):
 
 
 def refused(config, *write):
-    with pytest.raises(CheckpointError, match="no such module"), open_run(config) as run:
-        for name in write:
-            (run.directory / name).write_text("{}")
-        raise CheckpointError("no such module")
+    """A run that writes these files and then finds a mistake of the user's."""
+
+    def begin():
+        with open_run(config) as run:
+            for name in write:
+                (run.directory / name).write_text("{}")
+            raise CheckpointError("no such module")
+
+    with pytest.raises(CheckpointError, match="no such module"):
+        begin()
 
 
 def test_a_new_directory_goes_with_a_run_that_is_refused(tmp_path, settings):
