@@ -7,6 +7,7 @@ A process of its own, with `run_cli` or `run_python`, has as many as the test as
 import atexit
 import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -108,15 +109,16 @@ def _fetch_gguf(home: Path) -> Path:
 def libtpu() -> dict[str, str]:
     """The environment of a child process in which programs can be compiled for TPUs that are not there.
 
-    libtpu is kept beside the tests' caches, not installed: where it is, JAX looks for a TPU at every start.
+    libtpu is kept beside the tests' caches, not installed: where it is, JAX looks for a TPU at every start. Each JAX
+    has its own.
     """
     from filelock import FileLock
 
-    home = CACHE / "libtpu"
+    wanted = next(line.split(";")[0] for line in requires("jax") if line.startswith("libtpu"))
+    home = CACHE / re.sub(r"[^\w.]+", "-", wanted.rstrip(".*"))
     CACHE.mkdir(exist_ok=True)
     with FileLock(CACHE / "libtpu.lock"):
         if not home.exists():
-            wanted = next(line.split(";")[0] for line in requires("jax") if line.startswith("libtpu"))
             partial = CACHE / "libtpu.partial"
             install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial), wanted]
             done = subprocess.run(install, capture_output=True, text=True)
