@@ -18,11 +18,11 @@ from jaxtune import ops
 from jaxtune.ops import Noise
 from jaxtune.parallel import local
 
-# Tokens that a device puts through the head at once. From 192 on a CPU's products are nearly as fast as with more, and
+# Tokens that a device puts through the head at once. From 256 on a CPU's products are nearly as fast as with more, and
 # its logits stay small. An accelerator reads the whole head for each chunk, so it takes as many as the float32 logits
 # allow, of which about three times the bytes are in use.
-CHUNK = 192
-PARTS = 6  # of a chunk: the last one is as few of them as its tokens fit into
+CHUNK = 256
+PARTS = 8  # of a chunk: the last one is as few of them as its tokens fit into
 CHUNK_ELSEWHERE = 2048
 LOGITS = 512 << 20  # bytes; 800 tokens of 150,000 words, whose products take longer than reading the head
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jaxtune import ops
+from jaxtune import loss, ops
 from jaxtune.config import TuneSection, tune_section
 from jaxtune.leaves import combine, partition
 from jaxtune.models.weights import leaves_with_path
@@ -20,6 +20,12 @@ from tests.tune.support import TOKENS, tuned
 RANK = 3  # no size of the model, so that shapes tell adapters from weights
 
 
+@pytest.fixture(autouse=True)
+def whole_chunks(monkeypatch):
+    """So that no part of a chunk has as many tokens as a weight has rows."""
+    monkeypatch.setattr(loss, "PARTS", 1)
+
+
 def gradient(section: TuneSection, **base):
     """(function, its argument): the gradient of a training loss with respect to what trains, dropout on."""
     made = tuned(section, **base)
@@ -28,11 +34,11 @@ def gradient(section: TuneSection, **base):
     ones = jnp.ones(TOKENS.shape, jnp.int32)
     batch = {"tokens": TOKENS, "targets": TOKENS, "mask": ones, "positions": positions, "segments": ones}
 
-    def loss(trainable, frozen):
+    def objective(trainable, frozen):
         noise = Noise(jax.random.key(0), token_numbers(0, *TOKENS.shape))
         return batch_loss(made.model, combine(trainable, frozen), batch, 1.0, jnp.float32, noise)
 
-    return jax.grad(loss), (trainable, frozen), matrices(made)
+    return jax.grad(objective), (trainable, frozen), matrices(made)
 
 
 def matrices(made) -> set[tuple[int, ...]]:
