@@ -16,7 +16,7 @@ DRAWS = 1 << 32  # of a random number
 @dataclass(frozen=True)
 class Noise:
     """Where dropout's randomness comes from: what is dropped of a token depends on `key` and on the token's number
-    in its micro-batch, so it is the same on every mesh.
+    in the batch, so it is the same on every mesh.
 
     tokens: the numbers, integers in the shape of the tokens.
     """

@@ -10,7 +10,6 @@ Of several processes the first holds the directory, decides and writes; the othe
 import contextlib
 import json
 import os
-import shutil
 import socket
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ __all__ = ["Run", "StopSignal", "open_run"]
 RECORD, CONFIG, LOCK, CHECKPOINTS = "run.json", "config.yaml", "run.lock", "checkpoints"
 TRACES = ("ledger.jsonl", CHECKPOINTS, "adapter", "model")  # something was trained here
 PARTIAL = ".partial"
+OWN = {RECORD, CONFIG, LOCK, RECORD + PARTIAL, CONFIG + PARTIAL}  # what there is before anything was trained
 SHARED_SECONDS = 30  # for a network file system to show one machine what another wrote
 
 
@@ -62,11 +62,8 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None = None, *_) -> None:
-        if self._lock is None:
-            return
-        if self._made and kind is not None and issubclass(kind, UserError):
-            _remove_unused(self.directory)
-        os.close(self._lock)
+        if self._lock is not None:
+            _let_go(self.directory, self._lock, self._made and kind is not None and issubclass(kind, UserError))
 
     def check(self, data: str, model: Path, total_steps: int | None = None) -> None:
         """Compare what the run reads with what it began with, and write the configuration that holds from now on.
@@ -180,14 +177,25 @@ def _hold(directory: Path, config: Config) -> Run:
         _require_ours(directory)
         made = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
-        lock = _take_lock(directory)
+        lock, is_locked = _take_lock(directory)
+    made = made and is_locked
     try:
         with _told(directory):
             _require_ours(directory)
             return _open(directory, config, lock, made)
-    except BaseException:
-        os.close(lock)
+    except BaseException as error:
+        _let_go(directory, lock, made and isinstance(error, UserError))
         raise
+
+
+def _let_go(directory: Path, lock: int, unused: bool) -> None:
+    """unused: of a run that was refused; if it had nothing to write yet but what it was to be, its directory goes."""
+    with contextlib.suppress(OSError):
+        if unused and {path.name for path in directory.iterdir()} <= OWN:
+            for name in sorted(OWN, key=LOCK.__eq__):  # the lock last: nobody else comes in before
+                (directory / name).unlink(missing_ok=True)
+            directory.rmdir()
+    os.close(lock)
 
 
 def _open(directory: Path, config: Config, lock: int, made: bool) -> Run:
@@ -252,29 +260,22 @@ def _require_ours(directory: Path) -> None:
     if not directory.exists():
         return
     names = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
-    ours = {LOCK, RECORD + PARTIAL, CONFIG + PARTIAL}
-    if RECORD not in names and set(names) - ours:
+    if RECORD not in names and set(names) - (OWN - {CONFIG}):
         raise CheckpointError(
             f"{directory}: there are other things in it ({listing(names)}) and no {RECORD}; "
             "allowed: a new or empty directory, or that of a run; choose another train.output_dir"
         )
 
 
-def _remove_unused(directory: Path) -> None:
-    """Of a run that was refused before it had anything to write but what it was to be."""
-    with contextlib.suppress(OSError):
-        if {path.name for path in directory.iterdir()} <= {RECORD, CONFIG, LOCK}:
-            shutil.rmtree(directory)
-
-
-def _take_lock(directory: Path) -> int:
-    """A file handle that holds the directory until it is closed or the process is dead."""
+def _take_lock(directory: Path) -> tuple[int, bool]:
+    """A file handle that holds the directory until it is closed or the process is dead; False: it cannot, without
+    locks."""
     handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     locked = try_lock(handle)
     if locked is None:
         warn(f"{directory}: this file system has no locks; never start two runs in this directory")
-        return handle
-    if not locked:
+        return handle, False
+    if not locked or not _is_at(handle, directory / LOCK):
         holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
         os.close(handle)
         raise CheckpointError(
@@ -284,7 +285,12 @@ def _take_lock(directory: Path) -> int:
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     os.fsync(handle)  # other machines shall see it
-    return handle
+    return handle, True
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name; a refused run may just have taken it away."""
+    return path.exists() and os.path.samestat(os.fstat(handle), path.stat())
 
 
 @contextlib.contextmanager

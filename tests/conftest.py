@@ -119,7 +119,7 @@ def libtpu() -> dict[str, str]:
     CACHE.mkdir(exist_ok=True)
     with FileLock(CACHE / "libtpu.lock"):
         if not home.exists():
-            partial = CACHE / "libtpu.partial"
+            partial = home.with_name(home.name + ".partial")
             install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial), wanted]
             done = subprocess.run(install, capture_output=True, text=True)
             if done.returncode:

@@ -286,6 +286,6 @@ def test_moments_of_a_large_weight_are_never_whole_in_float32(monkeypatch):
         return compiled.memory_analysis().temp_size_in_bytes
 
     moment = 4 * sum(x.size for x in jax.tree.leaves(shapes[0]))
-    assert temporary() < 2.6 * moment  # 2.1 with jax 0.10, 2.5 with 0.11
+    assert temporary() < (2.25 if jax.__version__.startswith("0.10.") else 2.6) * moment
     monkeypatch.setattr(eight_bit, "LARGE", 1 << 40)
     assert temporary() > 4 * moment

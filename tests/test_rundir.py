@@ -12,6 +12,7 @@ import pytest
 
 from jaxtune.config import load_config, make_config
 from jaxtune.errors import CheckpointError, UserError
+from jaxtune.files import try_lock
 from jaxtune.rundir import open_run
 
 HOLD = """
@@ -301,6 +302,26 @@ def test_a_refused_runs_directory_with_anything_else_in_it_stays(tmp_path, setti
     assert {name, "run.json", "config.yaml"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
+def test_a_full_disk_at_the_start_leaves_no_directory(tmp_path, settings, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jaxtune.rundir.dump_config", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        open_run(settings())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_whose_file_a_refused_run_took_away_holds_nothing(tmp_path, settings, monkeypatch):
+    def gone(handle):
+        (tmp_path / "run/run.lock").unlink()
+        return try_lock(handle)
+
+    monkeypatch.setattr("jaxtune.rundir.try_lock", gone)
+    with pytest.raises(CheckpointError, match="another process trains in it"):
+        open_run(settings())
+
+
 def test_a_directory_that_was_there_before_the_refused_run_stays(tmp_path, settings, model):
     (tmp_path / "run").mkdir()
     refused(settings())
@@ -311,13 +332,15 @@ def test_a_directory_that_was_there_before_the_refused_run_stays(tmp_path, setti
     assert tree(tmp_path / "run") == before
 
 
-def test_without_locks_the_run_goes_on_with_a_warning(settings, monkeypatch, capsys):
+def test_without_locks_the_run_goes_on_with_a_warning(tmp_path, settings, monkeypatch, capsys):
     def unsupported(*_):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", unsupported)
     open_run(settings()).__exit__()
     assert "this file system has no locks; never start two runs" in capsys.readouterr().out
+    refused(settings(train={"output_dir": str(tmp_path / "other")}))
+    assert (tmp_path / "other/run.json").exists()  # it may be another run's too
 
 
 def test_a_damaged_record_is_named(tmp_path, settings, model):

@@ -81,10 +81,11 @@ def _forward(q_BTHD, k_BTKD, v_BTKD, segments_BT, window, block):
 
     def row(_, queries):
         q_KDX = scaled(queries.cut(q_BTHD, kv_heads), axis=-2)
-        return None, queries.sweep(mask, partial(tile, queries, q_KDX), Partial.empty(q_KDX.shape)).finish()
+        out, logsum = queries.sweep(mask, partial(tile, queries, q_KDX), Partial.empty(q_KDX.shape)).finish()
+        return None, (out.astype(v_BTKD.dtype), logsum)
 
-    _, (out, logsum) = jax.lax.scan(row, None, mask.queries(heads // kv_heads))
-    out, logsum = (checkpoint_name(x, SAVED) for x in (out.astype(v_BTKD.dtype), logsum))
+    _, kept = jax.lax.scan(row, None, mask.queries(heads // kv_heads))
+    out, logsum = (checkpoint_name(x, SAVED) for x in kept)
     return _whole(out, batch, block), (q_BTHD, k_BTKD, v_BTKD, segments_BT, window, out, logsum)
 
 

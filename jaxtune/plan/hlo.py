@@ -181,7 +181,7 @@ def _position(operand: str, names: dict[str, Instruction]) -> int | None:
         taken = names.get(operand)
         found = taken and re.search(r"index=(\d+)", taken.attributes)
         written = found[1] if found else ""
-    return int(written) if written else None
+    return int(written) if written.isdecimal() else None
 
 
 def _element(computation: list[Instruction], name: str, position: int) -> int | None:
