@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,8 @@ from jaxtune.tune.low_rank import LowRank
 from tests.tune.support import TOKENS, tuned
 
 RANK = 3  # no size of the model, so that shapes tell adapters from weights
-
-
-@pytest.fixture(autouse=True)
-def whole_chunks(monkeypatch):
-    """So that no part of a chunk has as many tokens as a weight has rows."""
-    monkeypatch.setattr(loss, "PARTS", 1)
+# No part of a chunk of the head has as many tokens as a weight has rows.
+whole_chunks = patch.object(loss, "PARTS", 1)
 
 
 def gradient(section: TuneSection, **base):
@@ -56,6 +53,7 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
+@whole_chunks
 def made_in_program(section: TuneSection, **base) -> Counter:
     """(operation, shape) of every result as large as a weight matrix, as the program is traced."""
     function, arguments, shapes = gradient(section, **base)
@@ -67,6 +65,7 @@ def made_in_program(section: TuneSection, **base) -> Counter:
     return found
 
 
+@whole_chunks
 def products_compiled(section: TuneSection, **base) -> set[tuple[int, ...]]:
     """Shapes of the results of all matrix products in the compiled program that are shapes of weights."""
     function, arguments, shapes = gradient(section, **base)
