@@ -77,9 +77,8 @@ def dropout(x: jax.Array, rate: float, noise: Noise | None, split: str | None = 
         return x
     first = local.index(split) * x.shape[-1] if split else 0
     dropped = jnp.uint32(min(round(rate * DRAWS), DRAWS - 1))
-    return jnp.where(
-        _random(noise, first + jnp.arange(x.shape[-1])) >= dropped, x / (1.0 - rate), jnp.zeros((), x.dtype)
-    )
+    keep = _random(noise, first + jnp.arange(x.shape[-1])) >= dropped
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
 def _random(noise: Noise, features: jax.Array) -> jax.Array:

@@ -192,7 +192,7 @@ def _let_go(directory: Path, lock: int, unused: bool) -> None:
     """unused: of a run that was refused; if it had nothing to write yet but what it was to be, its directory goes."""
     with contextlib.suppress(OSError):
         if unused and {path.name for path in directory.iterdir()} <= OWN:
-            for name in sorted(OWN, key=LOCK.__eq__):  # the lock last: nobody else comes in before
+            for name in (*(OWN - {LOCK}), LOCK):  # the lock last: nobody else comes in before
                 (directory / name).unlink(missing_ok=True)
             directory.rmdir()
     os.close(lock)
