@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jaxtune.cli import main
+from jaxtune.__main__ import main
 
 if __name__ == "__main__":
     main(["export", *sys.argv[1:]])
