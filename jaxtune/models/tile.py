@@ -8,9 +8,12 @@ A tile has its keys along the rows and its queries along the columns: then every
 memory, of which only narrow ones are turned round, and maxima and sums run down columns. XLA for CPU would else copy
 tiles of scores into another order, which costs as much as multiplying them. A mask is made in that order too, from what
 is known of each of the X queries: spread out from t of them it would take six times as long, for XLA counts out places.
+Queries come in as rows of D numbers, which is how they lie in a sequence, and what is made for them goes out as
+columns. Heads that share a key head are neighbours, the tokens of a block are not: so few cache lines are read at once
+where one order is made of the other.
 
 Legend: B batch, T tokens, H query heads, K key/value heads, G = H / K, D head size, N blocks of a sequence, t tokens of
-a block, s keys of a tile (as many), X = G * t, the queries that share a key head; R = K, or B * K where all rows of a
+a block, s keys of a tile (as many), X = t * G, the queries that share a key head; R = K, or B * K where all rows of a
 batch are dealt with at once. Statistics and sums are float32.
 """
 
@@ -32,8 +35,8 @@ class Tokens(NamedTuple):
     segments: jax.Array  # int32 [B, t], [N, B, t] or [..., B, X]
 
     def spread(self, groups: int) -> "Tokens":
-        """Of queries: t tokens for each of the heads that share a key head, X in all."""
-        return Tokens(*(jnp.concatenate([x] * groups, axis=-1) for x in self))
+        """Of queries: each of t tokens for all of the heads that share a key head, X in all."""
+        return Tokens(*(jnp.repeat(x, groups, axis=-1) for x in self))
 
 
 def visible(queries: Tokens, keys: Tokens, window: jax.Array | None) -> jax.Array:
@@ -51,9 +54,9 @@ class Partial(NamedTuple):
 
     @classmethod
     def empty(cls, shape: tuple[int, ...]) -> "Partial":
-        """shape: [..., D, X]."""
-        statistic = jnp.zeros((*shape[:-2], shape[-1]), jnp.float32)
-        return cls(jnp.zeros(shape, jnp.float32), statistic + LOWEST, statistic)
+        """shape: of the queries, [..., X, D]."""
+        statistic = jnp.zeros(shape[:-1], jnp.float32)
+        return cls(empty_columns(shape), statistic + LOWEST, statistic)
 
     def finish(self) -> tuple[jax.Array, jax.Array]:
         """The output, and the logarithm of the sum of exp(score); zeros where a query saw nothing."""
@@ -62,12 +65,18 @@ class Partial(NamedTuple):
         return self.out / total[..., None, :], logsum
 
 
-def attend(part: Partial, q_RDX, k_RsD, v_RDs, mask_BsX) -> Partial:
+def empty_columns(shape: tuple[int, ...]) -> jax.Array:
+    """Zeros in float32, [..., D, X], for queries of that shape, [..., X, D]."""
+    *outer, queries, dim = shape
+    return jnp.zeros((*outer, dim, queries), jnp.float32)
+
+
+def attend(part: Partial, q_RXD, k_RsD, v_RDs, mask_BsX) -> Partial:
     """The block of queries, which are scaled, with a block of keys added to what it has met.
 
     mask: True where a query sees a key; None: it sees all of them.
     """
-    scores = _dot("rsd,rdx->rsx", k_RsD, q_RDX)
+    scores = _dot("rsd,rxd->rsx", k_RsD, q_RXD)
     peak = jnp.maximum(part.peak, _masked(scores, mask_BsX, LOWEST).max(1))
     # Masked after the exponential: those of scores far below are slow.
     weights = _masked(jnp.exp(jnp.minimum(scores - peak[:, None], 0.0)), mask_BsX, 0.0)
@@ -76,45 +85,47 @@ def attend(part: Partial, q_RDX, k_RsD, v_RDs, mask_BsX) -> Partial:
     return Partial(part.out * fade[:, None] + out, peak, part.total * fade + weights.sum(1))
 
 
-def attend_backward(q_RDX, dout_RDX, logsum_RX, delta_RX, k_RsD, k_RDs, v_RsD, mask_BsX):
+def attend_backward(q_RXD, dout_RXD, logsum_RX, delta_RX, k_RsD, k_RDs, v_RsD, mask_BsX):
     """Gradients, in float32, of the scaled queries [R, D, X], of the keys and of the values [R, s, D].
 
     dout: of the output. delta: what `outputs_share` gives. k_RDs: the keys turned round.
     """
-    scores = _dot("rsd,rdx->rsx", k_RsD, q_RDX)
+    scores = _dot("rsd,rxd->rsx", k_RsD, q_RXD)
     weights = _masked(jnp.exp(jnp.minimum(scores - logsum_RX[:, None], 0.0)), mask_BsX, 0.0)
-    dweights = _dot("rsd,rdx->rsx", v_RsD, dout_RDX)
-    dscores = (weights * (dweights - delta_RX[:, None])).astype(q_RDX.dtype)
-    dv = _dot("rsx,rxd->rsd", weights.astype(dout_RDX.dtype), dout_RDX.swapaxes(1, 2))
-    dk = _dot("rsx,rxd->rsd", dscores, q_RDX.swapaxes(1, 2))
+    dweights = _dot("rsd,rxd->rsx", v_RsD, dout_RXD)
+    dscores = (weights * (dweights - delta_RX[:, None])).astype(q_RXD.dtype)
+    dv = _dot("rsx,rxd->rsd", weights.astype(dout_RXD.dtype), dout_RXD)
+    dk = _dot("rsx,rxd->rsd", dscores, q_RXD)
     return _dot("rds,rsx->rdx", k_RDs, dscores), dk, dv
 
 
-def scaled(q: jax.Array, axis: int = -1) -> jax.Array:
-    """Queries as a tile takes them, or their gradient as attention gives it. axis: of a head's D numbers."""
-    return q * (1.0 / math.sqrt(q.shape[axis]))
+def scaled(q: jax.Array) -> jax.Array:
+    """Queries as a tile takes them, or their gradient as attention gives it: [..., D]."""
+    return q * (1.0 / math.sqrt(q.shape[-1]))
 
 
-def outputs_share(out_RDX: jax.Array, dout_RDX: jax.Array) -> jax.Array:
-    """Sum over D of the output times its gradient, [R, X].
+def outputs_share(out_RXD: jax.Array, dout_RXD: jax.Array) -> jax.Array:
+    """Sum over D of the output times its gradient, float32 [R, X].
 
-    Of blocks as they are cut: along rows of D numbers XLA for CPU sums ten times as slowly as down columns.
+    A product with ones: XLA for CPU sums rows of D numbers more slowly, and columns too.
     """
-    return (out_RDX.astype(jnp.float32) * dout_RDX.astype(jnp.float32)).sum(-2)
+    products = out_RXD.astype(jnp.float32) * dout_RXD.astype(jnp.float32)
+    ones = jnp.ones((products.shape[-1], 1), jnp.float32)
+    return jnp.matmul(products, ones, precision=jax.lax.Precision.HIGHEST)[..., 0]
 
 
 def cut_queries(x_BTHD: jax.Array, kv_heads: int, block: int) -> jax.Array:
-    """Cut into blocks, those that share a key head side by side: [B, N, K, D, X]."""
+    """Cut into blocks, those that share a key head side by side: [B, N, K, X, D]."""
     batch, time, heads, dim = x_BTHD.shape
     split = x_BTHD.reshape(batch, time // block, block, kv_heads, heads // kv_heads, dim)
-    return split.transpose(0, 1, 3, 5, 4, 2).reshape(batch, -1, kv_heads, dim, heads // kv_heads * block)
+    return split.swapaxes(2, 3).reshape(batch, -1, kv_heads, block * (heads // kv_heads), dim)
 
 
 def join_queries(x_BNKDX: jax.Array, block: int) -> jax.Array:
-    """Back: [B, T, H, D]."""
+    """What a tile made for cut queries: [B, T, H, D]."""
     batch, blocks, kv_heads, dim, _ = x_BNKDX.shape
-    split = x_BNKDX.reshape(batch, blocks, kv_heads, dim, -1, block)
-    return split.transpose(0, 1, 5, 2, 4, 3).reshape(batch, blocks * block, -1, dim)
+    split = x_BNKDX.reshape(batch, blocks, kv_heads, dim, block, -1)
+    return split.transpose(0, 1, 4, 2, 5, 3).reshape(batch, blocks * block, -1, dim)
 
 
 def cut_keys(x_BTKD: jax.Array, block: int) -> jax.Array:

@@ -22,6 +22,7 @@ from jaxtune.models.tile import (
     attend_backward,
     cut_keys,
     cut_queries,
+    empty_columns,
     join_keys,
     join_queries,
     outputs_share,
@@ -76,41 +77,40 @@ def _forward(q_BTHD, k_BTKD, v_BTKD, segments_BT, window, block):
     k_BNKsD, v_BNKDs = cut_keys(k_BTKD, block), cut_keys(v_BTKD, block).swapaxes(3, 4)
     mask, (batch, _, heads, _), kv_heads = Mask.of(segments_BT, window, block), q_BTHD.shape, k_BTKD.shape[2]
 
-    def tile(queries: Queries, q_KDX, mask, j, part):
-        return attend(part, q_KDX, k_BNKsD[queries.row, j], v_BNKDs[queries.row, j], mask)
+    def tile(queries: Queries, q_KXD, mask, j, part):
+        return attend(part, q_KXD, k_BNKsD[queries.row, j], v_BNKDs[queries.row, j], mask)
 
     def row(_, queries):
-        q_KDX = scaled(queries.cut(q_BTHD, kv_heads), axis=-2)
-        out, logsum = queries.sweep(mask, partial(tile, queries, q_KDX), Partial.empty(q_KDX.shape)).finish()
+        q_KXD = scaled(queries.cut(q_BTHD, kv_heads))
+        out, logsum = queries.sweep(mask, partial(tile, queries, q_KXD), Partial.empty(q_KXD.shape)).finish()
         return None, (out.astype(v_BTKD.dtype), logsum)
 
-    _, kept = jax.lax.scan(row, None, mask.queries(heads // kv_heads))
-    out, logsum = (checkpoint_name(x, SAVED) for x in kept)
-    return _whole(out, batch, block), (q_BTHD, k_BTKD, v_BTKD, segments_BT, window, out, logsum)
+    _, (out, logsum) = jax.lax.scan(row, None, mask.queries(heads // kv_heads))
+    out, logsum = (checkpoint_name(x, SAVED) for x in (_whole(out, batch, block), logsum))
+    return out, (q_BTHD, k_BTKD, v_BTKD, segments_BT, window, out, logsum)
 
 
 def _backward(block, saved, dout_BTHD):
-    q_BTHD, k_BTKD, v_BTKD, segments_BT, window, out, logsum = saved
+    q_BTHD, k_BTKD, v_BTKD, segments_BT, window, out_BTHD, logsum = saved
     k_BNKsD, v_BNKsD = cut_keys(k_BTKD, block), cut_keys(v_BTKD, block)
     k_BNKDs, mask = k_BNKsD.swapaxes(3, 4), Mask.of(segments_BT, window, block)
     (batch, _, heads, _), kv_heads = q_BTHD.shape, k_BTKD.shape[2]
 
     def tile(queries: Queries, given, mask, j, carry):
-        (q_KDX, dout_KDX, logsum, delta), (dq, dk, dv), at = given, carry, (queries.row, j)
-        here = attend_backward(q_KDX, dout_KDX, logsum, delta, k_BNKsD[at], k_BNKDs[at], v_BNKsD[at], mask)
+        (q_KXD, dout_KXD, logsum, delta), (dq, dk, dv), at = given, carry, (queries.row, j)
+        here = attend_backward(q_KXD, dout_KXD, logsum, delta, k_BNKsD[at], k_BNKDs[at], v_BNKsD[at], mask)
         return dq + here[0], dk.at[at].add(here[1]), dv.at[at].add(here[2])
 
     def row(carry, inputs):
-        queries, out_KDX, logsum = inputs
-        q_KDX = scaled(queries.cut(q_BTHD, kv_heads), axis=-2)
-        dout_KDX = queries.cut(dout_BTHD, kv_heads)
-        given = q_KDX, dout_KDX, logsum, outputs_share(out_KDX, dout_KDX)
-        start = jnp.zeros(q_KDX.shape, jnp.float32), *carry
+        queries, logsum = inputs
+        q_KXD, dout_KXD, out_KXD = (queries.cut(x, kv_heads) for x in (q_BTHD, dout_BTHD, out_BTHD))
+        given = scaled(q_KXD), dout_KXD, logsum, outputs_share(out_KXD, dout_KXD)
+        start = empty_columns(q_KXD.shape), *carry
         dq, *carry = queries.sweep(mask, partial(tile, queries, given), start)
         return tuple(carry), dq
 
     zeros = jnp.zeros(k_BNKsD.shape, jnp.float32)
-    (dk, dv), dq = jax.lax.scan(row, (zeros, zeros), (mask.queries(heads // kv_heads), out, logsum))
+    (dk, dv), dq = jax.lax.scan(row, (zeros, zeros), (mask.queries(heads // kv_heads), logsum))
     dq = scaled(_whole(dq, batch, block)).astype(q_BTHD.dtype)
     return dq, join_keys(dk).astype(k_BTKD.dtype), join_keys(dv).astype(v_BTKD.dtype), None, None
 
@@ -174,9 +174,9 @@ class Queries(NamedTuple):
     whole: jax.Array  # from this one on, all of them see all of the blocks before their own
 
     def cut(self, x_BTHD: jax.Array, kv_heads: int) -> jax.Array:
-        """This block of an array like q: [K, D, X].
+        """This block of an array like q: [K, X, D].
 
-        Turned round where it is used: of the whole array at once, XLA for CPU takes longer and then copies each block.
+        Where it is used: of the whole array at once, XLA for CPU takes longer and then copies each block.
         """
         _, _, heads, dim = x_BTHD.shape
         block = self.tokens.positions.shape[-1] * kv_heads // heads

@@ -22,6 +22,7 @@ from jaxtune.models.tile import (
     attend_backward,
     cut_keys,
     cut_queries,
+    empty_columns,
     join_keys,
     join_queries,
     outputs_share,
@@ -61,9 +62,9 @@ def _forward(q_BTHD, k_BTKD, v_BTKD, segments_BT, window):
     ring = _Ring.of(q_BTHD, k_BTKD, segments_BT, window)
     q, kv = ring.queries(scaled(q_BTHD)), ring.keys(k_BTKD, v_BTKD)
 
-    def tile(mask, q_RDX, kv, part, _):
+    def tile(mask, q_RXD, kv, part, _):
         k_RsD, v_RsD = kv
-        return attend(part, q_RDX, k_RsD, v_RsD.swapaxes(1, 2), mask), ()
+        return attend(part, q_RXD, k_RsD, v_RsD.swapaxes(1, 2), mask), ()
 
     part, _ = ring.go_round(tile, q, kv, Partial.empty(q.shape), ())
     out, logsum = jax.vmap(Partial.finish)(part)
@@ -82,7 +83,7 @@ def _backward(saved, dout_BTHD):
         here, *more = attend_backward(*fixed, k_RsD, k_RsD.swapaxes(1, 2), v_RsD, mask)
         return dq + here, dkv + jnp.stack(more)
 
-    zeros = jnp.zeros(q.shape, jnp.float32), jnp.zeros(kv.shape, jnp.float32)
+    zeros = empty_columns(q.shape), jnp.zeros(kv.shape, jnp.float32)
     dq, dkv = ring.go_round(tile, (q, dout, logsum, delta), kv, *zeros)
     dk, dv = (ring.whole_keys(dkv[:, n]) for n in range(2))
     return scaled(ring.whole(dq)).astype(q_BTHD.dtype), dk.astype(k_BTKD.dtype), dv.astype(v_BTKD.dtype), None, None
@@ -111,12 +112,12 @@ class _Ring:
         return cls(size, local.index(AXIS), grid, (batch, kv_heads), heads // kv_heads, segments_BT, window)
 
     def queries(self, x_BTHD: jax.Array) -> jax.Array:
-        """[N, R, D, X]."""
+        """[N, R, X, D]."""
         cut = cut_queries(self.grid.filled(x_BTHD, 1), self.heads[1], self.grid.block)
         return jax.lax.collapse(cut.swapaxes(0, 1), 1, 3)
 
     def whole(self, x_NRDX: jax.Array) -> jax.Array:
-        """Back from queries: [B, T, H, D]."""
+        """What tiles made for them: [B, T, H, D]."""
         split = x_NRDX.reshape(-1, *self.heads, *x_NRDX.shape[2:]).swapaxes(0, 1)
         return self.grid.emptied(join_queries(split, self.grid.block), 1)
 
