@@ -7,10 +7,12 @@ wait for it in a step.
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
 import re
+import signal
 import socket
 import statistics
 import sys
@@ -113,6 +115,7 @@ class _Joined:
         self._failing = False
         self._ended = threading.Event()
         self.waits: tuple[int, float] | None = None
+        _abort_slowly()
         first = seconds(os.environ, STUCK)
         self.pace = Pace(first if STUCK in os.environ else None, first)
         targets = self._hear, self._watch, self._time
@@ -200,6 +203,18 @@ class _Joined:
 
     def _wait_at(self, name: str) -> None:
         client().wait_at_barrier(f"{self._key}/{name}", int(EVER * 1000))
+
+
+def _abort_slowly() -> None:
+    """Leave time to say which process is lost, where JAX's service would abort this one at the same news.
+
+    The handler of SIGABRT becomes the C library's sleep, which takes the signal's number, 6, for seconds: the thread
+    that aborts waits, the others go on, and after that the process is aborted as ever.
+    """
+    if os.name == "posix":
+        libc = ctypes.CDLL(None)
+        libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
+        libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
 def _lost(text: str) -> LostProcess:

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -55,6 +57,23 @@ def test_a_process_that_is_gone_is_named(text, process, words):
     error = _lost(text)
     assert error.process == process and error.exit_code == 75
     assert f"Process {process} of" in str(error) and words in str(error)
+
+
+ABORTS = """
+import ctypes, os, sys, threading, time
+from jaxtune.fate import _abort_slowly
+
+_abort_slowly()
+threading.Thread(target=ctypes.CDLL(None).abort, daemon=True).start()
+time.sleep(float(sys.argv[1]))
+os._exit(75)
+"""
+
+
+def test_an_abort_waits_for_the_words_about_it_and_for_no_more_than_that():
+    begin, waits = [sys.executable, "-c", ABORTS], ("0.5", "60")
+    started = [subprocess.Popen([*begin, wait]) for wait in waits]
+    assert [process.wait(50) for process in started] == [75, -signal.SIGABRT]
 
 
 def test_the_hash_of_the_code_is_of_every_file_and_of_its_name(monkeypatch, tmp_path):
