@@ -24,7 +24,6 @@ import typer
 import jaxtune
 from jaxtune.errors import explained
 from jaxtune.quant.command import quantize
-from jaxtune.tokenizer import without_torch
 
 app = typer.Typer(
     help="Fine-tune and train decoder language models in JAX: Hugging Face files in, Hugging Face files out.",
@@ -406,8 +405,3 @@ def _leave(message: str, code: int) -> NoReturn:
 def main(arguments: list[str] | None = None) -> None:
     """Do as the command line says. arguments: in its place."""
     app(arguments, prog_name="jaxtune")
-
-
-if __name__ == "__main__":
-    without_torch()
-    main()

@@ -305,7 +305,7 @@ def test_compiled_programs_are_kept_at_home_unless_the_environment_says_otherwis
 
 
 def test_a_reader_that_leaves_early_is_no_failure_to_report(tiny_model):
-    command = [sys.executable, "-m", "jaxtune.cli", "generate", "--model", str(tiny_model("qwen2")), "--prompt", "x"]
+    command = [sys.executable, "-m", "jaxtune", "generate", "--model", str(tiny_model("qwen2")), "--prompt", "x"]
     process = subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     said = process.stderr.read()

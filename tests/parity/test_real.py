@@ -13,7 +13,7 @@ from tests.peer import read_jsonl
 from tests.runs import write_config
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
-STEPS, HELD_OUT = 40, 16
+STEPS, EVERY, HELD_OUT = 24, 8, 16
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def run(smollm2, shared, tmp_path_factory, run_cli):
         "data": {"path": str(home / "train.json"), "max_length": 256, "system": "现在你要扮演皇帝身边的女人--甄嬛"},
         "train": {"output_dir": str(home / "run"), "steps": STEPS, "batch_size": 2},
         "optim": {"lr": 2e-3},
-        "eval": {"path": str(home / "held_out.json"), "every": 10},
+        "eval": {"path": str(home / "held_out.json"), "every": EVERY},
         "log": {"every": 1},
     }
     done = run_cli("--config", write_config(home / "config.yaml", tree), timeout=1200, optimised=True)
@@ -42,9 +42,9 @@ def test_train_and_eval_loss_fall(run):
     _, rows = run
     losses = [row["loss"] for row in rows]
     assert len(losses) == STEPS
-    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.1
+    assert np.mean(losses[-EVERY:]) < np.mean(losses[:EVERY]) - 0.1
     evaluations = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    assert len(evaluations) == STEPS // 10
+    assert len(evaluations) == STEPS // EVERY
     assert evaluations == sorted(evaluations, reverse=True)
 
 

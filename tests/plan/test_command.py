@@ -32,7 +32,7 @@ def write(tmp_path):
 @pytest.fixture
 def plan(run_cli):
     def run(*arguments, **options):
-        return run_cli("plan", *arguments, module="jaxtune.cli", **options)
+        return run_cli("plan", *arguments, module="jaxtune", **options)
 
     return run
 
