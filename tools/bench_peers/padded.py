@@ -6,7 +6,7 @@ import numpy as np
 
 from tools.bench_peers.common import Meter, Spec
 
-PAD = 151643  # Qwen2.5's <|endoftext|>, which its tokenizer pads with
+PAD = 0  # a token of every vocabulary; peers that take these rows mask it
 
 
 def batches(spec: Spec, meter: Meter) -> Iterator[dict[str, np.ndarray]]:
