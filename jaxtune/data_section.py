@@ -202,8 +202,6 @@ class DataSection(SourceSection):
             raise ValueError("shuffle_buffer would do nothing without streaming")
         if self.streaming and any(part.format == "megatron" for part in [self, *self.sources]):
             raise ValueError("streaming is for rows; format megatron is read by memory map, whatever its size")
-        if self.streaming and any(source.weight is not None for source in self.sources):
-            raise ValueError("streaming takes its sources one after another; a weight needs to know how long each is")
         return self
 
     @model_validator(mode="after")

@@ -143,19 +143,18 @@ class Dataset:
             raise IndexError(f"step {step} of {self.steps}")
         size, time = self.batch_size, self.shape[-1]
         batch = Batch(*(np.zeros((size, time), kind) for kind in ("i4", "i4", "?", "i4", "i4")))
-        taken: list[np.ndarray] = [np.zeros(0, np.int64)]
+        taken: list[tuple[Many, np.ndarray]] = []
         for row, index in enumerate(range((step - 1) * size, step * size)):
             if (rows is None or row in rows) and (self._limit is None or index < self._limit):
                 examples, members = self._row(index)
                 self._fill(batch, row, examples, members)
-                taken.append(members)
-        members = np.concatenate(taken)
-        counts = self.sources.count(members) if self.sources is not None else {}
-        repeated = len(members) - sum(len(row) > 0 for row in taken) if self.shared else 0
-        virtual = len(self.virtual) * (len(members) - repeated)
+                taken.append((examples, members))
+        sizes = [len(members) for _, members in taken]
+        repeated = sum(sizes) - sum(size > 0 for size in sizes) if self.shared else 0
+        virtual = len(self.virtual) * (sum(sizes) - repeated)
         spared = (self.shared - len(self.virtual)) * repeated
         arrays = [array.reshape(self.shape) for array in batch.arrays().values()]
-        return Batch(*arrays, virtual=virtual, spared=spared, sources=counts)
+        return Batch(*arrays, virtual=virtual, spared=spared, sources=self._of_sources(taken))
 
     def batches(self, first_step: int = 1, rows: Container[int] | None = None) -> Iterator[Batch]:
         """The batches from `first_step` to the last, made ahead of time by a thread; `rows` as `batch` has it."""
@@ -180,6 +179,12 @@ class Dataset:
             batch.segments[row, here] = segment
             at += len(tokens)
         batch.segments[row, : self.shared] = SHARED
+
+    def _of_sources(self, taken: list[tuple[Many, np.ndarray]]) -> dict[str, int]:
+        """Of several sources: how many of these rows' examples each has."""
+        if self.sources is None:
+            return {}
+        return self.sources.count(np.concatenate([np.zeros(0, np.int64), *(members for _, members in taken)]))
 
     def _row(self, index: int) -> tuple[Many, np.ndarray]:
         """What row `index` of the stream is made of: some examples, and which of them."""

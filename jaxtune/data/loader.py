@@ -1,6 +1,6 @@
 """From a configuration to the data of a run: the training and the held-out data set."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,7 +99,8 @@ def build_data(
         _check_stream(eval_section, train)
         parts = list(_parts(held_out, section, tokenizer, len(virtual), size))
         order = _order(section, train, section.max_length, virtual)
-        stream = open_stream(sources, section, tokenizer, steps=train.steps, shuffle=section.shuffle, **order)
+        names = _names([source for source, _ in sources])
+        stream = open_stream(sources, names, section, tokenizer, steps=train.steps, shuffle=section.shuffle, **order)
         evaluation = Dataset(parts[0].examples, shuffle=False, **order) if parts else None
         return Data(stream, evaluation, [_first_block(stream, sources), *parts], section, tokenizer, stream.notes)
     parts = list(_parts([*sources, *held_out], section, tokenizer, len(virtual), size))
@@ -181,18 +182,24 @@ def _parts(sources: list[Named], section: DataSection, tokenizer: Any, virtual: 
 def _sources(parts: list[Part], examples: Many, ends: np.ndarray) -> Sources | None:
     """Of several sources, what of the training data is of each. ends: where each ended before any was held out."""
     sources = [part.section for part in parts if isinstance(part.section, MixedSource) and not part.held_out]
-    if len(sources) < 2:
+    names = _names(sources)
+    if not names:
         return None
-    names: list[str] = []
-    for source in sources:
-        name = source.name or listing(source.paths, 2)
-        names.append(f"{name} ({names.count(name) + 1})" if name in names else name)
     indices = examples.indices if isinstance(examples, Chosen) else np.arange(len(examples))
     counts = np.diff(np.searchsorted(indices, ends), prepend=0).tolist()
     weights = tuple(source.weight for source in sources if source.weight is not None)
     if weights and 0 in counts:
         raise DataError(f"data.sources: nothing is left of {names[counts.index(0)]}, which has a weight")
     return Sources(tuple(names), tuple(counts), weights or None)
+
+
+def _names(sources: Sequence[SourceSection]) -> list[str]:
+    """In reports and metrics, of several sources; of one alone none."""
+    names: list[str] = []
+    for source in sources if len(sources) > 1 else ():
+        name = (source.name if isinstance(source, MixedSource) else None) or listing(source.paths, 2)
+        names.append(f"{name} ({names.count(name) + 1})" if name in names else name)
+    return names
 
 
 def _hold_out(examples: Many, fraction: float, seed: int) -> tuple[Chosen, Chosen]:

@@ -1,6 +1,7 @@
 """Data that is too large to be tokenised first: rows are read, tokenised and packed as steps need them.
 
-Rows come in blocks of data.shuffle_buffer, one epoch after another. A block is shuffled and packed by itself, by seed
+Rows come in blocks of data.shuffle_buffer, one epoch after another, or out of the sources by their weights, each of
+which begins anew when it is through. A block is shuffled and packed by itself, by seed
 and by its number in the stream alone, so a step's batch follows from data, seed and step here too, and no more than a
 few blocks are ever in memory. How many rows of the stream each block became is noted down beside the token cache: a run
 that goes on skips the blocks before its step unread by the tokenizer. Without that note it makes them again, to the
@@ -13,9 +14,9 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby, islice
+from itertools import count, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,24 @@ from jaxtune.data.dataset import Dataset
 from jaxtune.data.encode import Lengths, chunked, encode_chunk
 from jaxtune.data.examples import Examples, Many, Pair, join
 from jaxtune.data.formats import Row, Rows, stream_rows
+from jaxtune.data.mixing import Interleaving
 from jaxtune.data.packing import Epoch, plan_epoch
 from jaxtune.data.template import ChatTemplate, open_template
 from jaxtune.data.tokenise import Tokenising, template_notes
-from jaxtune.data_section import TEXTS, SourceSection
+from jaxtune.data_section import TEXTS, MixedSource, SourceSection
 from jaxtune.errors import DataError
 
 Named = tuple[SourceSection, str]  # a source with its files, and the setting that names them
 KEPT = 2  # blocks in memory: a batch may have rows of two
 EDGE = 1 << 20  # bytes at either end of a file that its fingerprint is taken of
+PLACES = 1024  # of the stream, whose sources are asked for at once
+
+
+@dataclass(frozen=True)
+class Block(Examples):
+    """The examples out of the rows of a block."""
+
+    owners: np.ndarray  # int64 [examples], the number of the source of each
 
 
 class Reader:
@@ -44,22 +54,25 @@ class Reader:
     def __init__(
         self,
         sources: list[Named],
+        weights: list[float],
         section: DataSection,
         tokenizer: Any,
         template: ChatTemplate | None,
         virtual: int,
     ):
+        """weights: of the sources; with none, they come one after another."""
         self._sources, self._section, self._tokenizer = sources, section, tokenizer
+        self._mixing = Interleaving(weights) if weights else None
         self._template, self._virtual, self._size = template, virtual, section.shuffle_buffer
-        self.per_epoch: int | None = None  # blocks; None: no epoch has ended yet
+        self.per_epoch: int | None = None  # blocks; None: no epoch has ended yet, as none does with weights
         self.seen, self.lengths = Rows(), Lengths()  # of all rows that were read; of the first block
         self.notes: list[str] = []  # surprises that the template holds
         self._next = 0
         self._rows = self._epoch()
         self._ahead = list(islice(self._rows, self._size))
 
-    def block(self, number: int) -> Examples:
-        """The examples out of the rows of a block. Blocks before it need not have been asked for.
+    def block(self, number: int) -> Block:
+        """Blocks before it need not have been asked for.
 
         Raises:
             DataError: a row is wrong.
@@ -97,20 +110,44 @@ class Reader:
         self._ahead = list(islice(self._rows, self._size))
 
     def _epoch(self) -> Iterator[tuple[int, Row]]:
-        for number, (source, key) in enumerate(self._sources):
-            for row in stream_rows(source, self.seen, key):
-                yield number, row
+        """Rows with the numbers of their sources."""
+        if self._mixing is None:
+            for number in range(len(self._sources)):
+                yield from ((number, row) for row in self._read(number))
+            return
+        sources = [self._again_and_again(number) for number in range(len(self._sources))]
+        for start in count(0, PLACES):
+            for number in self._mixing.places(start, start + PLACES).tolist():
+                yield number, next(sources[number])
 
-    def _encoded(self, rows: list[tuple[int, Row]]) -> tuple[Examples, Lengths]:
+    def _read(self, number: int) -> Iterator[Row]:
+        source, key = self._sources[number]
+        return stream_rows(source, self.seen, key)
+
+    def _again_and_again(self, number: int) -> Iterator[Row]:
+        while True:
+            none = True
+            for row in self._read(number):
+                none = False
+                yield row
+            if none:
+                raise DataError(f"{self._sources[number][1]}: no row to learn from, in a source that has a weight")
+
+    def _encoded(self, rows: list[tuple[int, Row]]) -> tuple[Block, Lengths]:
         parts: list[Pair] = []
+        owners: list[int] = []
         counts = Lengths()
+        if self._section.shuffle:  # then their order is nothing to keep, and those of one source are encoded together
+            rows = sorted(rows, key=lambda pair: pair[0])
         for number, group in groupby(rows, key=lambda pair: pair[0]):
             template = None if self._sources[number][0].format == "text" else self._template
             for chunk in chunked(row for _, row in group):
                 found, lengths = encode_chunk(chunk, self._section, self._tokenizer, template, self._virtual)
                 parts += [found.read(index) for index in range(len(found))]
+                owners += [number] * len(found)
                 counts.add(lengths)
-        return join(parts), counts
+        every = join(parts)
+        return Block(every.tokens, every.supervised, every.starts, np.array(owners, np.int64)), counts
 
 
 class Index:
@@ -143,14 +180,15 @@ class Index:
 class Stream(Dataset):
     """Batches 1..steps of data that is read on the way. `examples` and `rows` are those of the first block."""
 
-    def __init__(self, reader: Reader, identity: str, home: Path, **order: Any):
-        """identity: of the files and of what is made of their rows. home: where notes are kept. order: as of Dataset.
+    def __init__(self, reader: Reader, names: list[str], identity: str, home: Path, **order: Any):
+        """names: of several sources. identity: of the files and of what is made of their rows. home: where notes are
+        kept. order: as of Dataset.
 
         Raises:
             DataError: nothing is left of the first block.
         """
-        self._reader, self._identity = reader, identity
-        self._blocks: dict[int, tuple[Many, Epoch]] = {}
+        self._reader, self._names, self._identity = reader, names, identity
+        self._blocks: dict[int, tuple[Block, Epoch]] = {}
         first = reader.block(0)
         if not len(first):
             raise DataError("data.streaming: no supervised token in the first rows; there is nothing to learn from")
@@ -176,12 +214,17 @@ class Stream(Dataset):
             examples, plan = self._block(number)
             return examples, plan.row(index - self._index.ends[number])
 
-    def _block(self, number: int) -> tuple[Many, Epoch]:
+    def _of_sources(self, taken: list[tuple[Many, np.ndarray]]) -> dict[str, int]:
+        owners = [block.owners[members] for block, members in taken if isinstance(block, Block)]
+        found = np.bincount(np.concatenate([np.zeros(0, np.int64), *owners]), minlength=len(self._names))
+        return dict(zip(self._names, found.tolist()))
+
+    def _block(self, number: int) -> tuple[Block, Epoch]:
         if number not in self._blocks:
             self._keep(number, self._reader.block(number))
         return self._blocks[number]
 
-    def _keep(self, number: int, examples: Examples) -> None:
+    def _keep(self, number: int, examples: Block) -> None:
         lengths: np.ndarray = examples.lengths + len(self.virtual)
         empty = Epoch(np.zeros(0, np.int64), np.zeros(1, np.int64))
         plan = plan_epoch(lengths, self.shape[-1], epoch=number, **self._order) if len(lengths) else empty
@@ -192,8 +235,8 @@ class Stream(Dataset):
             self._index.add(len(plan), self._reader.per_epoch)
 
 
-def open_stream(sources: list[Named], section: DataSection, tokenizer: Any, **order: Any) -> Stream:
-    """The stream of some sources' files. order: as of Dataset.
+def open_stream(sources: list[Named], names: list[str], section: DataSection, tokenizer: Any, **order: Any) -> Stream:
+    """The stream of some sources' files. names: of several. order: as of Dataset.
 
     Raises:
         DataError: a file, a row or the template is wrong, or a source chooses among all of its rows.
@@ -206,8 +249,10 @@ def open_stream(sources: list[Named], section: DataSection, tokenizer: Any, **or
     virtual = len(order["virtual"])
     tasks = [Tokenising(source, key, section, tokenizer, template, virtual) for source, key in sources]
     keys = [key_of(task, [_edges(path) for path in task.source.paths]) for task in tasks]
-    home = home_of(section.cache)
-    return Stream(Reader(sources, section, tokenizer, template, virtual), json.dumps(keys), home, **order)
+    weights = [source.weight for source, _ in sources if isinstance(source, MixedSource) and source.weight is not None]
+    identity = json.dumps([keys, weights] if weights else keys)
+    reader = Reader(sources, weights, section, tokenizer, template, virtual)
+    return Stream(reader, names, identity, home_of(section.cache), **order)
 
 
 def _edges(path: str) -> str:

@@ -113,6 +113,64 @@ def test_several_sources_come_one_after_another_in_their_formats(stream, tmp_pat
     assert read.startswith(WORDS) and "y" in read[ROWS:]
 
 
+@pytest.fixture
+def mixed(stream, tmp_path):
+    """mixed(**section) -> a stream out of two sources with weights, three rows of a to m for each of x to z."""
+    for name, rows in {"long": WORDS[:13], "short": "xyz"}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": letter}) + "\n" for letter in rows))
+    paths = {"long": 3, "short": 1}
+    sources = [
+        {"path": f"{name}.jsonl", "format": "text", "name": name, "weight": weight} for name, weight in paths.items()
+    ]
+    return lambda **section: stream(**{"path": [], "format": "alpaca", "sources": sources, "steps": 30} | section)
+
+
+def test_weights_take_from_each_source_its_share_and_from_a_short_one_again_and_again(mixed):
+    read = letters(mixed(shuffle=False, packing="in_order").train.batches())
+    for end in range(len(read)):
+        assert abs(sum(letter in "xyz" for letter in read[:end]) - end / 4) <= 1
+    for rows in (WORDS[:13], "xyz"):
+        own = [letter for letter in read if letter in rows]
+        assert len(own) > 2 * len(rows)
+        assert own == [rows[index % len(rows)] for index in range(len(own))], "in the order of its file"
+
+
+def test_a_shuffled_block_has_the_shares_and_a_run_that_goes_on_has_the_same_blocks(mixed, tmp_path):
+    read = letters(mixed().train.batches())
+    blocks = [read[at : at + BLOCK] for at in range(0, len(read) - BLOCK, BLOCK)]
+    assert all(sum(letter in "xyz" for letter in block) in (2, 3) for block in blocks)
+    assert blocks[0] != letters(mixed(shuffle=False, packing="in_order").train.batches())[:BLOCK]
+    whole = hashes(mixed())
+    assert hashes(mixed(), 21) == whole[20:]
+    for path in (tmp_path / "cache" / "tokens").glob("*.jsonl"):
+        path.unlink()
+    assert hashes(mixed(), 21) == whole[20:]
+
+
+def test_weights_are_part_of_a_streams_fingerprint(mixed):
+    other = [{"path": f"{name}.jsonl", "format": "text", "weight": 1} for name in ("long", "short")]
+    without = [{"path": f"{name}.jsonl", "format": "text"} for name in ("long", "short")]
+    assert len({mixed(**more).train.fingerprint for more in ({}, {"sources": other}, {"sources": without})}) == 3
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_batch_of_a_stream_counts_the_examples_of_each_source(mixed, weighted):
+    names = ("long", "short")
+    without = [{"path": f"{name}.jsonl", "format": "text", "name": name} for name in names]
+    for batch in mixed(**({} if weighted else {"sources": without})).train.batches():
+        read = letters([batch])
+        short = sum(letter in "xyz" for letter in read)
+        assert batch.sources == {"long": len(read) - short, "short": short}
+    assert mixed().train.batch(3, rows=()).sources == {"long": 0, "short": 0}
+
+
+def test_a_source_all_of_whose_rows_are_left_out_cannot_have_a_weight(mixed, tmp_path):
+    (tmp_path / "odd.jsonl").write_text('{"instruction": "x"}\n')  # no answer: LLaMA-Factory leaves it out
+    odd = {"path": "odd.jsonl", "dialect": "llamafactory", "weight": 1}
+    with pytest.raises(DataError, match=r"data\.sources\.1\.path: no row to learn from"):
+        mixed(sources=[{"path": "long.jsonl", "format": "text", "weight": 1}, odd])
+
+
 def test_memory_does_not_grow_with_the_rows(stream, tmp_path):
     def peak(rows: int) -> int:
         (tmp_path / "a.jsonl").write_text('{"text": "a b c"}\n' * rows)
