@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
@@ -115,9 +115,9 @@ class _Joined:
         self._failing = False
         self._ended = threading.Event()
         self.waits: tuple[int, float] | None = None
-        _abort_slowly()
         first = seconds(os.environ, STUCK)
         self.pace = Pace(first if STUCK in os.environ else None, first)
+        self._abort_at_once = _delay_aborts()
         targets = self._hear, self._watch, self._time
         self._threads = [threading.Thread(target=target, daemon=True) for target in targets]
         for thread in self._threads:
@@ -136,6 +136,7 @@ class _Joined:
         if is_first():
             client().key_value_set(f"{self._key}/failed", "")
         self._threads[0].join()
+        self._abort_at_once()
 
     def fail(self, error: BaseException) -> NoReturn:
         """Tell the others and the person, and end this process."""
@@ -205,16 +206,19 @@ class _Joined:
         client().wait_at_barrier(f"{self._key}/{name}", int(EVER * 1000))
 
 
-def _abort_slowly() -> None:
+def _delay_aborts() -> Callable[[], None]:
     """Leave time to say which process is lost, where JAX's service would abort this one at the same news.
 
     The handler of SIGABRT becomes the C library's sleep, which takes the signal's number, 6, for seconds: the thread
-    that aborts waits, the others go on, and after that the process is aborted as ever.
+    that calls abort() waits, the others go on, and after that the process is aborted as ever. Where faulthandler has
+    that signal, it keeps it. What is returned puts the handler back.
     """
-    if os.name == "posix":
-        libc = ctypes.CDLL(None)
-        libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
-        libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+    if os.name != "posix" or faulthandler.is_enabled():
+        return lambda: None
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    before = libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+    return lambda: libc.signal(signal.SIGABRT, before)
 
 
 def _lost(text: str) -> LostProcess:

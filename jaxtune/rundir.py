@@ -90,8 +90,11 @@ class Run:
         self._write(fingerprints=prints, changes=log, finished=False)
 
     def _compare(self, before: dict[str, str], now: dict[str, str]) -> None:
+        paths = listing(_paths(self._config))
+        # Of a stream's rows that are not read yet, only the code that will read them is known.
+        code = ", or jaxtune's code that reads it," if self._config.data.streaming else ""
         names = {
-            "data": f"the training data ({listing(_paths(self._config))})",
+            "data": f"the training data ({paths}){code}",
             "model": f"the base model ({self._config.model.path})",
             "adapter": f"the adapter to start from ({adapter_of(self._config.tune)})",
         }
@@ -99,7 +102,7 @@ class Run:
         if changed:
             raise CheckpointError(
                 f"{self.directory}: {' and '.join(changed)} changed since this run began; "
-                "bring the old files back, or choose another train.output_dir for a new run"
+                "bring the old ones back, or choose another train.output_dir for a new run"
             )
 
     def _compare_length(self, total_steps: int | None) -> None:

@@ -41,8 +41,11 @@ class Interleaving:
         return whole * np.array(self._each) + np.bincount(self._known[:rest], minlength=len(self._each))
 
     def _extend(self, stop: int) -> None:
-        more = [self._next(place) for place in range(len(self._known), stop)]
-        self._known = np.concatenate([self._known, np.array(more, np.int16)])
+        known = len(self._known)
+        if stop > known:  # twice as many at least, for all that are known are copied
+            stop = min(max(stop, 2 * known), self._period)
+            more = [self._next(place) for place in range(known, stop)]
+            self._known = np.concatenate([self._known, np.array(more, np.int16)])
 
     def _next(self, place: int) -> int:
         best, first_end = 0, -1

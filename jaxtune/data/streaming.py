@@ -1,11 +1,10 @@
 """Data that is too large to be tokenised first: rows are read, tokenised and packed as steps need them.
 
 Rows come in blocks of data.shuffle_buffer, one epoch after another, or out of the sources by their weights, each of
-which begins anew when it is through. A block is shuffled and packed by itself, by seed
-and by its number in the stream alone, so a step's batch follows from data, seed and step here too, and no more than a
-few blocks are ever in memory. How many rows of the stream each block became is noted down beside the token cache: a run
-that goes on skips the blocks before its step unread by the tokenizer. Without that note it makes them again, to the
-same end.
+which begins anew when it is through. A block is shuffled and packed by itself, by seed and by its number in the stream
+alone, so a step's batch follows from data, seed and step here too, and no more than a few blocks are ever in memory.
+How many rows of the stream each block became is noted down beside the token cache: a run that goes on skips the blocks
+before its step unread by the tokenizer. Without that note it makes them again, to the same end.
 """
 
 import hashlib
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count, groupby, islice
+from itertools import chain, count, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +115,8 @@ class Reader:
                 yield from ((number, row) for row in self._read(number))
             return
         sources = [self._again_and_again(number) for number in range(len(self._sources))]
+        # All are opened now: what is wrong with a rare one is not to come after hours.
+        sources = [chain([next(rows)], rows) for rows in sources]
         for start in count(0, PLACES):
             for number in self._mixing.places(start, start + PLACES).tolist():
                 yield number, next(sources[number])
@@ -215,9 +216,11 @@ class Stream(Dataset):
             return examples, plan.row(index - self._index.ends[number])
 
     def _of_sources(self, taken: list[tuple[Many, np.ndarray]]) -> dict[str, int]:
+        if not self._names:
+            return {}
         owners = [block.owners[members] for block, members in taken if isinstance(block, Block)]
         found = np.bincount(np.concatenate([np.zeros(0, np.int64), *owners]), minlength=len(self._names))
-        return dict(zip(self._names, found.tolist()))
+        return dict(zip(self._names, found.tolist(), strict=True))
 
     def _block(self, number: int) -> tuple[Block, Epoch]:
         if number not in self._blocks:

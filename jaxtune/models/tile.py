@@ -107,7 +107,7 @@ def scaled(q: jax.Array) -> jax.Array:
 def outputs_share(out_RXD: jax.Array, dout_RXD: jax.Array) -> jax.Array:
     """Sum over D of the output times its gradient, float32 [R, X].
 
-    A product with ones: XLA for CPU sums rows of D numbers more slowly, and columns too.
+    A product with ones, exact on every device: XLA for CPU sums rows of D numbers more slowly, and columns too.
     """
     products = out_RXD.astype(jnp.float32) * dout_RXD.astype(jnp.float32)
     ones = jnp.ones((products.shape[-1], 1), jnp.float32)

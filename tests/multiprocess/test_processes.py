@@ -61,9 +61,11 @@ def test_a_process_that_is_gone_is_named(text, process, words):
 
 ABORTS = """
 import ctypes, os, sys, threading, time
-from jaxtune.fate import _abort_slowly
+from jaxtune.fate import _delay_aborts
 
-_abort_slowly()
+at_once = _delay_aborts()
+if "at once" in sys.argv:
+    at_once()
 threading.Thread(target=ctypes.CDLL(None).abort, daemon=True).start()
 time.sleep(float(sys.argv[1]))
 os._exit(75)
@@ -71,9 +73,9 @@ os._exit(75)
 
 
 def test_an_abort_waits_for_the_words_about_it_and_for_no_more_than_that():
-    begin, waits = [sys.executable, "-c", ABORTS], ("0.5", "60")
-    started = [subprocess.Popen([*begin, wait]) for wait in waits]
-    assert [process.wait(50) for process in started] == [75, -signal.SIGABRT]
+    begin, ways = [sys.executable, "-c", ABORTS], (["0.5"], ["60"], ["0.5", "at once"])
+    started = [subprocess.Popen([*begin, *way]) for way in ways]
+    assert [process.wait(50) for process in started] == [75, -signal.SIGABRT, -signal.SIGABRT]
 
 
 def test_the_hash_of_the_code_is_of_every_file_and_of_its_name(monkeypatch, tmp_path):

@@ -63,8 +63,8 @@ def trainer(spec: Spec, meter: Meter, model, scratch: str):
 
     class Clocked(easydel.SFTTrainer):
         def on_step_end(self, state, metrics, step):
+            meter.losses.append(float(metrics.loss))  # which is there when the step is done
             meter.ends.append(time.time())
-            meter.losses.append(float(metrics.loss))
             return state, metrics
 
     steps = list(batches(spec, meter))

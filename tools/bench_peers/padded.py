@@ -6,7 +6,7 @@ import numpy as np
 
 from tools.bench_peers.common import Meter, Spec
 
-PAD = 0  # a token of every vocabulary; peers that take these rows mask it
+PAD = 0  # a token of every vocabulary; it stands behind all that is learnt, and is never learnt itself
 
 
 def batches(spec: Spec, meter: Meter) -> Iterator[dict[str, np.ndarray]]:
