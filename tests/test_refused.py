@@ -151,13 +151,6 @@ REST = {
     "`data.streaming` with": [
         says(data={"format": "megatron", "streaming": True}),
         says(data={"shuffle_buffer": 9}),
-        says(
-            data={
-                "path": [],
-                "streaming": True,
-                "sources": [{"path": "a", "weight": 1.0}, {"path": "b", "weight": 1.0}],
-            }
-        ),
     ],
     "`data.split`": [lambda: with_files(DataSection(path="-", split="test"))],
     "`eval.split`": [says(eval={"split": "test"})],
