@@ -114,9 +114,9 @@ class Reader:
             for number in range(len(self._sources)):
                 yield from ((number, row) for row in self._read(number))
             return
-        sources = [self._again_and_again(number) for number in range(len(self._sources))]
+        endless = [self._again_and_again(number) for number in range(len(self._sources))]
         # All are opened now: what is wrong with a rare one is not to come after hours.
-        sources = [chain([next(rows)], rows) for rows in sources]
+        sources = [chain([next(rows)], rows) for rows in endless]
         for start in count(0, PLACES):
             for number in self._mixing.places(start, start + PLACES).tolist():
                 yield number, next(sources[number])

@@ -94,8 +94,10 @@ class Compiled:
             self.seconds += seconds
 
 
-def device_peak_gb() -> float:
-    """Of a JAX side: the most memory that arrays have had on its device."""
+def jax_peak_gb(device: str) -> float:
+    """Of a JAX side: on a GPU the most memory that arrays have had there, else that of the process."""
+    if device != "gpu":
+        return host_peak_gb()
     import jax
 
     return jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9

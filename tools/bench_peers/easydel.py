@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # the names of the scripts here would hide packages
 
-from tools.bench_peers.common import Compiled, Meter, Spec, device_peak_gb, host_peak_gb  # noqa: E402
+from tools.bench_peers.common import Compiled, Meter, Spec, jax_peak_gb  # noqa: E402
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
         trainer(spec, meter, model, scratch).train()
     if len(meter.ends) < len(meter.counts):
         raise RuntimeError(f"its trainer ended after {len(meter.ends)} of {len(meter.counts)} steps; its log says why")
-    peak = device_peak_gb() if spec.device == "gpu" else host_peak_gb()
+    peak = jax_peak_gb(spec.device)
     print("\n" + meter.answer(peak, compiled.seconds))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # the names of the scripts here would hide packages
 
-from tools.bench_peers.common import Compiled, Meter, Spec, device_peak_gb, host_peak_gb  # noqa: E402
+from tools.bench_peers.common import Compiled, Meter, Spec, jax_peak_gb  # noqa: E402
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
 
         trainer.add_hook(note, every=1)
         trainer.train(state, batches(spec, meter, model.Pos, trainer.TrainBatch))
-    peak = device_peak_gb() if spec.device == "gpu" else host_peak_gb()
+    peak = jax_peak_gb(spec.device)
     print("\n" + meter.answer(peak, compiled.seconds))
 
 

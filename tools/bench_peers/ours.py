@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # the names of the scripts here would hide packages
 
 from jaxtune.huge_pages import start_anew  # noqa: E402
-from tools.bench_peers.common import Compiled, Meter, Spec, device_peak_gb, host_peak_gb  # noqa: E402
+from tools.bench_peers.common import Compiled, Meter, Spec, jax_peak_gb  # noqa: E402
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
         meter.counts.append((batch.num_tokens + batch.spared, batch.num_supervised))
         meter.losses.append(float(recorder.rows[-1]["loss"]))
         if len(meter.ends) == total:
-            peak.append(device_peak_gb() if spec.device == "gpu" else host_peak_gb())
+            peak.append(jax_peak_gb(spec.device))
             raise Done
 
     def loaded(*arguments, **options):
