@@ -59,8 +59,8 @@ others', a name tells them apart |
 | `data.share_prefix` without `packing`, with `streaming`, or with a model whose attention has a window below \
 `max_length` | only conversations of a pack share; a stream has not read them all; the start may lie outside of the \
 window |
-| `data.streaming` with format megatron or a `weight`; `shuffle_buffer` without it | files by memory map are none; \
-nobody knows how long a stream is; it would do nothing |
+| `data.streaming` with format megatron; `shuffle_buffer` without it | files by memory map are no rows; \
+it would do nothing |
 | `data.split`, `subset` or `revision` of a local path | they are of a data set on the hub |
 | `eval.split` without `eval.path` | likewise |
 | `data.too_long: split` with a format of conversations | later pieces would be answers without their question |
