@@ -4,7 +4,8 @@
 usage: bench_parts.py [--parts head,attention,layers] [--rounds N] [--json FILE]
 
 Qwen2.5-0.5B's shape; float32 on a CPU, bfloat16 elsewhere. A part and a large matmul take turns, and every number is
-the median of the rounds, the ratios too: a shared machine's rate changes from one minute to the next.
+the median of the rounds, the ratios too: a shared machine's rate changes from one minute to the next. Each is called
+once, untimed, right before it is timed.
 
 head: logits, loss and gradient of so many supervised tokens; its matmuls are two, and are timed alone as well.
 attention: of four layers in turn, as in a step, 2 products forward and 5 backward, of the tiles (128 x 128) of which
@@ -96,14 +97,20 @@ def measured(name: str, flops: float, functions: list[Callable[[], Any]], rounds
 
 
 def in_turns(functions: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """[rounds][functions] seconds, all compiled before."""
+    """[rounds][functions] seconds, all compiled before.
+
+    Each is called once more right before it is timed, and finds the memory that it then gave back, as a step finds
+    the last one's: some virtual machines take what has been free for two seconds, and to get 155 MB again cost half
+    of a head's time.
+    """
 
     def timed(function: Callable[[], Any]) -> float:
+        jax.block_until_ready(function())
         started = time.perf_counter()
         jax.block_until_ready(function())
         return time.perf_counter() - started
 
-    return [[timed(function) for function in functions] for _ in range(rounds + 1)][1:]
+    return [[timed(function) for function in functions] for _ in range(rounds)]
 
 
 def row(found: dict[str, Any]) -> str:
