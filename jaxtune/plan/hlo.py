@@ -5,7 +5,7 @@ The text is that of `compiled.as_text()`, on CPU, GPU or TPU. Only collectives, 
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -74,15 +74,13 @@ def collectives(
     """The transfers of a compiled program, most bytes first.
 
     mesh: axis -> size, in the order of the mesh. loop_trips: how often a loop runs whose length the data decide.
-    shares: how often an outermost condition holds, 0 to 1, and one right in it; others are counted as always held.
+    shares: how often an outermost condition takes its dearest branch, 0 to 1, and one right in it; others are counted
+    as if they always did.
     """
     computations, entry = parse(text)
     found: dict[Collective, float] = {}
-    for instruction, run in _walk(computations, entry, _Run(1.0, shares), loop_trips):
-        transfer = _transfer(instruction, mesh)
-        if transfer is not None:
-            transfer = replace(transfer, at_most=run.at_most)
-            found[transfer] = found.get(transfer, 0.0) + run.times
+    for transfer, times in _Walk(computations, mesh, loop_trips).below(entry, _Run(1.0, shares)):
+        found[transfer] = found.get(transfer, 0.0) + times
     return sorted((replace(one, times=round(times)) for one, times in found.items()), key=lambda one: -one.sent)
 
 
@@ -137,20 +135,36 @@ def _closing(text: str, opening: int) -> int:
     raise ValueError(f"HLO that is not understood: {text[:100]}")
 
 
-def _walk(computations: Computations, name: str, run: _Run, loop_trips: int) -> Iterator[tuple[Instruction, _Run]]:
-    """Every collective below a computation, with how often it runs."""
-    for instruction in computations.get(name, ()):
-        if _kind(instruction):
-            yield instruction, run
-            continue
-        inner = run
-        if instruction.opcode == "conditional":
-            inner = run.branch()
-        elif instruction.opcode == "while":
-            inner = run.loop(trip_count(instruction, computations, name), loop_trips)
-        for names in instruction.called.values():
-            for called in names:
-                yield from _walk(computations, called, inner, loop_trips)
+Transfers = list[tuple[Collective, float]]  # each with how often it takes place, its own `times` being 1
+
+
+@dataclass(frozen=True)
+class _Walk:
+    computations: Computations
+    mesh: dict[str, int]
+    loop_trips: int
+
+    def below(self, name: str, run: _Run) -> Transfers:
+        """Every transfer in a computation and in those that it calls."""
+        found: Transfers = []
+        for instruction in self.computations.get(name, ()):
+            called = [one for names in instruction.called.values() for one in names]
+            if _kind(instruction):
+                transfer = _transfer(instruction, self.mesh)
+                found += [(replace(transfer, at_most=run.at_most), run.times)] if transfer else []
+            elif instruction.opcode == "conditional":
+                # One branch runs: of the head's, each computes another number of tokens.
+                found += max((self.below(one, run.branch()) for one in called), key=_sent)
+            else:
+                inner = run
+                if instruction.opcode == "while":
+                    inner = run.loop(trip_count(instruction, self.computations, name), self.loop_trips)
+                found += [transfer for one in called for transfer in self.below(one, inner)]
+        return found
+
+
+def _sent(transfers: Transfers) -> float:
+    return sum(transfer.sent * times for transfer, times in transfers)
 
 
 def trip_count(loop: Instruction, computations: Computations, home: str) -> int | None:

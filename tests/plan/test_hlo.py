@@ -99,6 +99,16 @@ def test_a_condition_is_marked():
     assert not shared.at_most and shared.times == 2
 
 
+def test_of_a_condition_the_branch_that_sends_most_is_counted():
+    def part(length):
+        return lambda x: jnp.pad(jax.lax.psum(x[:length], "tensor"), ((0, 8 - length), (0, 0)))
+
+    def function(x):
+        return jax.lax.switch(x[0, 0].astype(int), [part(2), part(8), part(4)], x)
+
+    assert sent(function) == [Collective("all-reduce", "f32", LOCAL, 2, ("tensor",), 1, at_most=True)]
+
+
 def test_what_a_device_sends_is_that_of_the_ring_algorithms():
     one = Collective("all-reduce", "f32", 1000, 4, ("fsdp",), 2)
     assert one.sent == 2 * 2 * 750
