@@ -154,7 +154,8 @@ class _Walk:
                 found += [(replace(transfer, at_most=run.at_most), run.times)] if transfer else []
             elif instruction.opcode == "conditional":
                 # One branch runs: of the head's, each computes another number of tokens.
-                found += max((self.below(one, run.branch()) for one in called), key=_sent)
+                branches = [self.below(one, run.branch()) for one in called]
+                found += max(branches, key=_sent)
             else:
                 inner = run
                 if instruction.opcode == "while":
