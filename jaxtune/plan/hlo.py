@@ -5,7 +5,7 @@ The text is that of `compiled.as_text()`, on CPU, GPU or TPU. Only collectives, 
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -154,8 +154,7 @@ class _Walk:
                 found += [(replace(transfer, at_most=run.at_most), run.times)] if transfer else []
             elif instruction.opcode == "conditional":
                 # One branch runs: of the head's, each computes another number of tokens.
-                branches = [self.below(one, run.branch()) for one in called]
-                found += max(branches, key=_sent)
+                found += max([self.below(one, run.branch()) for one in called], key=_sent)
             else:
                 inner = run
                 if instruction.opcode == "while":
@@ -164,7 +163,7 @@ class _Walk:
         return found
 
 
-def _sent(transfers: Transfers) -> float:
+def _sent(transfers: Iterable[tuple[Collective, float]]) -> float:
     return sum(transfer.sent * times for transfer, times in transfers)
 
 
