@@ -87,12 +87,15 @@ def assemble(
     *,
     init: str = "pretrained",
     dtype: str = "float32",
+    quantized_from: str | None = None,
     seed: int = 0,
     execution: Execution = USUAL,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Assembled:
     """Declare, load (or initialise) and wrap: every array is made in its own shards.
 
+    quantized_from: the type of the weights that are quantised as they are loaded, before they are; None: dtype. A run's
+    has to be the one that it trained with, or its weights get other codes.
     init: pretrained, random, or shapes: then the parameters are jax.ShapeDtypeStructs and nothing is read or made.
     execution: also says where the arrays lie. progress: called with (what, bytes done, bytes in all) while weights
     are read.
@@ -108,7 +111,7 @@ def assemble(
     places = execution.places
     homes = shardings(mesh, config, stored, *places)
     sharding_of = axes_sharding(mesh, config, *places)
-    quantizer = Quantizer(source.scheme, sharding_of, tune.quantized(section, model.weights))
+    quantizer = Quantizer(source.scheme, sharding_of, tune.quantized(section, model.weights), quantized_from)
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
     make = lambda weight, home: quantizer.shape(weight, shape(weight.full_shape, sharding=home))  # noqa: E731
     wrap = lambda params: tune.apply(section, params, model.weights, seed, sharding_of, source.tokenizer)  # noqa: E731
@@ -116,7 +119,9 @@ def assemble(
     if init != "shapes":
         wrap(params)  # what does not fit is said before any weight is read
     if init == "random":
-        params = init_params(stored, homes, seed, config.init_std, jnp.dtype(dtype), quantizer.loaded)
+        params = init_params(
+            stored, homes, seed, config.init_std, jnp.dtype(dtype), quantizer.loaded, quantizer.type_of
+        )
     elif init == "pretrained":
         params = load_params(open_source(source.path), stored, homes, jnp.dtype(dtype), progress, quantizer)
     params, mask = wrap(params)

@@ -78,8 +78,8 @@ def load_params(
     held = map_tree(lambda weight: quantizer.stored(weight, source), weights)
     check_weights(source, weights, held)
     _check_tied_head(source, weights)
-    dtype = jnp.dtype(dtype)
-    total = sum(jax.tree.leaves(map_tree(lambda w, h, s: _bytes_of(w, h, s, dtype), weights, held, shardings)))
+    type_of = lambda weight: jnp.dtype(quantizer.type_of(weight, dtype))  # noqa: E731
+    total = sum(jax.tree.leaves(map_tree(lambda w, h, s: _bytes_of(w, h, s, type_of(w)), weights, held, shardings)))
     done = 0
 
     def tick(key: str, count: int) -> None:
@@ -91,7 +91,7 @@ def load_params(
     def load(weight: Weight, stored: Stored | None, sharding: Sharding) -> Any:
         if stored is not None:
             return _load_stored(source, weight, stored, tick)
-        return quantizer.loaded(weight, _load(source, weight, sharding, dtype, tick))
+        return quantizer.loaded(weight, _load(source, weight, sharding, type_of(weight), tick))
 
     return map_tree(load, weights, held, shardings)
 

@@ -80,5 +80,5 @@ def why(path: str, revision: str | None, problem: Exception, kind: str = "model"
     first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
     return (
         f"{path}: no such directory here, and the hub cannot be used ({first[:300]}); check the connection"
-        " (HF_ENDPOINT, HF_HUB_OFFLINE), or download the {kind} elsewhere and give its directory"
+        f" (HF_ENDPOINT, HF_HUB_OFFLINE), or download the {kind} elsewhere and give its directory"
     )

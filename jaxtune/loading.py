@@ -185,7 +185,15 @@ def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh, prin
         raise CheckpointError(
             f"{config.model.path}: this base model is not the one that the run began with; bring the old files back"
         )
-    return assemble(source, source.tuning, mesh, init=config.model.init, dtype=dtype, seed=config.train.seed)
+    return assemble(
+        source,
+        source.tuning,
+        mesh,
+        init=config.model.init,
+        dtype=dtype,
+        quantized_from=config.precision.params,
+        seed=config.train.seed,
+    )
 
 
 def _with_trained(made: Assembled, base: Assembled, section: TuneSection) -> Assembled:

@@ -60,28 +60,40 @@ def train(config: Config) -> list[dict]:
     processes.compare(lambda: processes.program(config))
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.train.batch_size, config.train.micro_batches)
-    with open_run(config) as run, StopSignal() as stop:
+    # Several processes stop at a step that they agree on.
+    with open_run(config) as run, StopSignal(steps=processes.count() > 1) as stop:
         if run.finished:
             return read_rows(run.directory)
         stage(f"Reading {config.model.path}")
         source = Source.open(config.model, config.data.template, config.tune)
         config = config.model_copy(update={"tune": source.tuning})
         check_fit(config, mesh, source.config)
+        _look(stop)
         stage("Reading the data")
         virtual = tune.virtual_ids(config.tune, source.config)
         vocab_size = tune.vocab_size(config.tune, source.config)
         data = build_data(config.data, config.eval, config.train, source.tokenizer, virtual, vocab_size)
         data.report(console)
+        _look(stop)
         check_time(mesh, config.mesh, data.train.shape[-1])
         run.check(data.train.fingerprint, source.path, data.train.steps)
         with out_of_memory.explained(config, "before the first step"):
             job = prepare(config, source, data, mesh)
         with Checkpointer(run.checkpoints, config.checkpoint.every, config.checkpoint.keep) as checkpoints:
+            _look(stop)
             done = resume(job, run, checkpoints)
+            stop.steps = True
             with open_record(job, run, done) as recorder, out_of_memory.explained(config, "in training", job.needs):
                 go_on(job, run, checkpoints, recorder, stop, done)
         finish(job, run)
     return recorder.rows
+
+
+def _look(stop: StopSignal) -> None:
+    """Before the first step: exit, if that was asked for."""
+    if stop.requested and not stop.steps:
+        say("Stopped before the first step of this start; the same command goes on as this one would have")
+        raise SystemExit(stop.exit_code)
 
 
 def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:

@@ -14,12 +14,14 @@ class StopSignal:
     """Within a `with` statement, the first signal sets `requested` and the second ends the process.
 
     The loop looks at `requested` after each step, saves, and exits with `exit_code`: 143 after SIGTERM, 130
-    after Ctrl-C. A thread does the listening: Python's own handlers wait while XLA compiles, and the second
+    after Ctrl-C. Before the first step there is nothing to save, and it exits as soon as it looks; `steps` says whether
+    there will be a step to save. A thread does the listening: Python's own handlers wait while XLA compiles, and the second
     signal is for whoever cannot wait. Signals reach a process's main thread alone; in another one this does
     nothing, and `requested` stays false.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, steps: bool = True) -> None:
+        self.steps = steps
         self.requested = False
         self.signum: int | None = None
         self._active = threading.current_thread() is threading.main_thread()
@@ -60,6 +62,7 @@ class StopSignal:
         self.signum = number
         name = signal.Signals(number).name
         try:
-            say(f"{name}: finishing this step and saving; once more stops at once", style="yellow")
+            what = "finishing this step and saving" if self.steps else "stopping before the first step"
+            say(f"{name}: {what}; once more stops at once", style="yellow")
         finally:
             self.requested = True

@@ -117,11 +117,13 @@ def init_params(
     std: float,
     dtype: Any,
     finish: Callable[[Weight, jax.Array], Any] = lambda weight, array: array,
+    type_of: Callable[[Weight, Any], Any] = lambda weight, dtype: dtype,
 ) -> Tree:
-    """Random parameters for training from scratch, each made in its own shards. finish: makes a leaf of each."""
+    """Random parameters for training from scratch, each made in its own shards. finish: makes a leaf of each, which
+    was drawn in the type that type_of says."""
 
     def make(weight: Weight, sharding) -> Any:
-        settings = {"weight": weight, "seed": seed, "std": std, "dtype": jnp.dtype(dtype)}
+        settings = {"weight": weight, "seed": seed, "std": std, "dtype": jnp.dtype(type_of(weight, dtype))}
         return finish(weight, run_once(initial_value, shardings=sharding, **settings))
 
     return map_tree(make, weights, shardings)

@@ -74,9 +74,10 @@ class GPTQFormat(GroupedFormat):
 
     def zeros(self, tensors: Tensors, module: str, index: Index) -> np.ndarray:
         key = f"{module}.qzeros"
-        # Whatever the bits, 32 zeros fill `bits` whole words.
-        cut, own = covering(index[0], tensors.shapes[key][1] * WORD // self.bits, WORD)
-        read = tensors.read(key, (index[1], slice(cut.start * self.bits, cut.stop * self.bits)))
+        words = tensors.shapes[key][1]
+        # Whatever the bits, 32 zeros fill `bits` whole words; the last ones may be fewer.
+        cut, own = covering(index[0], words * WORD // self.bits, WORD)
+        read = tensors.read(key, (index[1], slice(cut.start * self.bits, min(cut.stop * self.bits, words))))
         return zeros_of(read, self.bits, self.version)[own]
 
 

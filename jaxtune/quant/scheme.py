@@ -102,15 +102,26 @@ class Quantizer:
     """A scheme, and where the parts of its leaves lie.
 
     own: (weight, scheme) -> what makes a leaf of the weight in the tuning method's own way; None: there is none.
+    dtype: of the weights that are quantised, before they are: rounded to fewer bits first, they have other codes. None:
+    that of the others.
     """
 
     scheme: Scheme | None
     sharding_of: ShardingOf
     own: Own = lambda weight, scheme: None
+    dtype: Any = None
+
+    def quantises(self, weight: Weight) -> bool:
+        """Whether a weight is quantised once it is there."""
+        return isinstance(self.scheme, AtLoad) and weight.is_linear
+
+    def type_of(self, weight: Weight, dtype: Any) -> Any:
+        """The type to read or draw a weight in. dtype: of those that stay as they are."""
+        return self.dtype if self.dtype is not None and self.quantises(weight) else dtype
 
     def shape(self, weight: Weight, shape: jax.ShapeDtypeStruct) -> Any:
         """What a weight becomes, as shapes with shardings. shape: of the weight itself, with its own."""
-        leaf = shapes_of(self.scheme, weight, shape.dtype, self.own)
+        leaf = shapes_of(self.scheme, weight, self.type_of(weight, shape.dtype), self.own)
         return placed(leaf, weight, self.sharding_of) if isinstance(leaf, Leaf) else shape
 
     def stored(self, weight: Weight, tensors: Tensors) -> Stored | None:
@@ -122,8 +133,9 @@ class Quantizer:
 
     def loaded(self, weight: Weight, array: jax.Array) -> Any:
         """A weight that has just been read or drawn, quantised if it is to be: then the array is given up."""
-        if not isinstance(self.scheme, AtLoad) or not weight.is_linear:
+        if not self.quantises(weight):
             return array
+        assert isinstance(self.scheme, AtLoad)
         leaf, own = shapes_of(self.scheme, weight, array.dtype, self.own), self.own(weight, self.scheme)
         where = jax.tree.map(lambda part: part.sharding, placed(leaf, weight, self.sharding_of))
         made = (jax.jit(own, out_shardings=where) if own else _maker(self.scheme, where))(array)

@@ -2,12 +2,16 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 import jaxtune
+from jaxtune.assemble import Source, assemble
+from jaxtune.config import make_config
 from jaxtune.errors import CheckpointError, ConfigError
 from jaxtune.export import export_run
+from jaxtune.mesh import single_device_mesh
 from tests.quant.support import write_quantized
 from tests.runs import sections, unfinish
 
@@ -55,6 +59,32 @@ def test_a_merged_export_is_a_plain_model_with_the_run_s_logits(run, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     ours = jaxtune.load_model(directory).logits(TOKENS)
     np.testing.assert_allclose(jaxtune.load_model(tmp_path / "merged").logits(TOKENS), ours, atol=1e-4)
+
+
+def codes(model_or_assembled) -> list[np.ndarray]:
+    layers = jax.tree_util.tree_leaves_with_path(model_or_assembled.params["stacks"])
+    return [np.asarray(leaf) for path, leaf in layers if getattr(path[-1], "name", "") == "codes"]
+
+
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+@pytest.mark.parametrize(("kind", "method"), [("int4", "lora"), ("nf4", "loftq")])
+def test_weights_are_quantised_from_the_type_that_the_run_trained_with(tiny_model, tmp_path, kind, method, init):
+    model = {"quantize": kind, "init": init}
+    tune = {"method": method, "rank": 4, "targets": ["q_proj"]}
+    tree = sections(tiny_model(), tmp_path, steps=1, tune=tune, model=model, precision={"params": "bfloat16"})
+    jaxtune.train(tree)
+    config = make_config(tree)
+    source = Source.open(config.model, tuning=config.tune)
+    trained, wide = (
+        codes(assemble(source, source.tuning, single_device_mesh(), init=init, dtype=dtype))
+        for dtype in ("bfloat16", "float32")
+    )
+    assert any((one != other).any() for one, other in zip(trained, wide, strict=True))
+    for end in (lambda run: None, unfinish):
+        end(tmp_path / "run")
+        for dtype in ("float32", "bfloat16"):
+            loaded = codes(jaxtune.load_model(tmp_path / "run", dtype=dtype))
+            assert loaded and all((one == other).all() for one, other in zip(loaded, trained, strict=True))
 
 
 def test_a_run_does_not_go_on_over_another_quantisation(run):
