@@ -135,7 +135,7 @@ def test_what_the_hub_answers_becomes_one_message(monkeypatch, problem, says):
     message = refusal("owner/name", "v9")
     assert message.startswith("owner/name: ")
     assert says in message
-    assert "\n" not in message
+    assert "\n" not in message and "{" not in message
 
 
 UNREACHABLE = """

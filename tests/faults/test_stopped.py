@@ -1,4 +1,4 @@
-"""SIGTERM at awkward moments of a run: its next step is finished and saved, and the exit code is 143."""
+"""SIGTERM at awkward moments of a run: a step that is under way is finished and saved, and the exit code is 143."""
 
 import os
 import signal
@@ -27,8 +27,8 @@ def terminated_in(function):
 
 @pytest.mark.parametrize(
     ("owner", "name", "saved"),
-    [(loop, "_compile", 1), (Checkpointer, "_finish", 3), (loop, "evaluate", 2)],
-    ids=["while the step is compiled", "in a save", "in an evaluation"],
+    [(Checkpointer, "_finish", 3), (loop, "evaluate", 2)],
+    ids=["in a save", "in an evaluation"],
 )
 def test_the_step_is_finished_and_saved(tiny_model, tmp_path, monkeypatch, owner, name, saved):
     tree = sections(tiny_model("qwen2"), tmp_path, steps=50, eval={"fraction": 0.1, "every": 2})
@@ -39,3 +39,18 @@ def test_the_step_is_finished_and_saved(tiny_model, tmp_path, monkeypatch, owner
     newest = latest_valid(tmp_path / "run" / "checkpoints")
     steps = (tmp_path / "run" / "ledger.jsonl").read_bytes().count(b"\n")
     assert newest == steps and saved <= newest < 50
+
+
+@pytest.mark.parametrize("name", ["_compile", "build_data"])
+def test_before_the_first_step_nothing_is_waited_for(tiny_model, tmp_path, monkeypatch, capsys, name):
+    tree = sections(tiny_model("qwen2"), tmp_path, steps=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, name, terminated_in(getattr(loop, name)))
+        with pytest.raises(SystemExit) as left:
+            loop.train(make_config(tree))
+    assert left.value.code == 143
+    words = " ".join(capsys.readouterr().out.split())
+    assert "SIGTERM: stopping before the first step; once more stops at once" in words
+    assert not (tmp_path / "run" / "ledger.jsonl").exists() and latest_valid(tmp_path / "run" / "checkpoints") is None
+    assert ("Compiling" in words) == (name == "_compile")
+    assert len(loop.train(make_config(tree))) == 2

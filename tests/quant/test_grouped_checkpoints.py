@@ -70,6 +70,14 @@ def test_logits_are_those_of_the_dense_model(write, case):
     np.testing.assert_allclose(logits(packed), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("mesh", [None, {"tensor": 2}], ids=str)
+def test_outputs_need_not_fill_32_zeros(tiny_model, tmp_path, mesh):
+    """48 of them: six words of zeros, and along tensor 2 three for each device."""
+    model = tiny_model("llama", hidden_size=48, head_dim=16)
+    packed, dense = checkpoints.write(model, tmp_path, "gptq", {"bits": 4, "group_size": 16}, size=16, symmetric=False)
+    np.testing.assert_allclose(logits(packed, mesh=mesh), logits(dense), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("case", "mesh"),
     [
