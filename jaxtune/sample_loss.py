@@ -36,7 +36,9 @@ def sample_of(config: Config, tokenizer: Any) -> Sample:
     Raises:
         DataError: the data cannot be read.
     """
-    by_row = config.train.model_copy(update={"batch_size": 1, "micro_batches": 1, "steps": None, "epochs": 1})
+    # Nobody knows how long an epoch of a stream is: of its rows, those of the first block are there.
+    once = {"steps": ROWS} if config.data.streaming else {"steps": None, "epochs": 1}
+    by_row = config.train.model_copy(update={"batch_size": 1, "micro_batches": 1, **once})
     data = build_data(config.data, config.eval, by_row, tokenizer)
     chosen, name = (data.train, "training data") if data.eval is None else (data.eval, "held-out data")
     rows = [chosen.batch(1 + index).arrays() for index in range(min(ROWS, chosen.rows))]

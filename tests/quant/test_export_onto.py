@@ -66,6 +66,14 @@ def trained(base, tmp_path_factory):
     return home / "run", rows[-1]["eval_loss"]
 
 
+def test_a_streaming_run_s_losses_are_of_its_first_rows(base, tmp_path):
+    more = {"model": {"quantize": "int8"}, "data": {"streaming": True, "packing": False}}
+    jaxtune.train(sections(base, tmp_path, tune=LORA, steps=2, **more))
+    losses = export_run(tmp_path / "run", tmp_path / "out", "hf").losses
+    assert losses.data == "training data" and losses.tokens > 50
+    assert losses.written == pytest.approx(losses.run, abs=0.05)
+
+
 def pretended(base, home, tune=LORA, **model):
     """The directory of a run that "ended" with a random adapter."""
     config = make_config(sections(base, home, tune=tune, model=model))
