@@ -267,9 +267,13 @@ def preview(
 @app.command()
 def plan(
     config: Annotated[Path, typer.Option(help="YAML file, as for train; its data need not be there.")],
-    devices: Annotated[int | None, typer.Option(help="How many to pretend to have; else this machine's.")] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="How many to pretend to have; else this machine's.", min=1)
+    ] = None,
     target: Annotated[str | None, typer.Option(help="cpu, or a TPU slice to compile for.", metavar="v5e:8x8")] = None,
-    budget: Annotated[str | None, typer.Option(help="Memory of a device.", metavar="80GB")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Memory of a device; a number alone is GB.", metavar="80GB")
+    ] = None,
     search: Annotated[bool, typer.Option("--search", help="Look for mesh and memory settings that fit.")] = False,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
 ) -> None:

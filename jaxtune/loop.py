@@ -24,6 +24,7 @@ from jaxtune.mesh import check_batch, check_time, make_mesh
 from jaxtune.metrics import Recorder, Silent, read_rows
 from jaxtune.models.execution import Execution
 from jaxtune.models.weights import Tree
+from jaxtune.optim import make_schedule
 from jaxtune.parallel.checks import check_fit
 from jaxtune.parallel.layout import check_sharded
 from jaxtune.parallel.schedule import bubble
@@ -113,6 +114,10 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
     trained, total = count(partition(assembled.params, assembled.mask)[0]), count(assembled.params)
     program = build(config, assembled.model, mesh, assembled.params, assembled.mask, data.train.steps)
     say(f"Training {trained:,} of {total:,} parameters ({trained / total:.3%}) on {_devices(mesh)}")
+    if data.train.steps == 1 and make_schedule(config.optim, 1)(1) == 0:
+        warn(
+            "optim.warmup: the only step has a learning rate of 0 and changes nothing; set it to 0, or take more steps"
+        )
     if program.pipeline is not None:
         say(f"The pipeline's schedule leaves a stage waiting for {bubble(program.pipeline.schedule):.0%} of a step")
     if config.precision.matmul == "float8" and not float8.has_units(mesh.devices.flat[0]):

@@ -33,6 +33,7 @@ RULES: Rules = {
 # From which level of `zero` on the row "embed" holds; below it, the array is whole along fsdp.
 ZERO = {"moments": 1, "grads": 2, "params": 3}
 BATCH = PartitionSpec(None, ROWS, "context")  # micro-batches, rows, time
+PRETENDED = "XLA_FLAGS=--xla_force_host_platform_device_count=N gives N on a CPU"
 LARGE = 1 << 20  # bytes of a weight that must not end up whole on every device when a sharding was asked for
 
 
@@ -48,12 +49,12 @@ def make_mesh(section: MeshSection, devices: list | None = None) -> Mesh:
     asked = ", ".join(f"{name}: {size}" for name, size in sizes.items() if size != 1)
     if -1 in sizes.values():
         if len(devices) % fixed:
-            raise MeshError(f"mesh {{{asked}}}: {len(devices)} devices are not divisible by {fixed}")
+            raise MeshError(f"mesh {{{asked}}}: {len(devices)} devices are not divisible by {fixed}; {PRETENDED}")
         sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
     elif fixed != len(devices):
         raise MeshError(
             f"mesh {{{asked}}}: needs {fixed} devices, found {len(devices)}; "
-            "set one axis to -1 to take what is there; XLA_FLAGS=--xla_force_host_platform_device_count=N gives N"
+            f"set one axis to -1 to take what is there; {PRETENDED}"
         )
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 

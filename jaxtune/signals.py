@@ -15,9 +15,9 @@ class StopSignal:
 
     The loop looks at `requested` after each step, saves, and exits with `exit_code`: 143 after SIGTERM, 130
     after Ctrl-C. Before the first step there is nothing to save, and it exits as soon as it looks; `steps` says whether
-    there will be a step to save. A thread does the listening: Python's own handlers wait while XLA compiles, and the second
-    signal is for whoever cannot wait. Signals reach a process's main thread alone; in another one this does
-    nothing, and `requested` stays false.
+    there will be a step to save. A thread does the listening: Python's own handlers wait while XLA compiles, and the
+    second signal is for whoever cannot wait. Signals reach a process's main thread alone; in another one this
+    does nothing, and `requested` stays false.
     """
 
     def __init__(self, steps: bool = True) -> None:

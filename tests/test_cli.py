@@ -221,6 +221,17 @@ def test_train_runs_and_the_same_command_again_has_nothing_to_do(call, tiny_mode
     assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == before
 
 
+def test_a_run_whose_only_step_has_no_learning_rate_is_told(call, tiny_model, tmp_path):
+    config = write_config(tmp_path / "c.yaml", sections(tiny_model("qwen2"), tmp_path, steps=1))
+    told = [
+        " ".join(
+            call("train", "--config", config, f"optim.warmup={n}", f"train.output_dir={tmp_path / str(n)}")[1].split()
+        )
+        for n in (1, 0)
+    ]
+    assert ["learning rate of 0 and changes nothing" in out for out in told] == [True, False]
+
+
 @pytest.mark.slow
 def test_sigterm_ends_a_run_with_143_after_a_save(tiny_model, tmp_path):
     config = write_config(tmp_path / "c.yaml", sections(tiny_model("qwen2"), tmp_path, steps=100_000))

@@ -5,7 +5,8 @@ every place in the tree is filled. Pickled files are refused by name and never o
 """
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path as FilePath
@@ -17,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxtune.errors import AdapterError, listing, nearest
-from jaxtune.files import inside
+from jaxtune.files import inside, read_json
 from jaxtune.leaves import Leaf
 from jaxtune.models.weights import Path, Tree, map_tree, set_path
 from jaxtune.tune.method import EMBEDDING, HEAD, declared, get_path, is_concrete
@@ -206,7 +207,9 @@ def _check_names(
     expected = {entry.key: entry.shape for entry in wanted}
     missing = [key for key in expected if key not in file.shapes]
     if missing:
-        raise AdapterError(f"{file.path}: missing tensors ({len(missing)}): {listing(missing)}")
+        raise AdapterError(
+            f"{file.path}: missing tensors ({len(missing)}): {listing(missing)}{_made_for(file, expected)}"
+        )
     known = _base_keys(weights)
     copies, unknown = [], []
     for key in sorted(file.shapes.keys() - expected.keys()):
@@ -220,16 +223,33 @@ def _check_names(
         else:
             unknown.append(key)
     if unknown:
-        hint = nearest(unknown[0], expected)
+        hint = nearest(unknown[0], expected) if len(unknown) == 1 else ""
         raise AdapterError(
             f"{file.path}: tensors without a place in the model ({len(unknown)}): {listing(unknown)}{hint}"
+            f"{_made_for(file, expected)}"
         )
     wrong = [
         f"{key} {file.shapes[key]}, expected {shape}" for key, shape in expected.items() if file.shapes[key] != shape
     ]
     if wrong:
-        raise AdapterError(f"{file.path}: tensors of another shape than the model's ({len(wrong)}): {listing(wrong)}")
+        raise AdapterError(
+            f"{file.path}: tensors of another shape than the model's ({len(wrong)}): {listing(wrong)}"
+            f"{_made_for(file, expected)}"
+        )
     return copies
+
+
+def _made_for(file: AdapterFile, expected: Iterable[str]) -> str:
+    """What an adapter's own settings say of the model that it fits, for whom it does not fit."""
+    settings = file.path.with_name(CONFIG_NAME)
+    base = read_json(settings, AdapterError).get("base_model_name_or_path") if settings.is_file() else None
+    theirs, ours = _layers(file.shapes), _layers(expected)
+    counts = f"\nIt has tensors for {theirs} layers, the model has places in {ours}" if theirs != ours else ""
+    return f"{counts}\n{settings.name} says that it was made for {base}" if base else counts
+
+
+def _layers(keys: Iterable[str]) -> int:
+    return len({found[0] for key in keys if (found := re.search(r"\.layers\.\d+\.", key))})
 
 
 def _base_keys(weights: Tree) -> dict[str, tuple[Path, int | None, tuple[int, ...]]]:

@@ -150,6 +150,17 @@ def test_a_tensor_too_few_too_many_or_misshaped_is_named(tmp_path, changes, word
     assert all(word in message for word in words), message
 
 
+def test_an_adapter_of_another_model_is_told_as_one(tmp_path):
+    save(tmp_path)
+    layer = {f"base_model.model.model.layers.7.self_attn.q_proj.lora_{part}.weight": np.ones for part in "AB"}
+    change(tmp_path, **{name: lambda _: np.ones((4, 4)) for name in layer})
+    message = refused(tmp_path)
+    assert "without a place in the model (2)" in message and "did you mean" not in message
+    assert message.endswith(
+        "It has tensors for 4 layers, the model has places in 3\nadapter_config.json says that it was made for base"
+    )
+
+
 def test_names_are_checked_before_there_are_arrays(tmp_path):
     save(tmp_path)
     change(tmp_path, **{A: None})
