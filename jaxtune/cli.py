@@ -138,6 +138,9 @@ def generate(
     if system is not None and message is None:
         raise typer.BadParameter("--system goes with --message; a plain --prompt has no system message")
     with _one_line_errors():
+        from jaxtune.sampling import Sampling
+
+        Sampling(temperature, top_k, top_p, seed)  # what is wrong with these is said before anything is loaded
         asked = _load(model, adapter, run, dtype)
         words = prompt if message is None else [{"role": "user", "content": message}]
         asked.system = asked.system if system is None else system
