@@ -38,6 +38,7 @@ class Rows:
     bad_first: list[str] = field(default_factory=list)  # what is wrong with the first few of them
     odd: int = 0  # how many the dialect leaves out
     odd_first: str = ""  # file:line of the first of them
+    again: int = 0  # how many num_samples asks for past all there are
 
 
 def read_rows(section: SourceSection, key: str = "data.path") -> Rows:
@@ -60,7 +61,9 @@ def stream_rows(section: SourceSection, seen: Rows, key: str = "data.path") -> I
     """
     rows = _read(section, seen, key)
     if section.num_samples is not None:
-        rows = _sample(list(rows), section.num_samples)
+        every = list(rows)
+        seen.again = max(0, section.num_samples - len(every))
+        rows = _sample(every, section.num_samples)
     for row in rows:
         seen.empty_answers += sum(
             said["role"] == "assistant" and not (said["content"] or "tool_calls" in said) for said in row.messages or ()

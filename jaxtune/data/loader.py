@@ -1,5 +1,6 @@
 """From a configuration to the data of a run: the training and the held-out data set."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -109,7 +110,7 @@ def build_data(
     held: Many | None = next((part.examples for part in parts if part.held_out), None)
     ends = np.cumsum([len(part.examples) for part in parts if not part.held_out])
     if eval_section.fraction:
-        examples, held = _hold_out(examples, eval_section.fraction, train.seed)
+        examples, held = _hold_out(examples, _owners(parts), eval_section.fraction, train.seed)
     time = _row_length([examples, held] if held is not None else [examples], section, len(virtual))
     order = _order(section, train, time, virtual)
     mixed = _sources(parts, examples, ends)
@@ -202,15 +203,36 @@ def _names(sources: Sequence[SourceSection]) -> list[str]:
     return names
 
 
-def _hold_out(examples: Many, fraction: float, seed: int) -> tuple[Chosen, Chosen]:
-    """(training, held out): whole examples, chosen by seed; at least one of each."""
-    count = len(examples)
+def _owners(parts: list[Part]) -> np.ndarray:
+    """A number for each example, through all parts: int64. Where num_samples took rows again, copies have the same."""
+    owners: list[np.ndarray] = []
+    count = 0
+    for part in parts:
+        own = _distinct(part.examples) if part.rows.again else np.arange(len(part.examples))
+        owners.append(count + own)
+        count += int(own.max(initial=-1)) + 1
+    return np.concatenate(owners)
+
+
+def _distinct(examples: Many) -> np.ndarray:
+    """A number for each example, the same for those that are the same: int64."""
+    numbers: dict[bytes, int] = {}
+    read = (examples.read(index) for index in range(len(examples)))
+    digests = (hashlib.sha256(tokens.tobytes() + mask.tobytes()).digest() for tokens, mask in read)
+    return np.array([numbers.setdefault(digest, len(numbers)) for digest in digests], np.int64)
+
+
+def _hold_out(examples: Many, owners: np.ndarray, fraction: float, seed: int) -> tuple[Chosen, Chosen]:
+    """(training, held out): whole examples, chosen by seed, those of one owner together; at least one of each."""
+    count = int(owners.max(initial=-1)) + 1
     if count < 2:
         raise DataError(f"eval.fraction {fraction}: only {count} row is left to learn from; at least 2 are needed")
     order = shuffled(count, "held out", seed)
-    held = min(max(1, round(fraction * count)), count - 1)
-    whole = examples if isinstance(examples, Chosen) else Chosen([examples], np.arange(count))
-    return whole.take(np.sort(order[held:])), whole.take(np.sort(order[:held]))
+    held: np.ndarray = np.zeros(count, bool)
+    held[order[: min(max(1, round(fraction * count)), count - 1)]] = True
+    out = held[owners]
+    whole = examples if isinstance(examples, Chosen) else Chosen([examples], np.arange(len(examples)))
+    return whole.take(np.flatnonzero(~out)), whole.take(np.flatnonzero(out))
 
 
 def _row_length(parts: list[Many], section: DataSection, virtual: int) -> int:

@@ -314,9 +314,40 @@ def test_what_is_held_out_depends_on_the_seed_alone(write):
     assert len({held(seed) for seed in range(4)}) == 4
 
 
-def test_one_row_cannot_be_split(write):
-    with pytest.raises(DataError, match="at least 2 are needed"):
-        build(write("a.jsonl", ["b"]), eval={"fraction": 0.5})
+@pytest.mark.parametrize(
+    ("samples", "train", "held"),
+    [
+        (None, "349c071799b9df9b", "18c4eab2093d3c40"),
+        (30, "ea5ae3721f69076a", "34605b5db1868501"),
+        (50, "dd2fb6b1dd8a9d27", "e20845d866459bf1"),
+    ],
+)
+def test_what_is_held_out_never_changes(write, samples, train, held):
+    data = build(write("a.jsonl", LETTERS), eval={"fraction": 0.1}, num_samples=samples)
+    assert (data.train.fingerprint[:16], data.eval.fingerprint[:16]) == (train, held)
+
+
+def test_copies_of_a_row_stand_on_one_side(write):
+    """With num_samples past all rows, they come again; rows that are alike in a file are rows of their own."""
+    path = write("a.jsonl", LETTERS[:20])
+    data = build(path, num_samples=50, eval={"fraction": 0.25}, train={"epochs": 1})
+    trained, held = Counter(answers(data.train)), Counter(answers(data.eval))
+    assert not trained.keys() & held.keys() and len(held) == 5
+    assert sorted((trained + held).values()) == [2] * 10 + [3] * 10
+
+    sources = [{"path": path, "num_samples": 40}, {"path": write("b.jsonl", LETTERS[20:])}]
+    mixed = build([], sources=sources, eval={"fraction": 0.2}, train={"epochs": 1})
+    trained, held = Counter(answers(mixed.train)), Counter(answers(mixed.eval))
+    assert not trained.keys() & held.keys() and len(held) == 10 < held.total()
+
+    twice = build(write("c.jsonl", LETTERS[:20] * 2), eval={"fraction": 0.25}, train={"epochs": 1})
+    assert len(answers(twice.eval)) == 10
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_samples": 9}])
+def test_one_row_cannot_be_split(write, settings):
+    with pytest.raises(DataError, match="only 1 row is left to learn from; at least 2 are needed"):
+        build(write("a.jsonl", ["b"]), eval={"fraction": 0.5}, **settings)
 
 
 def test_a_file_is_held_out(write):
