@@ -21,6 +21,7 @@ class Cells:
     value: dict[str, Any]
     section: SourceSection
     unused: Counter
+    of_table: bool = False  # whose structs have the keys of all rows, null where a row has none
 
     @property
     def like_llamafactory(self) -> bool:
@@ -62,6 +63,14 @@ class Cells:
             bad = value[error.start].encode("unicode_escape").decode()
             raise DataError(f"{self.where}: {what} holds {bad}, half of a surrogate pair, which is no text") from None
         return value
+
+    def given(self, value: Any) -> Any:
+        """A value as the row has it: of a table's structs without the keys that are null."""
+        if not self.of_table:
+            return value
+        if isinstance(value, dict):
+            return {key: self.given(inner) for key, inner in value.items() if inner is not None}
+        return [self.given(inner) for inner in value] if isinstance(value, list) else value
 
     def messages(self, column: str) -> list[Any]:
         value, name = self.need(column), self.name(column)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from jaxtune.data.columns import Cells, OddRow
 from jaxtune.data.packing import shuffled
 from jaxtune.data.records import BadRows, refuse
-from jaxtune.data.sources import read_records
+from jaxtune.data.sources import is_table, read_records
 from jaxtune.data.tools import Tool, read_tools
 from jaxtune.data.turns import Message, message, read_turns, said_by
 from jaxtune.data_section import DATA_COLUMNS, Columns, SourceSection
@@ -80,7 +80,7 @@ def _read(section: SourceSection, seen: Rows, key: str) -> Iterator[Row]:
     read, good = _READERS[section.format], 0
     for path in section.paths:
         for where, value in read_records(path, bad):
-            record = Cells(where, value, section, seen.unused)
+            record = Cells(where, value, section, seen.unused, is_table(path))
             try:
                 record.check_without()
                 row = _complete(read(record), record)

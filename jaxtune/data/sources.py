@@ -47,6 +47,11 @@ def kind_of(path: str) -> tuple[str, str]:
     return (last, "") if last in TEXT or last in TABLES else ("", "")
 
 
+def is_table(path: str) -> bool:
+    """Whether a file's columns have types, which all of its rows share."""
+    return kind_of(path)[0] in TABLES
+
+
 def is_data(path: str) -> bool:
     """Whether a file has rows, as far as its name tells."""
     return bool(kind_of(path)[0]) and not _BESIDE_DATA.fullmatch(Path(path).name)

@@ -17,7 +17,7 @@ _END_OF_THOUGHT = "</think>"
 
 def read_tools(record: Cells) -> list[Tool] | None:
     """The functions that a row offers, from a list or its JSON text; None: none."""
-    found, what = record.get("tools"), f'column "{record.name("tools")}"'
+    found, what = record.given(record.get("tools")), f'column "{record.name("tools")}"'
     if isinstance(found, str):
         found = _parse(record, found, what) if found.strip() else None
     tools = [found] if isinstance(found, dict) else found or []

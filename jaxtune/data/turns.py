@@ -134,13 +134,13 @@ def _content(record: Cells, content: Any, may_miss: bool, what: str) -> str:
 
 def _calls(record: Cells, turn: dict[str, Any], role: str, what: str) -> list[dict[str, Any]]:
     """The tools that a turn calls; `function_call` is OpenAI's older way to name one."""
-    calls, one = turn.get("tool_calls") or [], turn.get("function_call")
+    calls, one = (record.given(turn.get(key)) for key in ("tool_calls", "function_call"))
     if (calls or one) and role != "assistant":
         raise DataError(f"{record.where}: {what} calls a tool, but is not the assistant's")
     if calls and one:
         raise DataError(f"{record.where}: {what} has tool_calls and function_call; keep one")
     key = "function_call" if one else "tool_calls"
-    return read_calls(record, [one] if one else calls, f"{what}.{key}")
+    return read_calls(record, [one] if one else calls or [], f"{what}.{key}")
 
 
 def _train(record: Cells, turn: dict[str, Any], role: str, what: str) -> dict[str, bool]:

@@ -2,7 +2,9 @@
 
 import json
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from jaxtune.config import DataSection as Section
 from jaxtune.data.formats import read_rows
@@ -27,6 +29,23 @@ def read(tmp_path, monkeypatch):
         return read_rows(Section(path="a.jsonl", format=format, **settings)).rows[0]
 
     return read
+
+
+@pytest.fixture
+def read_table(tmp_path, monkeypatch):
+    """read_table(rows, ...) -> the rows as they were read out of a table, likewise."""
+    monkeypatch.chdir(tmp_path)
+
+    def read_table(rows: list[dict], suffix: str = ".parquet", format: str = "messages"):
+        table = pa.Table.from_pylist(rows)
+        if suffix == ".parquet":
+            parquet.write_table(table, "a.parquet")
+        else:
+            with pa.ipc.new_file("a.arrow", table.schema) as writer:
+                writer.write_table(table)
+        return read_rows(Section(path=f"a{suffix}", format=format)).rows
+
+    return read_table
 
 
 def refused(read, row: dict, **settings) -> str:
@@ -160,3 +179,47 @@ def test_a_renamed_speaker_loses_its_old_name(read):
     row = {"messages": [{"role": "user", "content": "q"}]}
     for name in ("guest", ""):
         assert "unknown role 'user'" in refused(read, row, tags=Tags(user=name))
+
+
+# Calls and tools of different keys, which a table's one type for all rows would mix.
+MIXED = [
+    {
+        "messages": [
+            {"role": "user", "content": "When?"},
+            {"role": "assistant", "content": None, "tool_calls": [function(call, id="1")]},
+        ],
+        "tools": [function({"name": call["name"], "parameters": {"type": "object", "properties": {key: kinds}}})],
+    }
+    for call, key, kinds in (
+        (CALL, "port", {"type": "string", "enum": ["Brest", None]}),
+        ({"name": "wind", "arguments": {"at": {"lat": 48.4}, "hours": [1, 2]}}, "at", {"type": "object"}),
+        ({"name": "wind", "arguments": {"at": {"lon": -4.5}}}, "at", {"type": "object", "required": ["lon"]}),
+        ({"name": "time", "arguments": {}}, "zone", {"description": "of the clock"}),
+    )
+]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_keys_of_other_rows_are_no_part_of_a_tables_calls_and_tools(read_table, suffix):
+    rows = read_table(MIXED, suffix)
+    assert [row.messages[1]["tool_calls"] for row in rows] == [row["messages"][1]["tool_calls"] for row in MIXED]
+    assert [row.tools for row in rows] == [row["tools"] for row in MIXED]
+
+
+def test_an_older_call_in_a_table_is_that_of_its_row(read_table):
+    calls = [CALL, {"name": "wind", "arguments": {"at": "Brest"}}]
+    rows = read_table([talk(function_call=call) for call in calls])
+    assert [row.messages[1]["tool_calls"] for row in rows] == [[function(call)] for call in calls]
+
+
+def test_a_null_that_was_written_stays(read, read_table):
+    """In JSON, and in JSON text, which tables may hold too."""
+    call, tool = {"name": "tides", "arguments": {"port": None}}, {**TIDES, "default": {"port": None}}
+    row = read({**talk(tool_calls=[call]), "tools": [tool]})
+    assert (row.messages[1]["tool_calls"], row.tools) == ([function(call)], [function(tool)])
+    text = {**call, "arguments": json.dumps(call["arguments"])}
+    (row,) = read_table([{**talk(tool_calls=[text]), "tools": json.dumps([tool])}])
+    assert (row.messages[1]["tool_calls"], row.tools) == ([function(call)], [function(tool)])
+    turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": json.dumps(call)}]
+    (row,) = read_table([{"conversations": turns}], format="sharegpt")
+    assert row.messages[1]["tool_calls"] == [function(call)]
