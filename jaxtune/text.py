@@ -18,19 +18,30 @@ BROKEN = "\ufffd"  # what a decoder puts for bytes that are no character, or not
 def encode_prompt(tokenizer: Any, prompt: str | Messages, system: str | None = None) -> list[int]:
     """The token ids that a model is asked with.
 
-    prompt: plain text, encoded as the tokenizer does it; or messages (role and content), which go through the
-    chat template up to the point where the assistant begins. system: the first message where there is none.
+    prompt: plain text, encoded as the tokenizer does it but for an end of text behind it, after which nothing would
+    follow; or messages (role and content), which go through the chat template up to the point where the assistant
+    begins. system: the first message where there is none.
 
     Raises:
         DataError: not messages, no chat template, or one that refuses these messages.
     """
     if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
+        return _without_end(tokenizer, tokenizer(prompt, return_special_tokens_mask=True))
     _check_messages(prompt)
     if system is not None and all(message["role"] != "system" for message in prompt):
         prompt = [{"role": "system", "content": system}, *prompt]
     with open_template(tokenizer) as template:
         return list(tokenizer(template.prompt(prompt), add_special_tokens=False)["input_ids"])
+
+
+def _without_end(tokenizer: Any, found: Any) -> list[int]:
+    """The ids of an encoded text without the end token that the tokenizer itself has put behind it.
+
+    In front the same token may stand, as OPT's does, which an empty text begins with.
+    """
+    ids, added = found["input_ids"], found["special_tokens_mask"]  # 0 where a special token stands in the text
+    ends = ids[-1:] == [tokenizer.eos_token_id] and added[-1] and ids != [tokenizer.bos_token_id]
+    return list(ids[:-1] if ends else ids)
 
 
 def _check_messages(messages: Any) -> None:

@@ -1,7 +1,10 @@
 """Prompts become the ids that training saw, and answers come out in whole characters."""
 
+import copy
+
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from jaxtune.errors import DataError
 from jaxtune.text import BROKEN, decode, encode_prompt, text_pieces
@@ -29,6 +32,27 @@ def llama2_like():
 
 def test_a_plain_prompt_is_encoded_as_the_tokenizer_does_it(tiny_tokenizer):
     assert encode_prompt(tiny_tokenizer, "My name is") == tiny_tokenizer("My name is")["input_ids"]
+
+
+def test_a_plain_prompt_does_not_end_with_the_end_that_a_tokenizer_appends(tiny_tokenizer):
+    """One that was written stays; what is put in front does too."""
+    end, start = tiny_tokenizer.eos_token_id, tiny_tokenizer.convert_tokens_to_ids("<|im_start|>")
+    written = [f"My name is{'<|im_end|>' * count}" for count in range(3)] + ["<|im_end|>", ""]
+    expected = [tiny_tokenizer(text)["input_ids"] for text in written]
+    assert [ids.count(end) for ids in expected] == [0, 1, 2, 1, 0]
+    assert [encode_prompt(tiny_tokenizer, text) for text in written] == expected
+    ending = copy.deepcopy(tiny_tokenizer)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", start), ("<|im_end|>", end)]
+    )
+    assert ending("My name is")["input_ids"] == [start, *expected[0], end]
+    assert [encode_prompt(ending, text) for text in written] == [[start, *ids] for ids in expected]
+    beginning = copy.deepcopy(tiny_tokenizer)
+    beginning.bos_token = "<|im_end|>"
+    beginning.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_end|> $A", special_tokens=[("<|im_end|>", end)]
+    )
+    assert [encode_prompt(beginning, text) for text in written] == [[end, *ids] for ids in expected]
 
 
 def test_messages_go_through_the_template_as_transformers_renders_them(tiny_tokenizer):
