@@ -44,7 +44,7 @@ class LoadedModel:
 
     params: the parameter tree. config: the model's settings. tokenizer: of transformers' kind. All three are of the
     adapter in use, since one with tokens of its own brings them along. system: put before messages that have no
-    system message; of a run, the one that its conversations had, else None.
+    system message; of a run, the one that all its sources of conversations had, else None.
     """
 
     def __init__(self, opened: Opened):

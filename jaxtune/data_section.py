@@ -139,6 +139,13 @@ class DataSection(SourceSection):
             return [*read_sources(self)]
         return [*self.sources] or [self]
 
+    @property
+    def common_system(self) -> str | None:
+        """The `system` of every source of conversations; None: they have none, or not all the same."""
+        sources: list[SourceSection] = [*self.sources] or [self]  # those of a dataset_info.json have this section's
+        lines = {source.system for source in sources if source.format not in TEXTS}
+        return lines.pop() if len(lines) == 1 else None
+
     @model_validator(mode="after")
     def _all_weights_or_none(self):
         without = [part.name or listing(part.paths, 2) for part in self.sources if part.weight is None]

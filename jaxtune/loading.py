@@ -50,8 +50,8 @@ class Opened:
 
     @property
     def system(self) -> str | None:
-        """The system line that the run's conversations had."""
-        return None if self.config is None else self.config.data.system
+        """The system line that the run's conversations had, of whichever source; None: none, or not the same."""
+        return None if self.config is None else self.config.data.common_system
 
 
 def open_model(

@@ -145,6 +145,13 @@ def test_a_run_is_its_base_with_its_adapter_and_the_system_line_of_its_data(tiny
     assert run.generate(QUESTION, 20) == by_hand.generate(told, 20)
 
 
+def test_a_system_line_that_stands_in_a_source_is_the_runs(tiny_model, tmp_path):
+    tree = sections(tiny_model("qwen2"), tmp_path, steps=1)
+    tree["data"]["sources"] = [{"path": tree["data"].pop("path"), "system": "Count."}]
+    jaxtune.train(tree)
+    assert jaxtune.load_model(tmp_path / "run").system == "Count."
+
+
 def test_training_gives_the_rows_of_metrics_jsonl(lora):
     directory, rows = lora
     assert rows == [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]

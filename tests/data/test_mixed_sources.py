@@ -52,3 +52,18 @@ def test_a_source_may_be_a_directory_or_a_pattern(two, tmp_path):
     section = DataSection.model_validate(two)
     data = build_data(section, EvalSection(path="more/*"), TrainSection(steps=1, batch_size=2), word_tokenizer())
     assert [part.lengths.rows for part in data.sources] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("systems", "common"),
+    [(["A"], "A"), (["A", "A"], "A"), (["A", "B"], None), (["A", None], None), ([None, None], None), ([], None)],
+)
+def test_a_system_line_is_common_where_all_sources_of_conversations_have_it(systems, common):
+    talks = [{"path": f"{number}.jsonl", "system": system} for number, system in enumerate(systems)]
+    text = {"path": "t.jsonl", "format": "text"}
+    assert DataSection(sources=[*talks, text]).common_system == common
+
+
+@pytest.mark.parametrize("where", [{"path": "a.jsonl"}, {"dataset": "a, b", "dataset_dir": "gone"}])
+def test_a_single_source_and_a_data_folder_have_the_sections_system_line(where):
+    assert [DataSection(**where, system=system).common_system for system in ("A", None)] == ["A", None]
