@@ -82,7 +82,7 @@ def read_config(path: Path, overrides: dict[str, Any] | None = None) -> ModelCon
     else:
         file = inside(path, "config.json", ModelError, str(path))
         hf, where = _with_quantize_config(path, read_json(file, ModelError)), str(file)
-    return parse_config({**hf, **(overrides or {})}, where)
+    return parse_config({**hf, **(overrides or {})}, where, tuple(overrides or ()))
 
 
 def _with_quantize_config(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
@@ -93,9 +93,12 @@ def _with_quantize_config(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
     return {**hf, "quantization_config": {"quant_method": "gptq", **settings}}
 
 
-def parse_config(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
-    """The settings in a config.json that is already read; `where` names it in errors."""
-    fields = Fields(hf, where)
+def parse_config(hf: dict[str, Any], where: str = "config.json", overrides: tuple[str, ...] = ()) -> ModelConfig:
+    """The settings in a config.json that is already read; `where` names it in errors.
+
+    overrides: names of the fields in it that come from `model.overrides`.
+    """
+    fields = Fields(hf, where, overrides)
     model_type = fields.text("model_type", "")
     if model_type not in FAMILIES:
         allowed = listing(FAMILIES, 20)

@@ -2,9 +2,10 @@
 
 import json
 import math
+from collections.abc import Collection
 from typing import Any, NoReturn
 
-from jaxtune.errors import ModelError
+from jaxtune.errors import ModelError, nearest
 
 # Fields of Hugging Face configs that do not change what a decoder computes in training or evaluation.
 _HARMLESS = """
@@ -45,14 +46,21 @@ LARGEST = 2**31 - 1
 class Fields:
     """Reads each field with its type, remembers which were read, and refuses the rest."""
 
-    def __init__(self, values: dict[str, Any], where: str, defaults: dict[str, Any] | None = None):
+    def __init__(self, values: dict[str, Any], where: str, overrides: Collection[str] = ()):
         self.values, self.where = values, where
-        self.defaults = defaults or {}  # of absent fields; a null is absent only where the caller has a default
+        self.overrides = overrides  # names of fields that model.overrides put over those of `where`
+        self.defaults: dict[str, Any] = {}  # of absent fields; a null is absent only where the caller has a default
         self.seen: set[str] = set()
+
+    def source(self, name: str) -> str:
+        """Where the value of a field comes from."""
+        if name in self.overrides:
+            return "model.overrides"
+        return f"{self.where} with model.overrides" if self.overrides else self.where
 
     def refuse(self, name: str, why: str) -> NoReturn:
         found = f"is {self.values[name]!r:.200}" if name in self.values else "is missing"
-        raise ModelError(f"{self.where}: {name} {found}; {why}")
+        raise ModelError(f"{self.source(name)}: {name} {found}; {why}")
 
     def get(self, name: str, default: Any = None) -> Any:
         self.seen.add(name)
@@ -111,5 +119,8 @@ class Fields:
                 continue
             if name in NEUTRAL:
                 self.only(name, NEUTRAL[name])
+            elif name in self.overrides:
+                known = sorted(self.seen)
+                self.refuse(name, f"no such field of this model is supported{nearest(name, known)}")
             else:
                 self.refuse(name, "it may change what the model computes, and it is not supported")

@@ -44,7 +44,7 @@ class _Outer:
 
 
 def _parse(fields: Fields, name: str, values: dict[str, Any], outer: _Outer) -> Rope:
-    table = Fields(values, f"{fields.where}: {name}")
+    table = Fields(values, f"{fields.source(name)}: {name}")
     kind = table.text("rope_type", table.text("type", "default"))
     if kind not in KINDS:
         table.refuse("rope_type" if "rope_type" in values else "type", f"supported: {listing(KINDS)}")

@@ -254,6 +254,22 @@ def test_a_field_that_cannot_be_followed_is_refused_by_name(fields, name, says):
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_sizes": 48}, 'model.overrides: hidden_sizes is 48; no such field .* did you mean "hidden_size"?'),
+        ({"hidden_size": "48"}, "model.overrides: hidden_size is '48'; expected a whole number"),
+        ({"rope_scaling": {"type": "new"}}, "model.overrides: rope_scaling: type is 'new'; supported"),
+        ({"num_hidden_layers": 2, "layer_types": ["x"]}, "model.overrides: layer_types"),
+        ({"hidden_size": 62}, "config.json with model.overrides: num_attention_heads is 4; .* divide hidden_size, 62"),
+    ],
+)
+def test_what_an_override_breaks_is_not_blamed_on_the_file(tmp_path, fields, message):
+    (tmp_path / "config.json").write_text(json.dumps(config(head_dim=None)))
+    with pytest.raises(ModelError, match=message):
+        read_config(tmp_path, fields)
+
+
+@pytest.mark.parametrize(
     ("model_type", "fields"), [("qwen2", {"attention_bias": False}), ("mistral", {"mlp_bias": True})]
 )
 def test_a_bias_that_the_family_cannot_have_is_refused(model_type, fields):
