@@ -4,10 +4,11 @@ train whole.
 Made from declarations alone. The names are PEFT's rules' (names.py); every setting that would do nothing is an error.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxtune.errors import AdapterError, listing
+from jaxtune.errors import AdapterError, listing, nearest
 from jaxtune.models.weights import Path, Tree, Weight
 from jaxtune.section import Targeted
 from jaxtune.tune import names
@@ -154,6 +155,11 @@ def _hint(targets: list[str] | str, modules: Modules) -> str:
     plain = [name for name in names.last_names(modules.adaptable) if name == targets]
     if plain:
         return f"; a string is a regular expression over the whole name, so write [{targets}]"
+    if nearest(targets.lower(), [names.ALL_LINEAR]) or targets.lower() == "all":
+        return f'; did you mean "{names.ALL_LINEAR}"?'
+    several = [part.strip() for part in targets.split(",")]
+    if len(several) > 1 and all(re.fullmatch(r"[\w.]+", part) for part in several):
+        return f"; a string is a regular expression over the whole name: write a list: [{', '.join(several)}]"
     return (
         f"{names.suggestion(targets, modules.adaptable) or '.'} A string is a regular expression over the whole name, "
         f"such as {modules.linears[0]}"
