@@ -2,7 +2,9 @@
 them, and each tuning method's stands beside the method.
 """
 
-from typing import Annotated, ClassVar
+import types
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -53,3 +55,38 @@ class Targeted(Adapting):
 def adapter_of(section: TuneSection) -> str | None:
     """The directory of the adapter that a section starts from, if its method has any."""
     return section.adapter if isinstance(section, Adapting) else None
+
+
+NAMES = {str: "text", int: "integer", float: "number", bool: "true, false", type(None): "null", Any: "anything"}
+SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def describe(annotation: Any, metadata: Iterable = (), mark: str = "") -> str:
+    """A type and its bounds in words; `mark` stands on both sides of a word to choose."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        bounds = [bound for extra in arguments[1:] for bound in getattr(extra, "metadata", [extra])]
+        text = describe(arguments[0], bounds, mark)
+    elif origin is Literal:
+        text = ", ".join(f"{mark}{value}{mark}" for value in arguments)
+    elif origin in (Union, types.UnionType):
+        text = " or ".join(describe(argument, mark=mark) for argument in arguments)
+    elif origin is list:
+        text = f"list of {describe(arguments[0], mark=mark)}"
+    elif origin is dict:
+        text = f"map to {describe(arguments[1], mark=mark)}"
+    else:
+        text = NAMES.get(annotation, "section")
+    bounds = [
+        f"{sign} {getattr(bound, name)}"
+        for bound in metadata
+        for name, sign in SIGNS.items()
+        if getattr(bound, name, LARGEST) != LARGEST  # that of all integers is told once
+    ]
+    return f"{text} {', '.join(bounds)}".strip()
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, or holds a list of; None: neither."""
+    kind = get_args(annotation)[0] if get_origin(annotation) is list else annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from jaxtune.config import Config, OptimSection, Section
+from jaxtune.section import describe
 from jaxtune.tune import METHODS
 from tools import config_docs as tool
 
@@ -44,9 +45,9 @@ def test_comments_on_lines_of_their_own_head_a_group():
 
 
 def test_types_are_told_in_words():
-    assert tool.describe(list[str] | str | None) == "list of text or text or null"
-    assert tool.describe(dict[str, Annotated[int, Field(gt=0)]]) == "map to integer > 0"
-    assert tool.describe(Literal["a", "b"]) == "`a`, `b`"
+    assert describe(list[str] | str | None) == "list of text or text or null"
+    assert describe(dict[str, Annotated[int, Field(gt=0)]]) == "map to integer > 0"
+    assert describe(Literal["a", "b"], mark="`") == "`a`, `b`"
 
 
 def test_a_bar_in_a_cell_does_not_end_the_cell():

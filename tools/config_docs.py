@@ -12,18 +12,16 @@ import inspect
 import io
 import sys
 import tokenize
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = REPOSITORY / "docs" / "config.md"
 sys.path.insert(0, str(REPOSITORY))
 
 from jaxtune import config as source  # noqa: E402 - the checkout's own, wherever this is run from
-from jaxtune.section import LARGEST  # noqa: E402
+from jaxtune.section import describe, section_of  # noqa: E402
 from jaxtune.tune import METHODS  # noqa: E402
 
 INTRODUCTION = """\
@@ -75,8 +73,6 @@ are a share below 1, or a number of steps |
 Of `mesh` and `memory`: [parallelism.md](parallelism.md#what-is-refused); of `precision`:
 [precision.md](precision.md#what-is-refused).
 """
-NAMES = {str: "text", int: "integer", float: "number", bool: "true, false", type(None): "null", Any: "anything"}
-SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 @dataclass
@@ -149,32 +145,8 @@ def section(name: str, model: type[source.Section], shown: dict[type, str] | Non
 
 def row(key: str, field: Any, comment: str) -> str:
     default = "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
-    cells = [f"`{key}`", describe(field.annotation, field.metadata), default, comment]
+    cells = [f"`{key}`", describe(field.annotation, field.metadata, "`"), default, comment]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def describe(annotation: Any, metadata: typing.Iterable = ()) -> str:
-    """A type and its bounds in words."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        text = describe(arguments[0], [bound for extra in arguments[1:] for bound in getattr(extra, "metadata", [])])
-    elif origin is Literal:
-        text = ", ".join(f"`{value}`" for value in arguments)
-    elif origin in (typing.Union, types.UnionType):
-        text = " or ".join(describe(argument) for argument in arguments)
-    elif origin is list:
-        text = f"list of {describe(arguments[0])}"
-    elif origin is dict:
-        text = f"map to {describe(arguments[1])}"
-    else:
-        text = NAMES[annotation]
-    bounds = [
-        f"{sign} {getattr(bound, name)}"
-        for bound in metadata
-        for name, sign in SIGNS.items()
-        if getattr(bound, name, LARGEST) != LARGEST  # that of all integers is told once
-    ]
-    return f"{text} {', '.join(bounds)}".strip()
 
 
 def read_comments(model: type) -> Comments:
@@ -201,12 +173,6 @@ def _comments_of(model: type) -> Comments:
         elif waiting and number in fields:
             result.heading[fields[number]], waiting = " ".join(waiting), []
     return result
-
-
-def section_of(annotation: Any) -> type | None:
-    """The section that a field holds, or holds a list of; None: neither."""
-    kind = typing.get_args(annotation)[0] if typing.get_origin(annotation) is list else annotation
-    return kind if isinstance(kind, type) and issubclass(kind, source.Section) else None
 
 
 def _yaml(value: Any) -> str:
