@@ -42,5 +42,38 @@ def parse_yaml(text: str, where: str) -> Any:
     """The YAML document in `text`; `where` names it in errors."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {_explain(error)}") from None
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position].split("\n")
+        place = f"line {len(before)}, column {len(before[-1]) + 1}"
+        raise ConfigError(f"{where}: not valid YAML: {place}: character {error.character!r} is not allowed") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+# How the parser's words begin -> ours, for what people do wrong most.
+_PROBLEMS = {
+    "mapping values are not allowed": 'a key where none can be: text with ": " in it needs quotes, and keys of one '
+    "section have the same indentation",
+    "expected <block end>": "this does not go on with what is above it: keys of one section, and items of one list, "
+    "have the same indentation",
+    "found character '\\t'": "a tab; indent with spaces",
+    "found unexpected end of stream": "the text ends before the quotes do",
+    "could not determine a constructor": "a tag, which begins with !, is not allowed",
+}
+_OPENED = ("flow mapping", "flow sequence", "quoted scalar")  # what has an end of its own
+
+
+def _explain(error: yaml.MarkedYAMLError) -> str:
+    """Where it is, and what is wrong."""
+    mark, problem = error.problem_mark or error.context_mark, error.problem or error.context or "cannot be read"
+    ours = next((words for start, words in _PROBLEMS.items() if problem.startswith(start)), problem)
+    ours = ours.replace("'<stream end>'", "the end")
+    begun = error.context_mark if (error.context or "").endswith(_OPENED) else None
+    opened = f"; what it belongs to begins at {_place(begun)}" if begun else ""
+    return f"{_place(mark)}: {ours}{opened}" if mark else ours
+
+
+def _place(mark: yaml.Mark) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}"

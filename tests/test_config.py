@@ -91,6 +91,24 @@ def test_a_mistake_is_named_with_what_is_allowed(tmp_path, text, expected):
     assert all(part in message for part in expected), message
 
 
+@pytest.mark.parametrize(
+    ("text", "place", "words"),
+    [
+        ("model: {path: m}\n  data: x", "line 2, column 3", "same indentation"),
+        ("model:\n\tpath: m", "line 2, column 1", "a tab; indent with spaces"),
+        ("model: {path: m", "line 1, column 16", "but got the end; what it belongs to begins at line 1, column 8"),
+        ("model: 'x", "line 1, column 10", "the text ends before the quotes do"),
+        ("model:\n  path: b: c", "line 2, column 10", "needs quotes"),
+        ("model: !own x", "line 1, column 8", "a tag, which begins with !, is not allowed"),
+        ("model:\n  path: \0", "line 2, column 9", "is not allowed"),
+    ],
+)
+def test_yaml_that_cannot_be_read_is_shown_by_line_and_column(tmp_path, text, place, words):
+    message = refused(tmp_path, text)
+    assert message.startswith(f"{tmp_path / 'run.yaml'}: not valid YAML: {place}: ") and words in message
+    assert "^" not in message and "unicode string" not in message and "\n" not in message
+
+
 def test_every_mistake_is_told_at_once(tmp_path):
     message = refused(tmp_path, SMALLEST + "tune: {rnk: 4}\noptim: {lr: -1}")
     assert len(message.splitlines()) == 2
