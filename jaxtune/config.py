@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from jaxtune.data_section import DataSection
+from jaxtune.elsewhere import METHOD_NAMES
 from jaxtune.errors import ConfigError, listing, nearest
+from jaxtune.mistakes import explain, shown, source_of
 from jaxtune.section import Fraction, NonNegative, Positive, Section, TuneSection
 from jaxtune.yaml_text import parse_yaml
 
@@ -31,7 +33,8 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _nothing_unused(self):
         if self.double_quant and self.quantize not in ("nf4", "fp4"):
-            raise ValueError(f"double_quant belongs to quantize nf4 and fp4 and would do nothing with {self.quantize}")
+            found = f"with {self.quantize}" if self.quantize else "without it"
+            raise ValueError(f"double_quant belongs to quantize nf4 and fp4 and would do nothing {found}")
         return self
 
 
@@ -278,30 +281,35 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path}: not UTF-8 text: {error}") from None
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected sections ({listing(Config.model_fields, 20)}), found {tree!r:.80}")
+        found = "nothing" if tree is None else shown(tree)
+        raise ConfigError(f"{path}: expected sections ({listing(Config.model_fields, 20)}), found {found}")
     for override in overrides:
         _apply_override(tree, override)
-    return make_config(tree, str(path))
+    return make_config(tree, str(path), overrides)
 
 
-def make_config(tree: dict, where: str = "config") -> Config:
-    """The configuration that a plain dict of sections describes."""
+def make_config(tree: dict, where: str = "config", overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The configuration that a plain dict of sections describes.
+
+    overrides: what the command line put into it; a mistake in their keys is said to be the command line's.
+    """
+    wrong = []
     try:
-        tune, found, method = make_tune(tree.get("tune", {})), [], ""
+        tune = make_tune(tree.get("tune", {}))
+        method = tune.method
     except ValidationError as error:
         # Any method will do while the other sections are looked at.
-        tune, found = make_tune({}), [{**item, "loc": ("tune", *item["loc"])} for item in error.errors()]
+        tune, wrong = make_tune({}), [{**item, "loc": ("tune", *item["loc"])} for item in error.errors()]
         method = tree["tune"].get("method", "lora")
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{source_of(('tune', 'method'), where, overrides)}: {error}") from None
     try:
         config = Config.model_validate({**tree, "tune": tune})
     except ValidationError as error:
-        found += error.errors()  # type: ignore[arg-type]
-    if not found:
+        wrong += error.errors()  # type: ignore[arg-type]
+    if not wrong:
         return config
-    lines = dict.fromkeys(_explain(item, method) for item in found)
-    raise ConfigError("\n".join(f"{where}: {line}" for line in lines))
+    raise ConfigError("\n".join(explain(wrong, Config, tree, method, where, overrides)))
 
 
 def tune_section(**options: Any) -> TuneSection:
@@ -319,13 +327,14 @@ def make_tune(options: Any) -> TuneSection:
     if isinstance(options, TuneSection):
         return options
     if not isinstance(options, dict):
-        raise ConfigError(f"tune: expected a section with a method, found {options!r:.80}")
+        raise ConfigError(f"tune: expected a section with a method, found {shown(options)}")
     from jaxtune.tune import METHODS
 
     method = options.get("method", "lora")
-    if method not in METHODS:
-        hint = nearest(str(method), METHODS)
-        raise ConfigError(f"tune.method: no method {method!r:.80}{hint or '.'} Allowed are {', '.join(METHODS)}")
+    if not isinstance(method, str) or method not in METHODS:
+        other = METHOD_NAMES.get(f"{method}".lower())
+        hint = f"; write {other}." if other else nearest(f"{method}", METHODS) or "."
+        raise ConfigError(f"tune.method: no method {shown(method)}{hint} Allowed are {', '.join(METHODS)}")
     return METHODS[method].section.model_validate({**options, "method": method})
 
 
@@ -341,41 +350,6 @@ def _apply_override(tree: dict, override: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f'override "{override}": "{part}" is not a section')
     tree[parts[-1]] = parse_yaml(value, f'override "{override}"')
-
-
-def _explain(item: Any, method: str) -> str:
-    """One pydantic error as `section.key: what is wrong; what is allowed`. method: of the tune section."""
-    path = [str(part) for part in item["loc"]]
-    where = ".".join(path)
-    if item["type"] == "extra_forbidden":
-        owners = _methods_with(path[-1]) if path[0] == "tune" else []
-        if owners:
-            return f"{where}: belongs to method {' or '.join(owners)} and would do nothing with {method}"
-        section = _section_at(path[:-1], method)
-        allowed = list(section.model_fields) if section else []
-        return f"{where}: unknown key{nearest(path[-1], allowed) or '.'} Allowed here: {listing(allowed, 40)}"
-    if item["type"] == "missing":
-        return f"{where}: missing; this key has no default"
-    return f"{where}: {item['msg'].removeprefix('Value error, ')}; found {item['input']!r:.80}"
-
-
-def _methods_with(option: str) -> list[str]:
-    from jaxtune.tune import METHODS
-
-    return [name for name, method in METHODS.items() if option in method.section.model_fields]
-
-
-def _section_at(path: list[str], method: str) -> type[BaseModel] | None:
-    from jaxtune.tune import METHODS
-
-    section: type[BaseModel] = Config
-    for part in path:
-        field = section.model_fields.get(part)
-        kind = None if field is None else field.annotation
-        if not isinstance(kind, type) or not issubclass(kind, BaseModel):
-            return None
-        section = METHODS[method].section if kind is TuneSection else kind
-    return section
 
 
 def dump_config(config: Config) -> str:

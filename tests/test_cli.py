@@ -65,7 +65,7 @@ WRONG = [
     ("missing data", {"data__path": "no-data.json"}, [], ["no-data.json"]),
     ("wrong column", {"data__columns": {"output": "answer"}}, [], ['no column "answer"', "instruction, output"]),
     ("bad override", {}, ["steps=3"], ['"steps=3"', "section.key=value"]),
-    ("override of no key", {}, ["optim.rate=1"], ["optim.rate", "unknown key"]),
+    ("override of no key", {}, ["optim.rate=1"], ["command line: optim.rate", "unknown key"]),
     ("override of a wrong type", {}, ["optim.lr=fast"], ["optim.lr", "'fast'"]),
     ("mesh", {"mesh": {"fsdp": 3}}, [], ["mesh", "3"]),
     ("batch", {}, ["train.micro_batches=3"], ["train.batch_size 8", "3"]),

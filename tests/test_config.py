@@ -1,11 +1,14 @@
 """A configuration says what it means, or one message says where it does not."""
 
 import random
+import re
 
 import pytest
 
 from jaxtune.config import MAX_CONFIG_BYTES, Config, dump_config, load_config, make_config, parse_yaml
+from jaxtune.elsewhere import ELSEWHERE
 from jaxtune.errors import ConfigError
+from jaxtune.tune import METHODS
 
 SMALLEST = "model: {path: m}\ndata: {path: d.json}\n"
 
@@ -20,6 +23,11 @@ def refused(tmp_path, text, *overrides) -> str:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, text, *overrides)
     return str(caught.value)
+
+
+def beside(text: str) -> str:
+    """A whole configuration with this in it."""
+    return "\n".join([*(line for line in SMALLEST.splitlines() if line[:5] != text[:5]), text])
 
 
 def test_every_key_but_two_has_a_default_and_they_are_the_contract_s(tmp_path):
@@ -61,7 +69,7 @@ def test_an_override_wins_over_the_file_and_makes_sections(tmp_path):
         (f"train: {{steps: {'9' * 400}}}", ["train.steps", "less than or equal to 2147483647"]),
         (f"train: {{steps: {'9' * 9999}}}", ["not valid YAML"]),
         ("tune: " + "[" * 9999, ["not valid YAML"]),
-        ("tune: {rank: true}", ["tune.rank", "True"]),
+        ("tune: {rank: true}", ["tune.rank: expected integer > 0; found true"]),
         ("tune: {method: lorra}", ["tune.method", 'did you mean "lora"? Allowed are full, freeze, lora']),
         ("optim: {lr: .nan}", ["optim.lr"]),
         ("optim: {lr: .inf}", ["optim.lr"]),
@@ -92,6 +100,65 @@ def test_a_mistake_is_named_with_what_is_allowed(tmp_path, text, expected):
 
 
 @pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "train: [1, 2]",
+            "train: expected a section, with keys such as output_dir, steps, epochs and 5 more; found [1, 2]",
+        ),
+        ("train:", "train: expected a section, with keys such as output_dir, steps, epochs and 5 more; found null"),
+        (
+            "data: {path: d, packing: inorder}",
+            "data.packing: expected true, false or in_order; found 'inorder'; did you mean \"in_order\"?",
+        ),
+        ("data: {path: 3}", "data.path: expected text or list of text; found 3; put it in quotes to make it text"),
+        ("data: {path: null}", "data.path: expected text or list of text; found null"),
+        (
+            "data: {path: d, train_roles: 'user, tool'}",
+            "data.train_roles: expected list of assistant, user, system, tool; found 'user, tool'; "
+            "write a list: [user, tool]",
+        ),
+        ("data: {sources: [{path: a, weight: x}]}", "data.sources.0.weight: expected number > 0 or null; found 'x'"),
+        (
+            "memory: {offload: [optimiser]}",
+            "memory.offload: expected list of optimizer, activations, params; found ['optimiser']; "
+            'did you mean "optimizer"?',
+        ),
+        (
+            "model: {path: m, init: rand}",
+            "model.init: allowed: pretrained, random; found 'rand'; did you mean \"random\"?",
+        ),
+        ("tune: {rank_pattern: {q_proj: x}}", "tune.rank_pattern.q_proj: expected integer > 0; found 'x'"),
+        ("tune: {targets: [1]}", "tune.targets: expected list of text or text; found [1]"),
+        ("tune:", "tune: expected a section with a method, found null"),
+        ("optim: {lr: '2e-4'}", "optim.lr: expected number > 0; found '2e-4'; that is text: take the quotes off"),
+        (
+            "log: {tensorboard: 'true'}",
+            "log.tensorboard: allowed: true, false; found 'true'; that is text: take the quotes off",
+        ),
+        ("train: {steps: 1e3}", "train.steps: expected integer > 0 or null; found 1000.0; write 1000"),
+        ("train: {steps: 1.5}", "train.steps: expected integer > 0 or null; found 1.5"),
+        ("train: {seed: -1}", "train.seed: should be greater than or equal to 0; found -1"),
+        (
+            "optim: {name: sgd, beta1: 0.8}",
+            "optim.beta1 belongs to adamw, adamw_8bit, adam, lion and would do nothing with sgd",
+        ),
+        (
+            "model: {path: m, double_quant: true}",
+            "model.double_quant belongs to quantize nf4 and fp4 and would do nothing without it",
+        ),
+        (
+            "data: {path: d, format: text, template: x}",
+            "data.template is for conversations and would do nothing with format text",
+        ),
+        ("eval: {path: x, fraction: 0.1}", "eval.path and eval.fraction are both set; keep one"),
+    ],
+)
+def test_a_value_is_refused_in_one_line_of_the_configurations_own_words(tmp_path, text, line):
+    assert refused(tmp_path, beside(text)) == f"{tmp_path / 'run.yaml'}: {line}"
+
+
+@pytest.mark.parametrize(
     ("text", "place", "words"),
     [
         ("model: {path: m}\n  data: x", "line 2, column 3", "same indentation"),
@@ -107,6 +174,54 @@ def test_yaml_that_cannot_be_read_is_shown_by_line_and_column(tmp_path, text, pl
     message = refused(tmp_path, text)
     assert message.startswith(f"{tmp_path / 'run.yaml'}: not valid YAML: {place}: ") and words in message
     assert "^" not in message and "unicode string" not in message and "\n" not in message
+
+
+def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(tmp_path):
+    file = f"{tmp_path / 'run.yaml'}"
+    text = SMALLEST + "optim: {beta1: 0.8}\ntune: {rnk: 4}"
+    assert refused(tmp_path, SMALLEST, "tune.rnak=8").startswith("command line: tune.rnak: unknown key")
+    assert refused(tmp_path, SMALLEST, "optim.lr=abc").startswith("command line: optim.lr: expected number")
+    assert refused(tmp_path, SMALLEST, "data.columns={a: b}").startswith("command line: data.columns.a: unknown")
+    assert refused(tmp_path, SMALLEST, "tune.method=lorra").startswith("command line: tune.method: no method")
+    assert refused(tmp_path, SMALLEST, "model.double_quant=true").startswith("command line: model.double_quant")
+    assert [line.split(": ")[0] for line in refused(tmp_path, text, "optim.name=sgd", "train.seed=x").splitlines()] == [
+        file,
+        "command line",
+        f"{file} with optim.name=sgd",
+    ]
+    assert refused(tmp_path, SMALLEST + "log: {zzz: 1}", "tune.method=full").startswith(f"{file}: log.zzz: unknown key")
+    full = refused(tmp_path, SMALLEST + "tune: {rank: 4}", "tune.method=full")
+    assert full.startswith(f"{file} with tune.method=full: tune.rank: belongs to method lora")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("optim: {learning_rate: 1}", ["optim.learning_rate: unknown key; jaxtune calls it optim.lr"]),
+        ("learning-rate: 1", ["learning-rate: unknown key; jaxtune calls it optim.lr"]),
+        ("tune: {r: 8}", ["tune.r: unknown key; jaxtune calls it tune.rank"]),
+        ("model: {path: m, load_in_4bit: true}", ["jaxtune calls it model.quantize: nf4"]),
+        ("train: {micro_batch_size: 1}", ["jaxtune calls it train.batch_size (sequences of a whole step"]),
+        ("tune: {method: full, r: 8}", ["tune.rank, which belongs to method lora or", "do nothing with full"]),
+        ("data: {path: d, weight_decay: 0.1}", ['; did you mean "optim.weight_decay"? Allowed here: path']),
+        ("output_dir: x", ['output_dir: unknown key; did you mean "train.output_dir"?']),
+        ("tune: {method: qlora}", ["no method 'qlora'; write lora with model.quantize: nf4. Allowed are full"]),
+        ("tune: {method: [lora]}", ["no method ['lora']", "Allowed are full"]),
+    ],
+)
+def test_a_name_from_elsewhere_is_answered_with_ours(tmp_path, text, expected):
+    message = refused(tmp_path, beside(text))
+    assert all(part in message for part in expected), message
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_names_from_elsewhere_are_answered_with_is_there(name):
+    section, key, *value = re.match(r"(\w+)\.(\w+)(?:: (.*))?", ELSEWHERE[name]).groups()
+    kind = METHODS["lora"].section if section == "tune" else Config.model_fields[section].annotation
+    assert key in kind.model_fields and name not in kind.model_fields
+    if value != [None]:
+        tree = {"model": {"path": "m"}, "data": {"path": "d"}}
+        make_config({**tree, section: {**tree.get(section, {}), key: parse_yaml(value[0], "")}})
 
 
 def test_every_mistake_is_told_at_once(tmp_path):
@@ -134,7 +249,7 @@ def test_files_that_cannot_be_a_configuration(tmp_path):
     with pytest.raises(ConfigError, match="at most"):
         load_config(tmp_path / "huge.yaml")
     assert "expected sections" in refused(tmp_path, "- 1\n- 2")
-    assert "expected sections" in refused(tmp_path, "")
+    assert "found nothing" in refused(tmp_path, "")
 
 
 WHOLE = """model: {path: m, init: random, overrides: {num_hidden_layers: 2}}

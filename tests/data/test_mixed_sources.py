@@ -34,9 +34,9 @@ def test_each_source_is_read_in_its_own_format(two):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"path": "c.json"}, "data: path is for a single source; with sources, each has its own"),
-        ({"system": "Be brief."}, "data: system is for a single source; with sources, each has its own"),
-        ({"sources": []}, "data: path is missing: name a file, several, sources with a path each, or a data"),
+        ({"path": "c.json"}, "data.path is for a single source; with sources, each has its own"),
+        ({"system": "Be brief."}, "data.system is for a single source; with sources, each has its own"),
+        ({"sources": []}, "data.path is missing: name a file, several, sources with a path each, or a data"),
     ],
 )
 def test_files_are_named_in_one_way(two, change, message):

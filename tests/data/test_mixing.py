@@ -198,7 +198,7 @@ def test_sources_of_one_path_are_told_apart(tmp_path, files):
     [
         ([{"weight": 1}, {}], r"some have a weight and some have none \(b\); give all of them one"),
         ([{"weight": 1}], "would do nothing with one source"),
-        ([{"weight": 0}, {"weight": 1}], r"sources\.0\.weight: Input should be greater than 0"),
+        ([{"weight": 0}, {"weight": 1}], r"sources\.0\.weight: should be greater than 0"),
         ([{"name": "x"}, {"name": "x"}], "a name stands twice"),
     ],
 )
