@@ -23,6 +23,18 @@ from jaxtune.data.turns import Message
 from jaxtune.errors import DataError
 
 Span = tuple[int, int]  # characters [start, end)
+
+
+class BadBeginning(DataError):
+    """A conversation that begins with the assistant, and a chat template that cannot do with it."""
+
+    def __init__(self, where: str, why: str):
+        super().__init__(
+            f"{where}: the conversation begins with the assistant, and {why}; put a user's turn before it, or take "
+            "the row out"
+        )
+
+
 _SPACE = re.compile(r"\s*")
 
 
@@ -47,6 +59,7 @@ def supervised_spans(
     """Where those who are learnt speak in `answer`, which is ChatTemplate.render's for learnt_turns; in order.
 
     Raises:
+        BadBeginning: the template does not tell where the assistant speaks who begins.
         DataError: the template has no {% generation %} blocks and rewrites history, or has blocks of which it is not
             plain whose they are.
     """
@@ -100,6 +113,8 @@ def _turn(
     elif start is not None:
         whole = section.turn_end == "template"
         end = through if whole else _turn_end(text, start, through, stop, message, special)
+    if start is None and index == 0 and message["role"] == "assistant":
+        raise BadBeginning(where, "the chat template does not tell where its answer begins")
     if start is None or end is None:
         raise DataError(f"{where}: {_REWRITES.format(index, message['role'])}")
     return start, end

@@ -3,6 +3,7 @@
 A chunk of rows is the unit of work, in whatever process; tokenise.py has them done one after another.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -12,11 +13,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.config import DataSection
-from jaxtune.data.chat import learnt_turns, shared_starts, special_tokens, supervised_spans, token_mask
+from jaxtune.data.chat import (
+    BadBeginning,
+    Span,
+    learnt_turns,
+    shared_starts,
+    special_tokens,
+    supervised_spans,
+    token_mask,
+)
 from jaxtune.data.examples import Examples, join
 from jaxtune.data.formats import Row
 from jaxtune.data.pieces import split
+from jaxtune.data.records import SHOWN
 from jaxtune.data.template import ChatTemplate
+from jaxtune.data_section import SourceSection
 from jaxtune.errors import DataError
 
 CHUNK, CHARACTERS = 512, 1 << 22  # rows that are tokenised together, and characters of them from which on fewer are
@@ -38,6 +49,8 @@ class Lengths:
     truncated: int = 0  # and kept
     split: int = 0  # into pieces, all of which are kept
     shared_starts: int = 0  # assistant turns whose first token is also the prompt's last
+    bad: int = 0  # left out, and not among the rows: those with a BadBeginning
+    bad_first: tuple[str, ...] = ()  # what is wrong with the first few of them
 
     @classmethod
     def of(cls, told: dict[str, Any]) -> "Lengths":
@@ -53,11 +66,16 @@ class Lengths:
         """Count a row that is too long."""
         self.add(Lengths(too_long=1, first_long=(length, where), longest=(length, where)))
 
+    def add_bad(self, why: str) -> None:
+        """Count a row as bad that was counted as a row."""
+        self.add(Lengths(rows=-1, bad=1, bad_first=(why,)))
+
     def add(self, later: "Lengths") -> None:
         """Count what became of the rows that follow."""
         for name in (item.name for item in fields(self) if item.type is int):
             setattr(self, name, getattr(self, name) + getattr(later, name))
         self.first_long = self.first_long or later.first_long
+        self.bad_first = (self.bad_first + later.bad_first)[:SHOWN]
         if later.longest and (self.longest is None or later.longest[0] > self.longest[0]):
             self.longest = later.longest
 
@@ -70,6 +88,7 @@ def encode(
     for chunk in chunked(iter(rows)):
         examples, lengths = encode_chunk(chunk, section, tokenizer, template, virtual)
         counts.add(lengths)
+        refuse_bad(lengths, section)
         parts += [examples.read(index) for index in range(len(examples))]
     check(counts, section, virtual)
     return join(parts), counts
@@ -83,17 +102,20 @@ def encode_chunk(
     template: of conversations; None for plain texts. Plain texts begin as the tokenizer begins a text (with its bos
     token, if it adds one), end with its eos token, and are supervised throughout.
 
+    Bad rows are counted; `refuse_bad` is for the caller.
+
     Raises:
         DataError: a template fails.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise DataError("the tokenizer gives no character offsets; a fast one (with a tokenizer.json) is needed")
     counts, parts = Lengths(rows=len(rows)), []
-    encoded = (
+    encoded: Iterator[_Example | None] = (
         _texts(rows, section, tokenizer) if template is None else _chats(rows, section, tokenizer, template, counts)
     )
     for row, example in zip(rows, encoded, strict=True):
-        parts += _fit(example, section, section.max_length - virtual, row.where, counts)
+        if example is not None:
+            parts += _fit(example, section, section.max_length - virtual, row.where, counts)
     return join(parts), counts
 
 
@@ -132,23 +154,35 @@ def _texts(rows: list[Row], section: DataSection, tokenizer: Any) -> Iterator[_E
 
 def _chats(
     rows: list[Row], section: DataSection, tokenizer: Any, template: ChatTemplate, counts: Lengths
-) -> Iterator[_Example]:
+) -> Iterator[_Example | None]:
+    """Each row's tokens; None of a bad row."""
     special = special_tokens(tokenizer)
     turns = None if section.train_on_prompt else partial(learnt_turns, section=section)
     answers = list(template.render(rows, turns))
     texts = [answer["text"] for answer in answers]
     batch = _tokenise(tokenizer, texts, section.max_length, add_special_tokens=False)
     for row, answer, (ids, offsets, whole) in zip(rows, answers, batch, strict=True):
-        if section.train_on_prompt:
-            _check_all_learnt(row)
-            spans = [(0, len(answer["text"]))]
-        else:
-            spans = supervised_spans(row.where, row.messages or [], answer, special, section)
+        try:
+            spans = _spans(row, answer, special, section)
+        except BadBeginning as error:
+            counts.add_bad(str(error))
+            yield None
+            continue
         characters = np.asarray(offsets, np.int64).reshape(-1, 2)
         counts.shared_starts += shared_starts(characters, spans)
         mask = token_mask(characters, spans)
         mask[:1] = False
         yield _Example(np.asarray(ids, np.int32), mask, whole)
+
+
+def _spans(row: Row, answer: dict[str, Any], special: re.Pattern[str], section: DataSection) -> list[Span]:
+    """Where the loss is, in characters of the text."""
+    if "refused" in answer:
+        raise BadBeginning(row.where, answer["refused"])
+    if section.train_on_prompt:
+        _check_all_learnt(row)
+        return [(0, len(answer["text"]))]
+    return supervised_spans(row.where, row.messages or [], answer, special, section)
 
 
 def _check_all_learnt(row: Row) -> None:
@@ -210,6 +244,12 @@ def _pieces(tokens: np.ndarray, room: int) -> list[tuple[np.ndarray, np.ndarray]
     """A text in pieces, each supervised but for its first token."""
     _, offsets, lengths = split(np.array([len(tokens)]), room)
     return [(tokens[at : at + length], np.arange(length) > 0) for at, length in zip(offsets, lengths)]
+
+
+def refuse_bad(counts: Lengths, source: SourceSection) -> None:
+    """Raise DataError of the first bad row, unless the source has such rows skipped."""
+    if counts.bad and source.on_bad_line == "error":
+        raise DataError(counts.bad_first[0])
 
 
 def check(counts: Lengths, section: DataSection, virtual: int) -> None:

@@ -11,8 +11,8 @@ from jaxtune.data.dataset import WORTH_SHARING
 from jaxtune.data.encode import Lengths
 from jaxtune.data.loader import Data, Dataset
 from jaxtune.data.mixing import Sources
-from jaxtune.data.records import BadRows
 from jaxtune.data.streaming import Stream
+from jaxtune.data.tokenise import bad_rows
 from jaxtune.errors import listing
 
 FEWEST, LOOKED_AT = 100, 1000  # conversations, for what they begin with
@@ -103,8 +103,8 @@ def _notes(data: Data) -> list[str]:
     """What may be a mistake in the data."""
     notes = []
     for rows, counts in ((source.rows, source.lengths) for source in data.sources):
-        if rows.bad:
-            notes.append(f"Bad rows that were left out: {BadRows(rows.bad, rows.bad_first).told(counts.rows)}.")
+        if rows.bad + counts.bad:
+            notes.append(f"Bad rows that were left out: {bad_rows(rows, counts).told(counts.rows)}.")
         if rows.unused:
             names = (f'"{name}" (in {count:,} rows)' for name, count in sorted(rows.unused.items()))
             notes.append(f"Columns that are not read: {listing(names)}; data.columns says which are.")

@@ -17,6 +17,7 @@ import json
 import re
 import secrets
 import sys
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -163,9 +164,30 @@ class Renderer:
         """
         if messages[index]["role"] != "assistant":
             return [index, *self._said(messages, tools, index, text, limit)]
-        prompt = self.render(messages[:index], tools, True, limit)
         through = text if index + 1 == len(messages) else self.render(messages[: index + 1], tools, False, limit)
-        return [index, *(len(part) if text.startswith(part) else None for part in (prompt, through))]
+        end = len(through) if text.startswith(through) else None
+        if index == 0:
+            return [index, self._first(messages, tools, text, limit), end]
+        prompt = self.render(messages[:index], tools, True, limit)
+        return [index, len(prompt) if text.startswith(prompt) else None, end]
+
+    def _first(self, messages: list, tools: list | None, text: str, limit: int) -> int | None:
+        """Where the assistant begins who speaks first: where its words are, if a generation prompt ends there; or None.
+
+        The prompt is one that follows a question: of no messages at all many templates fail, or do not write what they
+        put before the first one, a system prompt say.
+        """
+        with suppress(Exception):  # of what it was not asked to take
+            asked = [{"role": "user", "content": "?"}]
+            question, prompt = (self.render(asked, tools, prompted, limit) for prompted in (False, True))
+            start, _ = self._said(messages, tools, 0, text, limit)
+            if start is not None and prompt.startswith(question) and text[:start].endswith(prompt[len(question) :]):
+                return start
+        with suppress(Exception):
+            prompt = self.render([], tools, True, limit)
+            if prompt and text.startswith(prompt):
+                return len(prompt)
+        return None
 
     def _said(self, messages: list, tools: list | None, index: int, text: str, limit: int) -> tuple[int, int] | Nowhere:
         """Where what a message says stands: at the place of a mark that is said in its stead."""

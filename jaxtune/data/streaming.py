@@ -24,11 +24,12 @@ import numpy as np
 from jaxtune.config import DataSection
 from jaxtune.data.cache import file_state, home_of, key_of
 from jaxtune.data.dataset import Dataset
-from jaxtune.data.encode import Lengths, chunked, encode_chunk
+from jaxtune.data.encode import Lengths, chunked, encode_chunk, refuse_bad
 from jaxtune.data.examples import Examples, Many, Pair, join
 from jaxtune.data.formats import Row, Rows, stream_rows
 from jaxtune.data.mixing import Interleaving
 from jaxtune.data.packing import Epoch, plan_epoch
+from jaxtune.data.records import BadRows
 from jaxtune.data.template import ChatTemplate, open_template
 from jaxtune.data.tokenise import Tokenising, template_notes
 from jaxtune.data_section import TEXTS, MixedSource, SourceSection
@@ -146,7 +147,9 @@ class Reader:
                 found, lengths = encode_chunk(chunk, self._section, self._tokenizer, template, self._virtual)
                 parts += [found.read(index) for index in range(len(found))]
                 owners += [number] * len(found)
+                refuse_bad(lengths, self._sources[number][0])
                 counts.add(lengths)
+        BadRows(counts.bad, [*counts.bad_first]).check(counts.rows, self._sources[0][1])
         every = join(parts)
         return Block(every.tokens, every.supervised, every.starts, np.array(owners, np.int64)), counts
 

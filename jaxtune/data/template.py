@@ -31,6 +31,11 @@ def assistant_turns(messages: list[Message]) -> list[int]:
     return said_by(messages, "assistant")
 
 
+def begins_with_assistant(row: Row) -> bool:
+    """Whether there is nothing before the assistant's first turn, not even a system prompt."""
+    return said_by(row.messages or [], "assistant")[:1] == [0]
+
+
 class ChatTemplate:
     """A template with the variables that it may read. Close it, or use it in a `with`."""
 
@@ -60,6 +65,8 @@ class ChatTemplate:
         stands for a place that a rendering of the messages so far does not tell, not being a prefix of the text.
         A template with {% generation %} blocks says itself where every assistant speaks, which is "marks" then, their
         [start, end) characters, and only the others' are in "turns".
+        Of a conversation that begins with the assistant, and that the template refuses for whatever reason, "refused"
+        says why: such rows are common, and for the caller to judge.
 
         Raises:
             DataError: the template refuses a conversation, fails, goes over a limit, or does not read its tools.
@@ -67,10 +74,13 @@ class ChatTemplate:
         for chunk in _chunks(self._readable(rows)):
             requests = [_request(row, turns) for row in chunk]
             wheres = [row.where for row in chunk]
-            for where, answer in zip(wheres, self._ask(requests, wheres), strict=True):
-                if "error" in answer:
-                    raise DataError(f"{where}: {self.where} does not take this conversation: {answer['error']}")
-                yield answer
+            for row, answer in zip(chunk, self._ask(requests, wheres), strict=True):
+                if "error" not in answer:
+                    yield answer
+                elif begins_with_assistant(row):
+                    yield {"text": "", "refused": f"{self.where} does not take it: {answer['error']}"}
+                else:
+                    raise DataError(f"{row.where}: {self.where} does not take this conversation: {answer['error']}")
 
     def _readable(self, rows: Iterable[Row]) -> Iterator[Row]:
         """The rows, unless one has what the template would leave out without a word."""

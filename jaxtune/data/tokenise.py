@@ -12,9 +12,10 @@ from typing import Any
 from jaxtune.config import DataSection
 from jaxtune.console import rate_bar
 from jaxtune.data.chat import special_tokens
-from jaxtune.data.encode import Lengths, check, chunked, encode_chunk, some
+from jaxtune.data.encode import Lengths, check, chunked, encode_chunk, refuse_bad, some
 from jaxtune.data.examples import Examples
 from jaxtune.data.formats import Row, Rows, stream_rows
+from jaxtune.data.records import SHOWN, BadRows
 from jaxtune.data.template import ChatTemplate
 from jaxtune.data.worker import hello
 from jaxtune.data.workers import Workers
@@ -56,6 +57,7 @@ class Tokenising:
             told = hello(self.section, self.tokenizer, self.template is not None, self.virtual)
             with Workers(count, told) as workers:
                 yield from self._shown(workers.encode(chunks), expected, f" with {count} processes")
+        bad_rows(self.rows, self.lengths).check(self.lengths.rows, self.key)
         check(self.lengths, self.section, self.virtual)
 
     def notes(self) -> list[str]:
@@ -79,6 +81,7 @@ class Tokenising:
 
     def _counted(self, found: Iterator[tuple[Examples, Lengths]], bar: Any) -> Iterator[Examples]:
         for examples, lengths in found:
+            refuse_bad(lengths, self.source)
             self.lengths.add(lengths)
             if bar is not None:
                 bar(self.lengths.rows)
@@ -96,13 +99,18 @@ def template_notes(
         notes.append("The template may write today's date; here it is always 26 July 2024, so that a run can resume.")
     if template.has_marks and spoken:
         answer = next(template.render([spoken]))
-        ends = [special_tokens(tokenizer).match(answer["text"], end) for _, end in answer["marks"]]
+        ends = [special_tokens(tokenizer).match(answer["text"], end) for _, end in answer.get("marks", ())]
         if ends and ends[0]:
             notes.append(
                 f"The template's {{% generation %}} blocks leave out the {ends[0].group()} that follows them: "
                 "the model will not learn to end its turn."
             )
     return notes
+
+
+def bad_rows(rows: Rows, counts: Lengths) -> BadRows:
+    """Those that reading and rendering have left out."""
+    return BadRows(rows.bad + counts.bad, [*rows.bad_first, *counts.bad_first][:SHOWN])
 
 
 def _speaks(row: Row) -> bool:

@@ -12,7 +12,7 @@ from jaxtune.config import DataSection, EvalSection, TrainSection
 from jaxtune.data import build_data
 from jaxtune.data.formats import read_rows
 from jaxtune.errors import DataError
-from tests.data.templates import word_tokenizer
+from tests.data.templates import MISTRAL, say, tokenizer, word_tokenizer
 
 # What is wrong with a line, and what is said of it.
 BAD = {
@@ -164,3 +164,42 @@ def test_the_report_says_how_many_and_the_first_places(write):
     assert text.startswith("a.jsonl: 2 rows, none dropped, none truncated\n")
     assert "Note: Bad rows that were left out: 4 of 6 rows: a.jsonl:2: not valid JSON" in text
     assert "; a.jsonl:4: a NUL byte; is the file damaged, or not text at all?; and 1 more.\n" in text
+
+
+def talks(*firsts: str) -> bytes:
+    """Rows of messages, each of which the user (u) or the assistant (a) begins."""
+    asked, answer = say("q", "Ada.")
+    rows = ([asked, answer] if first == "u" else [answer, asked, answer] for first in firsts)
+    return b"".join(json.dumps({"messages": row}).encode() + b"\n" for row in rows)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_conversation_that_the_assistant_begins_is_a_bad_row_where_the_template_refuses_it(write, streaming):
+    path, tok = write("a.jsonl", talks(*"uuau")), tokenizer(MISTRAL)
+    train = TrainSection(steps=3, batch_size=2)
+
+    def build(path: str, **settings):
+        made = section(path, format="messages", streaming=streaming, **settings)
+        return build_data(made, EvalSection(), train, tok)
+
+    with pytest.raises(DataError) as caught:
+        build(path, on_bad_line="error")
+    assert str(caught.value).startswith("a.jsonl:3: the conversation begins with the assistant, and the tokenizer's")
+    data, clean = build(path), build(write("b.jsonl", talks(*"uuu")))
+    assert data.train.batch(1).sha256() == clean.train.batch(1).sha256()
+    console = Console(file=io.StringIO(), width=80)
+    data.report(console)
+    assert "3 rows, none dropped" in console.file.getvalue()
+    assert f"Bad rows that were left out: 1 of 4 rows: {caught.value}.\n" in console.file.getvalue()
+    with pytest.raises(DataError, match=r"too many bad rows, 6 of 7 rows: c\.jsonl:1: the conversation begins"):
+        build(write("c.jsonl", talks(*"aaaaaau")))
+
+
+def test_each_source_says_what_becomes_of_its_bad_conversations(write):
+    write("a.jsonl", talks(*"uua")), write("b.jsonl", talks(*"ua"))
+    sources = [
+        {"path": "a.jsonl", "format": "messages", "on_bad_line": "skip"},
+        {"path": "b.jsonl", "format": "messages"},
+    ]
+    with pytest.raises(DataError, match=r"^b\.jsonl:2: the conversation begins"):
+        build_data(DataSection(sources=sources), EvalSection(), TrainSection(), tokenizer(MISTRAL))

@@ -153,6 +153,41 @@ def test_an_answer_that_is_changed_still_ends_at_its_token():
     assert learnt(say("q", "loud"), shouting) == ["LOUD<|im_end|>"]
 
 
+SMOLLM2 = (  # puts a system prompt of its own before a first message that is none
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ZEPHYR = (  # its prompt follows a message, so that there is none without messages
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"
+)
+ANSWERED_FIRST = [{"role": "assistant", "content": "Hello."}, *say("q", "Ada.")]
+
+
+@pytest.mark.parametrize("source", [CHATML, MARKED, QWEN, LLAMA3, PLAIN, SMOLLM2, ZEPHYR])
+def test_an_assistant_who_begins_is_learnt_without_what_the_template_puts_before(source):
+    found = "".join(learnt(ANSWERED_FIRST, source))
+    end = {LLAMA3: "<|eot_id|>", PLAIN: "\n"}.get(source, "<|im_end|>")
+    assert found == f"Hello.{end}Ada.{end}"
+    assert "".join(learnt(ANSWERED_FIRST[:1], source)) == f"Hello.{end}"
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        (MISTRAL, "the template does not take it: it says: "),
+        (SMOLLM2.replace("+ message['content']", "+ '> ' + message['content']"), "the chat template does not tell"),
+    ],
+)
+def test_a_template_that_cannot_do_with_an_assistant_who_begins_is_named(source, why):
+    with pytest.raises(DataError) as caught:
+        encoded(ANSWERED_FIRST, source)
+    assert str(caught.value).startswith(f"a:1: the conversation begins with the assistant, and {why}")
+    assert str(caught.value).endswith("; put a user's turn before it, or take the row out")
+
+
 def spans(answer: dict, *contents: str) -> list[tuple[int, int]]:
     return supervised_spans("a:1", say(*contents), answer, special_tokens(tokenizer()), SECTION)
 

@@ -178,7 +178,7 @@ def test_a_template_cannot_leave_the_sandbox(source, tmp_path, monkeypatch):
 
 
 def test_what_a_template_refuses_is_told_in_its_own_words():
-    text = refused(MISTRAL, [{"role": "assistant", "content": "a"}])
+    text = refused(MISTRAL, say("q", "a", "r")[::2])
     assert text == "a:1: the template does not take this conversation: it says: roles must alternate user/assistant"
 
 
