@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxtune.data.child import start
 from jaxtune.data.formats import Row
 from jaxtune.data.tools import Tool
 from jaxtune.data.turns import Message, said_by
@@ -46,8 +47,8 @@ class ChatTemplate:
         self.where, self.seconds, self.source = where, seconds, source
         # -P: the modules beside sandbox.py are not to be found by bare names.
         command = [sys.executable, "-P", str(Path(__file__).with_name("sandbox.py"))]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, encoding="utf-8")
+        what = f"{where}: the process that renders it"
+        self._process = start(command, what, stderr=subprocess.PIPE, text=True, encoding="utf-8")
         self._lock = threading.Lock()
         try:
             self.has_marks: bool = self._ask({"template": source, "variables": variables, "memory": MEMORY})[

@@ -6,7 +6,6 @@ import json
 import os
 import queue
 import signal
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jaxtune.data.child import start
 from jaxtune.data.encode import Lengths
 from jaxtune.data.examples import Examples
 from jaxtune.data.formats import Row
@@ -34,10 +34,14 @@ class Workers:
         self._all: list[_Process] = []
 
     def __enter__(self) -> "Workers":
-        for _ in range(self._count):
-            self._all.append(_Process(self._line))
-            self._idle.put(self._all[-1])
         self._threads = ThreadPoolExecutor(self._count, "tokenise")
+        try:
+            for _ in range(self._count):
+                self._all.append(_Process(self._line))
+                self._idle.put(self._all[-1])
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,9 +90,8 @@ class _Process:
         path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, "-P", "-m", "jaxtune.data.worker"]
-        pipe = subprocess.PIPE
         # A Ctrl-C is for this process, which then ends the others.
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, process_group=0)
+        self._process = start(command, "a process that tokenises", env=environment, process_group=0)
         self._first: bytes | None = first
 
     def ask(self, chunk: list[Row]) -> tuple[Examples, Lengths]:

@@ -1,6 +1,9 @@
 """Templates: rendered as transformers renders them, and a hostile one ends with a message, not with the run."""
 
+import errno
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from jaxtune.data import sandbox, template
 from jaxtune.data.formats import Row
 from jaxtune.data.template import ChatTemplate, open_template
+from jaxtune.data.workers import Workers
 from jaxtune.errors import DataError
 from tests.data.templates import LLAMA3, MARKED, MISTRAL, PHI3, PLAIN, QWEN, QWEN3, say, tokenizer
 from tests.peer import CHATML
@@ -180,6 +184,18 @@ def test_a_template_cannot_leave_the_sandbox(source, tmp_path, monkeypatch):
 def test_what_a_template_refuses_is_told_in_its_own_words():
     text = refused(MISTRAL, say("q", "a", "r")[::2])
     assert text == "a:1: the template does not take this conversation: it says: roles must alternate user/assistant"
+
+
+@pytest.mark.parametrize(("code", "why"), [(errno.EAGAIN, "Resource temporarily"), (errno.EACCES, "Permission denied")])
+def test_a_process_that_cannot_be_started_is_one_message(monkeypatch, code, why):
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    begins = f"the template: the process that renders it: {sys.executable} cannot be started: {why}"
+    assert refused(CHATML).startswith(begins)
+    with pytest.raises(DataError, match=r"^a process that tokenises: .* cannot be started"):
+        Workers(2, {}).__enter__()
 
 
 def test_mistakes_in_a_template_are_told():
