@@ -120,7 +120,18 @@ def _notes(data: Data) -> list[str]:
                 f"In {counts.shared_starts:,} assistant turns the prompt and the answer share a token, which "
                 "generation cannot reproduce; the template's prompt or these answers have white space to lose."
             )
-    return [*notes, *_shared(data), *data.notes]
+    return [*notes, *_repeated(data.train), *_shared(data), *data.notes]
+
+
+def _repeated(train: Dataset) -> list[str]:
+    """Whether a step goes through the data more than once."""
+    if isinstance(train, Stream) or train.batch_size <= train.rows:
+        return []
+    kind = "packs" if train.packing else "rows"
+    return [
+        f"One step trains on every row {_number(train.batch_size / train.rows)} times: the data is {train.rows:,} "
+        f"{kind}, and train.batch_size {train.batch_size:,} of them; lower train.batch_size."
+    ]
 
 
 def _shared(data: Data) -> list[str]:

@@ -88,6 +88,14 @@ def test_what_may_be_a_mistake_is_noted(report):
     assert "Note: In 1 assistant turns the prompt and the answer share a token" in glued
 
 
+def test_a_step_that_goes_through_the_data_several_times_is_noted(report):
+    text = report(*[row()] * 8, train={"batch_size": 3, "epochs": 6})
+    note = "One step trains on every row 1.5 times: the data is 2 packs, and train.batch_size 3 of them; lower"
+    assert f"Note: {note} train.batch_size.\n" in text
+    assert "trains on every row" not in report(*[row()] * 8, train={"batch_size": 2, "epochs": 6})
+    assert "the data is 1 rows" not in report(row(), row(), packing=False, train={"batch_size": 2})
+
+
 def test_the_example_is_marked_with_brackets_where_there_is_no_colour(report):
     text = report(row("Ada.", "Who [bold]are[/bold] you?"), tok=tokenizer())
     assert "the loss is on what stands between « and »:\n" in text
