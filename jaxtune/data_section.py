@@ -36,6 +36,9 @@ DATA_COLUMNS = {
 TEXTS = ("text", "megatron")  # formats of documents, which are learnt throughout; the others are of conversations
 
 
+TURN_KEYS = {"sharegpt": ("from", "value"), "messages": ("role", "content")}  # of the speaker, and of what is said
+
+
 class Tags(Section):
     """What the turns of sharegpt and messages call their parts and their speakers; null: as the format does.
 

@@ -267,8 +267,11 @@ def check(counts: Lengths, section: DataSection, virtual: int) -> None:
             f"raise data.max_length, or set data.too_long to truncate{', split' * section.only_texts} or drop"
         )
     if counts.dropped == counts.rows:
-        raise DataError(
-            f"no supervised token in {counts.rows} rows: {counts.dropped_silent} have no assistant turn, "
-            f"{counts.dropped_long} are longer than {limit}, "
-            f"{counts.dropped_cut} have nothing supervised within it; there is nothing to learn from"
-        )
+        reasons = {
+            "have no assistant turn that is learnt": counts.dropped_silent,
+            f"are longer than {limit}": counts.dropped_long,
+            f"have nothing supervised within {limit}": counts.dropped_cut,
+        }
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        todo = "; raise data.max_length" if counts.dropped_long or counts.dropped_cut else ""
+        raise DataError(f"no supervised token in {counts.rows} rows: {why}; there is nothing to learn from{todo}")

@@ -84,10 +84,10 @@ def decode(raw: bytes, path: str, line: int) -> str:
         raise DataError(f"{path}:{line}: not UTF-8 text (bytes {bad}); save the file as UTF-8") from None
 
 
-def as_object(value: Any, where: str) -> dict[str, Any]:
-    """The value itself, or DataError when it is no object."""
+def as_object(value: Any, where: str, hint: str = "") -> dict[str, Any]:
+    """The value itself, or DataError, with the hint, when it is no object."""
     if not isinstance(value, dict):
-        raise DataError(f"{where}: expected an object with columns, found {kind(value)}")
+        raise DataError(f"{where}: expected an object with columns, found {kind(value)}{hint}")
     return value
 
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from jaxtune.data.records import CUT_OFF, Bad, Record, as_object, decode, numbered, without_mark
+from jaxtune.data_section import DATA_COLUMNS, TURN_KEYS
 from jaxtune.errors import DataError
 
+_AN_ARRAY = "; a JSON array of rows, on one line or several, is a .json file"
 _SPACE = re.compile(r"[ \t\n\r]*")  # what JSON calls white space, and nothing more
 
 
@@ -42,7 +44,19 @@ def read_line(raw: bytes, path: str, number: int) -> Record | None:
         DataError: the line is something else.
     """
     text, where = decode(raw, path, number), f"{path}:{number}"
-    return (where, as_object(_parse_line(text, where, torn=not raw.endswith(b"\n")), where)) if text.strip() else None
+    if not text.strip():
+        return None
+    value = _parse_line(text, where, torn=not raw.endswith(b"\n"))
+    return where, as_object(value, where, _inside(value))
+
+
+def _inside(value: Any) -> str:
+    """A word on a line that is a list of objects: turns, or rows."""
+    first = value[0] if isinstance(value, list) and value else None
+    if not isinstance(first, dict):
+        return ""
+    turns = [DATA_COLUMNS[format][0] for format, keys in TURN_KEYS.items() if first.keys() >= {*keys}]
+    return f'; a list of turns is a column of a row: {{"{turns[0]}": [...]}}' if turns else _AN_ARRAY
 
 
 def _parse_line(text: str, where: str, torn: bool) -> Any:
@@ -51,7 +65,7 @@ def _parse_line(text: str, where: str, torn: bool) -> Any:
     except json.JSONDecodeError as error:
         hint = CUT_OFF if torn else _comma(error)
         if text.lstrip().startswith("["):
-            hint = "; a JSON array over several lines is a .json file"
+            hint = _AN_ARRAY
         raise DataError(f"{where}: not valid JSON: {error.msg} (column {error.colno}){hint}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON: {error}") from None
@@ -82,8 +96,8 @@ def _array_items(text: str, path: str, bad: Bad) -> Iterator[Record]:
     if position == len(text):
         return
     if text[position] != "[":
-        found = "an object; one object a line is a .jsonl file" if text[position] == "{" else f"{text[position]!r}"
-        raise DataError(f"{path}: expected an array of objects, found {found}")
+        found = _object(text, position) if text[position] == "{" else f"{text[position]!r}"
+        raise DataError(f"{path}: expected an array of objects, [{{...}}, ...], found {found}")
     position = _skip(text, position + 1)
     more, line, counted, row = text[position : position + 1] != "]", 1, 0, 0
     while more:
@@ -104,6 +118,20 @@ def _array_items(text: str, path: str, bad: Bad) -> Iterator[Record]:
             raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
     if _skip(text, position + 1) != len(text):
         raise json.JSONDecodeError("Extra data after the array", text, _skip(text, position + 1))
+
+
+def _object(text: str, position: int) -> str:
+    """What an object in the array's stead is, in words."""
+    try:
+        value, end = _decode_item(text, position)
+    except (ValueError, RecursionError):
+        value, end = {}, position
+    if _skip(text, end) == len(text):
+        inside = next((name for name, it in value.items() if isinstance(it, list)), None)
+        return "one object" + (
+            "" if inside is None else f'; if the list in its "{inside}" is the rows, keep that alone'
+        )
+    return "an object; one object a line is a .jsonl file"
 
 
 _decode_item = json.JSONDecoder().raw_decode

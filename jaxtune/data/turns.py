@@ -7,7 +7,7 @@ from typing import Any
 from jaxtune.data.columns import Cells, OddRow
 from jaxtune.data.records import kind
 from jaxtune.data.tools import read_call_text, read_calls
-from jaxtune.data_section import SourceSection
+from jaxtune.data_section import TURN_KEYS, SourceSection
 from jaxtune.errors import DataError, listing
 
 # role (system, user, assistant, tool) and content; of assistants tool_calls, of tools tool_call_id and name. `train`
@@ -31,7 +31,6 @@ _NAMES = {  # the speakers' names in each format
         "function": [],
     },
 }
-_KEYS = {"sharegpt": ("from", "value"), "messages": ("role", "content")}
 _ROLES = {"observation": "tool", "function": CALL}
 _OF_ASSISTANTS, _OF_TOOLS = ("tool_calls", "function_call", "weight"), ("tool_call_id", "name")
 _TRAIN = ("train", "training")
@@ -50,7 +49,7 @@ class Speech:
 def speech_of(section: SourceSection) -> Speech:
     """From a source's format and its tags."""
     tags = section.tags
-    role, content = _KEYS[section.format]
+    role, content = TURN_KEYS[section.format]
     roles: dict[str, str] = {}
     for speaker, names in _NAMES[section.format].items():
         own = getattr(tags, speaker)

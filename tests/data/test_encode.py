@@ -165,15 +165,23 @@ def test_a_row_without_an_assistant_is_dropped_and_counted():
 @pytest.mark.parametrize(
     ("conversation", "settings", "reason"),
     [
-        (say("a"), {}, "1 have no assistant turn"),
-        (LONG, {"max_length": 4}, "1 have nothing supervised within it"),
-        (LONG, {"max_length": 4, "too_long": "drop"}, "1 are longer than data.max_length 4"),
+        (say("a"), {}, "1 have no assistant turn that is learnt; there is nothing to learn from"),
+        (
+            LONG,
+            {"max_length": 4},
+            "1 have nothing supervised within data.max_length 4; there is nothing to learn from; raise data.max_length",
+        ),
+        (
+            LONG,
+            {"max_length": 4, "too_long": "drop"},
+            "1 are longer than data.max_length 4; there is nothing to learn from; raise data.max_length",
+        ),
     ],
 )
 def test_no_supervised_token_at_all_is_an_error_with_the_reason(conversation, settings, reason):
     with pytest.raises(DataError) as caught:
         chats(conversation, **settings)
-    assert "no supervised token in 1 rows" in str(caught.value) and reason in str(caught.value)
+    assert str(caught.value) == f"no supervised token in 1 rows: {reason}"
 
 
 def test_an_empty_answer_still_teaches_to_end():

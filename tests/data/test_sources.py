@@ -109,8 +109,19 @@ def test_empty_array_is_an_error(write):
 
 def test_wrong_shape_of_file_says_which_name_it_should_have(write):
     assert "one object a line is a .jsonl file" in message(write("a.json", '{"x": 1}\n{"x": 2}'))
-    assert "a JSON array over several lines is a .json file" in message(write("a.jsonl", '[\n{"x": 1}\n]'))
-    assert "expected an array of objects, found '\"'" in message(write("a.json", '"x"'))
+    for text in ('[\n{"x": 1}\n]', '[{"x": 1}]'):
+        assert "a JSON array of rows, on one line or several, is a .json file" in message(write("a.jsonl", text))
+    for turn, column in (
+        ({"role": "user", "content": "q"}, "messages"),
+        ({"from": "human", "value": "q"}, "conversations"),
+    ):
+        hint = f'found a list; a list of turns is a column of a row: {{"{column}": [...]}}'
+        assert hint in message(write("a.jsonl", json.dumps([turn])))
+    assert """found one object; if the list in its "data" is the rows, keep that alone""" in message(
+        write("a.json", '{"version": 1,\n"data": [{"x": 1}]}\n')
+    )
+    assert message(write("a.json", '{"x": 1}')).endswith("expected an array of objects, [{...}, ...], found one object")
+    assert "found '\"'" in message(write("a.json", '"x"'))
 
 
 @pytest.mark.parametrize(("item", "name"), [("1", "a number"), ("[]", "a list"), ("null", "null"), ('"s"', "a string")])
