@@ -4,13 +4,30 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtune.data.records import kind
+from jaxtune.data.records import format_of_turns, kind
 from jaxtune.data_section import DATA_COLUMNS, SourceSection
-from jaxtune.errors import DataError, listing
+from jaxtune.errors import DataError, listing, nearest
 
 
 class OddRow(Exception):
     """A row that LLaMA-Factory would leave out; only with `dialect: llamafactory`."""
+
+
+def fitting_settings(value: dict[str, Any]) -> tuple[str, dict[str, str]] | None:
+    """The format that could read an object, and what of data.columns is needed for it; None: it is not plain."""
+    for name, held in value.items():
+        format = format_of_turns(held)
+        if format:
+            column = DATA_COLUMNS[format][0]
+            return format, {} if name == column else {column: name}
+    if value.keys() >= {"instruction", "output"}:
+        return "alpaca", {}
+    return ("text", {}) if isinstance(value.get("text"), str) else None
+
+
+def in_words(format: str, columns: dict[str, str]) -> str:
+    """Settings of `fitting_settings`, as they stand in a configuration."""
+    return " with ".join([f"data.format: {format}", *(f"data.columns.{name}: {it}" for name, it in columns.items())])
 
 
 @dataclass
@@ -40,11 +57,19 @@ class Cells:
         name = self.name(column)
         if name not in self.value:
             found = f"found {listing(self.value)}" if self.value else "the object is empty"
-            todo = f"set data.columns.{column}"
-            if self.like_llamafactory:
-                todo = "the columns of its entry in dataset_info.json name it"
-            raise DataError(f'{self.where}: no column "{name}"; {found}; {todo}')
+            raise DataError(f'{self.where}: no column "{name}"; {found}{self._advice(column)}')
         return self.value[name]
+
+    def _advice(self, column: str) -> str:
+        """What to do about a column that is not there."""
+        if self.like_llamafactory:
+            return "; the columns of its entry in dataset_info.json name it"
+        fitting = fitting_settings(self.value)
+        if fitting and fitting[0] != self.section.format:
+            return f"; {in_words(*fitting)} would fit these columns"
+        read = {self.name(other) for other in DATA_COLUMNS[self.section.format]}
+        close = nearest(self.name(column), self.value.keys() - read)
+        return f"{close} Rename it, or set data.columns.{column}" if close else f"; set data.columns.{column}"
 
     def text(self, column: str) -> str:
         return self.string(self.need(column), f'column "{self.name(column)}"')

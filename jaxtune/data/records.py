@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from jaxtune.data_section import TURN_KEYS
 from jaxtune.errors import DataError
 
 Record = tuple[str, dict[str, Any]]  # where it stands ("file:line"), the object
@@ -89,6 +90,13 @@ def as_object(value: Any, where: str, hint: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected an object with columns, found {kind(value)}{hint}")
     return value
+
+
+def format_of_turns(value: Any) -> str | None:
+    """The format whose turns a value has, as far as the keys of the first one tell; None: it is no list of turns."""
+    first = value[0] if isinstance(value, list) and value else None
+    keys = first.keys() if isinstance(first, dict) else set()
+    return next((format for format, needed in TURN_KEYS.items() if keys >= {*needed}), None)
 
 
 def first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from jaxtune.data.records import MAX_LINE, Bad, Record, decode, first_line, numb
 from jaxtune.errors import DataError, listing
 
 _BATCH = 256  # rows that become Python objects at once
+_OTHERS = {",": ";\t|", "\t": ",;|"}  # what separates the columns of a file whose name says something else
 _IPC_FILE, _FEATHER_1 = b"ARROW1", b"FEA1"  # the first bytes of a file
 
 
@@ -37,7 +38,7 @@ def _separated(file: BinaryIO, path: str, bad: Bad, delimiter: str) -> Iterator[
     header: list[str] = []
     for line, cells, problem in rows:
         if not header:
-            header = _header(path, cells, problem)
+            header = _header(path, cells, problem, delimiter)
             continue
         if problem is None and len(cells) != len(header):
             problem = DataError(f"{path}:{line}: {len(cells)} cells; the header has {len(header)} columns")
@@ -84,9 +85,14 @@ def _cells(lines: _Lines, path: str, delimiter: str) -> Iterator[tuple[int, list
             yield line, cells, lines.problem
 
 
-def _header(path: str, cells: list[str], problem: DataError | None) -> list[str]:
+def _header(path: str, cells: list[str], problem: DataError | None, delimiter: str) -> list[str]:
     if problem is not None:
         raise problem
+    if len(cells) == 1 and any(sign in cells[0] for sign in _OTHERS[delimiter]):
+        raise DataError(
+            f"{path}:1: the header is one cell, {cells[0]!r:.60}; columns are separated by commas in a .csv, by tabs "
+            "in a .tsv: save it so"
+        )
     twice = sorted({name for name in cells if cells.count(name) > 1})
     if twice:
         raise DataError(

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from jaxtune.data.records import CUT_OFF, Bad, Record, as_object, decode, numbered, without_mark
-from jaxtune.data_section import DATA_COLUMNS, TURN_KEYS
+from jaxtune.data.records import CUT_OFF, Bad, Record, as_object, decode, format_of_turns, numbered, without_mark
+from jaxtune.data_section import DATA_COLUMNS
 from jaxtune.errors import DataError
 
 _AN_ARRAY = "; a JSON array of rows, on one line or several, is a .json file"
@@ -52,11 +52,10 @@ def read_line(raw: bytes, path: str, number: int) -> Record | None:
 
 def _inside(value: Any) -> str:
     """A word on a line that is a list of objects: turns, or rows."""
-    first = value[0] if isinstance(value, list) and value else None
-    if not isinstance(first, dict):
-        return ""
-    turns = [DATA_COLUMNS[format][0] for format, keys in TURN_KEYS.items() if first.keys() >= {*keys}]
-    return f'; a list of turns is a column of a row: {{"{turns[0]}": [...]}}' if turns else _AN_ARRAY
+    format = format_of_turns(value)
+    if format:
+        return f'; a list of turns is a column of a row: {{"{DATA_COLUMNS[format][0]}": [...]}}'
+    return _AN_ARRAY if isinstance(value, list) and value and isinstance(value[0], dict) else ""
 
 
 def _parse_line(text: str, where: str, torn: bool) -> Any:

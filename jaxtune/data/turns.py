@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtune.data.columns import Cells, OddRow
-from jaxtune.data.records import kind
+from jaxtune.data.columns import Cells, OddRow, in_words
+from jaxtune.data.records import format_of_turns, kind
 from jaxtune.data.tools import read_call_text, read_calls
-from jaxtune.data_section import TURN_KEYS, SourceSection
+from jaxtune.data_section import DATA_COLUMNS, TURN_KEYS, SourceSection
 from jaxtune.errors import DataError, listing
 
 # role (system, user, assistant, tool) and content; of assistants tool_calls, of tools tool_call_id and name. `train`
@@ -101,7 +101,18 @@ def _turn(record: Cells, turn: Any, speech: Speech, number: int) -> Message:
 
 def _need(record: Cells, turn: dict[str, Any], key: str, what: str) -> None:
     if key not in turn:
-        raise DataError(f'{record.where}: {what} has no "{key}"; found {listing(turn) or "nothing"}')
+        raise DataError(
+            f'{record.where}: {what} has no "{key}"; found {listing(turn) or "nothing"}{_advice(record, turn)}'
+        )
+
+
+def _advice(record: Cells, turn: dict[str, Any]) -> str:
+    """A word on the other format's turns."""
+    format, column = format_of_turns([turn]), speech_of(record.section).column
+    if record.like_llamafactory or format is None or format == record.section.format:
+        return ""
+    own = DATA_COLUMNS[format][0]
+    return f"; {in_words(format, {} if column == own else {own: column})} reads such turns"
 
 
 def _role(record: Cells, turn: dict[str, Any], speech: Speech, what: str) -> str:

@@ -73,6 +73,47 @@ def test_sharegpt_refuses_two_system_prompts(read):
     assert "a.jsonl:1: a system prompt in column" in refused(read, row, format="sharegpt")
 
 
+SHAREGPT_TURNS = [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "advice"),
+    [
+        ({"messages": say("1", "2")}, "alpaca", "data.format: messages would fit these columns"),
+        ({"id": 3, "conversations": SHAREGPT_TURNS}, "alpaca", "data.format: sharegpt would fit these columns"),
+        (
+            {"messages": SHAREGPT_TURNS},
+            "alpaca",
+            "data.format: sharegpt with data.columns.conversations: messages would fit these columns",
+        ),
+        (
+            {"conversations": say("1", "2")},
+            "text",
+            "data.format: messages with data.columns.messages: conversations would fit these columns",
+        ),
+        ({"text": "1"}, "messages", "data.format: text would fit these columns"),
+        (alpaca(), "sharegpt", "data.format: alpaca would fit these columns"),
+        ({"messages": "1"}, "alpaca", "set data.columns.instruction"),
+        ({"talk": say("1", "2")}, "messages", "set data.columns.messages"),
+        ({"instruction": "1", "ouput": "2"}, "alpaca", 'did you mean "ouput"? Rename it, or set data.columns.output'),
+    ],
+)
+def test_a_column_that_is_not_there_gets_the_advice_that_fits_those_that_are(read, row, format, advice):
+    text = refused(read, row, format=format)
+    assert text.endswith(f"; found {', '.join(row)}; {advice}")
+
+
+def test_turns_of_the_other_format_are_told(read):
+    text = refused(read, {"messages": SHAREGPT_TURNS}, format="messages")
+    assert text == (
+        'a.jsonl:1: messages[0] has no "role"; found from, value; data.format: sharegpt with '
+        "data.columns.conversations: messages reads such turns"
+    )
+    text = refused(read, {"conversations": say("1", "2")}, format="sharegpt")
+    assert text.endswith("; data.format: messages with data.columns.messages: conversations reads such turns")
+    assert "reads such turns" not in refused(read, {"messages": [{"content": "1"}]}, format="messages")
+
+
 def test_messages_are_taken_as_they_are(read):
     messages = say("1", "2", "3", "4", system="s")
     assert conversations(read({"messages": messages}, format="messages")) == [messages]

@@ -132,6 +132,13 @@ def test_rows_must_be_objects(write, item, name):
     )
 
 
+@pytest.mark.parametrize("sign", [";", "\t", "|"])
+def test_columns_that_are_separated_otherwise_are_told(write, sign):
+    text = message(write("a.csv", sign.join(["instruction", "output"]) + "\n" + sign.join(["q", "a, b"]) + "\n"))
+    assert text.startswith("a.csv:1: the header is one cell, 'instruction") and "separated by commas in a .csv" in text
+    assert "by tabs in a .tsv" in message(write("a.tsv", "instruction,output\nq,a\n"))
+
+
 def test_unknown_ending_missing_file_and_directory(write, tmp_path):
     for name in ("a.doc", "a", "a.gz", "a.doc.gz", "a.parquet.gz", "a.jsonl.zip"):
         assert "unknown kind of file; allowed: .json" in message(name)
