@@ -49,6 +49,8 @@ class Lengths:
     truncated: int = 0  # and kept
     split: int = 0  # into pieces, all of which are kept
     shared_starts: int = 0  # assistant turns whose first token is also the prompt's last
+    special: int = 0  # rows of which a message holds one of the tokenizer's special tokens
+    special_first: str = ""  # the first of them, and which token
     bad: int = 0  # left out, and not among the rows: those with a BadBeginning
     bad_first: tuple[str, ...] = ()  # what is wrong with the first few of them
 
@@ -75,6 +77,7 @@ class Lengths:
         for name in (item.name for item in fields(self) if item.type is int):
             setattr(self, name, getattr(self, name) + getattr(later, name))
         self.first_long = self.first_long or later.first_long
+        self.special_first = self.special_first or later.special_first
         self.bad_first = (self.bad_first + later.bad_first)[:SHOWN]
         if later.longest and (self.longest is None or later.longest[0] > self.longest[0]):
             self.longest = later.longest
@@ -169,6 +172,9 @@ def _chats(
             yield None
             continue
         characters = np.asarray(offsets, np.int64).reshape(-1, 2)
+        found = next(filter(None, (special.search(said["content"]) for said in row.messages or ())), None)
+        if found:
+            counts.add(Lengths(special=1, special_first=f"{row.where} ({found.group()})"))
         counts.shared_starts += shared_starts(characters, spans)
         mask = token_mask(characters, spans)
         mask[:1] = False

@@ -33,7 +33,8 @@ class Rows:
 
     rows: list[Row] = field(default_factory=list)
     unused: Counter = field(default_factory=Counter)  # column -> in how many rows it stands unread
-    empty_answers: int = 0  # assistant turns that say nothing
+    empty_answers: int = 0  # rows in which the assistant has a turn that says nothing
+    empty_first: str = ""  # file:line of the first of them
     bad: int = 0  # how many were left out, under on_bad_line: skip
     bad_first: list[str] = field(default_factory=list)  # what is wrong with the first few of them
     odd: int = 0  # how many the dialect leaves out
@@ -65,10 +66,14 @@ def stream_rows(section: SourceSection, seen: Rows, key: str = "data.path") -> I
         seen.again = max(0, section.num_samples - len(every))
         rows = _sample(every, section.num_samples)
     for row in rows:
-        seen.empty_answers += sum(
-            said["role"] == "assistant" and not (said["content"] or "tool_calls" in said) for said in row.messages or ()
-        )
+        if any(_says_nothing(said) for said in row.messages or ()):
+            seen.empty_answers, seen.empty_first = seen.empty_answers + 1, seen.empty_first or row.where
         yield row
+
+
+def _says_nothing(said: Message) -> bool:
+    """Whether it is an answer without one."""
+    return said["role"] == "assistant" and not said["content"].strip() and "tool_calls" not in said
 
 
 def _read(section: SourceSection, seen: Rows, key: str) -> Iterator[Row]:

@@ -114,7 +114,15 @@ def _notes(data: Data) -> list[str]:
                 f"alternate; the first is {rows.odd_first}."
             )
         if rows.empty_answers:
-            notes.append(f"Empty assistant turns: {rows.empty_answers:,}; only their end is learnt.")
+            notes.append(
+                f"Rows with an empty answer: {rows.empty_answers:,}, the first is {rows.empty_first}; of such a turn "
+                "only the end is learnt, which is to say nothing."
+            )
+        if counts.special:
+            notes.append(
+                f"Rows whose text holds a special token: {counts.special:,}, the first is {counts.special_first}; the "
+                "model sees it as the template's own, where a turn ends or begins."
+            )
         if counts.shared_starts:
             notes.append(
                 f"In {counts.shared_starts:,} assistant turns the prompt and the answer share a token, which "

@@ -21,7 +21,7 @@ from jaxtune.data.template import ChatTemplate
 from jaxtune.data.worker import hello
 from jaxtune.errors import DataError
 from tests.conftest import child_environment
-from tests.data.templates import MARKED, tokenizer, word_tokenizer
+from tests.data.templates import MARKED, MISTRAL, say, tokenizer, word_tokenizer
 from tests.peer import CHATML
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -76,7 +76,7 @@ def test_a_second_start_reads_no_row_and_says_the_same(home, no_reading, capsys)
     second = build(max_length=12)
     second.report(Console(width=200))
     assert capsys.readouterr().out == told
-    assert '"extra" (in 1 rows)' in told and "Empty assistant turns: 1" in told and "truncated" in told
+    assert '"extra" (in 1 rows)' in told and "Rows with an empty answer: 1" in told and "truncated" in told
     assert second.sources[0].lengths == first.sources[0].lengths
     assert second.train.fingerprint == first.train.fingerprint
 
@@ -320,6 +320,16 @@ class TestWorkers:
         build()
         text = console.console.file.getvalue()
         assert "Tokenising a.jsonl" in text and "40 rows" in text and "rows/s" in text and "0:00:00" in text
+
+    def test_what_they_see_on_the_way_is_told(self):
+        asked, answer = say("a", "b")
+        talks = [*[[asked, answer]] * 20, [answer, asked, answer], [{**asked, "content": "a <|im_end|>"}, answer]]
+        Path("b.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+        data = build("b.jsonl", tok=tokenizer(MISTRAL), format="messages", on_bad_line="skip")
+        counts = data.sources[0].lengths
+        assert (counts.rows, counts.bad, counts.special) == (21, 1, 1)
+        assert counts.bad_first[0].startswith("b.jsonl:21: the conversation begins with the assistant")
+        assert counts.special_first == "b.jsonl:22 (<|im_end|>)"
 
     def test_texts_too(self, monkeypatch):
         settings = {"format": "text", "columns": {"text": "output"}}

@@ -209,7 +209,8 @@ def test_columns_that_nobody_reads_are_counted(read):
 
 
 def test_empty_answers_are_counted(read):
-    assert read(alpaca(), alpaca(output=""), alpaca(history=[["q", ""]])).empty_answers == 2
+    rows = read(alpaca(), alpaca(output=" \n"), alpaca(output="", history=[["q", ""]]))
+    assert (rows.empty_answers, rows.empty_first) == (2, "a.jsonl:2")
 
 
 def test_an_optional_column_that_the_user_named_must_be_there(read):

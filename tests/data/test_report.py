@@ -81,9 +81,12 @@ def test_what_was_dropped_and_cut_is_said_with_the_reason(report):
 
 
 def test_what_may_be_a_mistake_is_noted(report):
-    text = report(row(context="c"), row(""), row(context="d"))
+    text = report(row(context="c"), row(""), row(context="d"), row(" \n"))
     assert 'Note: Columns that are not read: "context" (in 2 rows); data.columns says which are.\n' in text
-    assert "Note: Empty assistant turns: 1; only their end is learnt.\n" in text
+    assert (
+        "Note: Rows with an empty answer: 2, the first is a.jsonl:2; of such a turn only the end is learnt, which is "
+        "to say nothing.\n"
+    ) in text
     glued = report(row("Ada."), tok=tokenizer(PLAIN.replace(":\n", ": "), trim_offsets=False))
     assert "Note: In 1 assistant turns the prompt and the answer share a token" in glued
 
@@ -94,6 +97,16 @@ def test_a_step_that_goes_through_the_data_several_times_is_noted(report):
     assert f"Note: {note} train.batch_size.\n" in text
     assert "trains on every row" not in report(*[row()] * 8, train={"batch_size": 2, "epochs": 6})
     assert "the data is 1 rows" not in report(row(), row(), packing=False, train={"batch_size": 2})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_that_holds_a_special_token_is_noted(report, streaming):
+    rows = row(), row(question="a <|im_end|>\n<|im_start|> system\nb"), row("c <|im_end|>"), row("<im_end>")
+    for _ in range(2):  # made, and out of the cache
+        text = report(*rows, streaming=streaming, train={"steps": 1})
+        note = "Rows whose text holds a special token: 2, the first is a.jsonl:2 (<|im_end|>); the model sees it as the"
+        assert f"Note: {note} template's own, where a turn ends or begins.\n" in text
+    assert "special token" not in report(rows[0], rows[3])
 
 
 def test_the_example_is_marked_with_brackets_where_there_is_no_colour(report):
