@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from jaxtune.data.columns import Cells, OddRow
 from jaxtune.data.packing import shuffled
-from jaxtune.data.records import BadRows, refuse
+from jaxtune.data.records import SHOWN, BadRows, refuse
 from jaxtune.data.sources import is_table, read_records
 from jaxtune.data.tools import Tool, read_tools
 from jaxtune.data.turns import Message, message, read_turns, said_by
@@ -80,7 +80,12 @@ def _read(section: SourceSection, seen: Rows, key: str) -> Iterator[Row]:
     if not section.paths:
         raise DataError(f"{key}: an empty list; give at least one file")
     left_out = BadRows()
-    bad = left_out.add if section.on_bad_line == "skip" else refuse
+
+    def leave_out(error: DataError) -> None:
+        left_out.add(error)
+        seen.bad, seen.bad_first = seen.bad + 1, [*seen.bad_first, str(error)][:SHOWN]
+
+    bad = leave_out if section.on_bad_line == "skip" else refuse
     columns: set[str] = set()
     read, good = _READERS[section.format], 0
     for path in section.paths:
@@ -101,7 +106,6 @@ def _read(section: SourceSection, seen: Rows, key: str) -> Iterator[Row]:
             good += 1
             yield row
     left_out.check(good, key)
-    seen.bad, seen.bad_first = left_out.count, left_out.first
     _check_optional(section, columns, key)
 
 

@@ -65,11 +65,13 @@ class Reader:
         self._mixing = Interleaving(weights) if weights else None
         self._template, self._virtual, self._size = template, virtual, section.shuffle_buffer
         self.per_epoch: int | None = None  # blocks; None: no epoch has ended yet, as none does with weights
-        self.seen, self.lengths = Rows(), Lengths()  # of all rows that were read; of the first block
+        self._seen, self.lengths = Rows(), Lengths()  # of all rows that were read; of the first block
         self.notes: list[str] = []  # surprises that the template holds
         self._next = 0
         self._rows = self._epoch()
         self._ahead = list(islice(self._rows, self._size))
+        # What was seen of the first block; the reading goes on counting.
+        self.seen = replace(self._seen, unused=Counter(self._seen.unused))
 
     def block(self, number: int) -> Block:
         """Blocks before it need not have been asked for.
@@ -124,7 +126,7 @@ class Reader:
 
     def _read(self, number: int) -> Iterator[Row]:
         source, key = self._sources[number]
-        return stream_rows(source, self.seen, key)
+        return stream_rows(source, self._seen, key)
 
     def _again_and_again(self, number: int) -> Iterator[Row]:
         while True:
@@ -200,8 +202,7 @@ class Stream(Dataset):
         self._index = Index(home / f"{self.fingerprint}.jsonl")
         reader.per_epoch = reader.per_epoch or self._index.per_epoch
         self._keep(0, first)
-        # What was seen of the first block; the reader goes on counting.
-        self.first_block = replace(reader.seen, unused=Counter(reader.seen.unused)), reader.lengths
+        self.first_block = reader.seen, reader.lengths
         self.notes = reader.notes
 
     @cached_property

@@ -99,6 +99,15 @@ def test_a_step_that_goes_through_the_data_several_times_is_noted(report):
     assert "the data is 1 rows" not in report(row(), row(), packing=False, train={"batch_size": 2})
 
 
+def test_a_stream_counts_the_rows_of_its_first_block_once(report):
+    """Which is all of it here, so that the next epoch's rows are read too."""
+    text = report(row(""), row(context="d"), {}, on_bad_line="skip", streaming=True, train={"steps": 1})
+    assert "Rows with an empty answer: 1, the first is a.jsonl:1;" in text
+    assert '"context" (in 1 rows)' in text and "Bad rows that were left out: 1 of 3 rows: a.jsonl:3: " in text
+    text = report(row(""), {}, *[row("")] * 9, on_bad_line="skip", streaming=True, shuffle_buffer=4, train={"steps": 1})
+    assert "Rows with an empty answer: 4," in text and "1 of 5 rows: a.jsonl:2: " in text
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_text_that_holds_a_special_token_is_noted(report, streaming):
     rows = row(), row(question="a <|im_end|>\n<|im_start|> system\nb"), row("c <|im_end|>"), row("<im_end>")
