@@ -31,6 +31,7 @@ from jaxtune.segments import SHARED
 
 STREAM_VERSION = 1  # to be raised with any change of order or packing, so that an old run is not resumed on a new one
 NONE = range(0)  # no virtual tokens
+TIME_MULTIPLE = 64  # unpacked rows are padded to one
 KEPT = 3  # plans of epochs in memory
 WORTH_SHARING = 8  # tokens: of fewer, attention to them costs more than is won
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -119,6 +120,16 @@ class Dataset:
     def rows(self) -> int:
         """Rows of the first epoch: packs, or examples."""
         return self._rows_before(1)
+
+    def first_rows(self, count: int, packs: bool) -> "Dataset":
+        """A data set of the same examples (of a stream, those of its first block), whose first batch is their first
+        `count` rows: as this one packs and shuffles them, or, without `packs`, one example each as they come."""
+        order, time = {**self._order, "share_prefix": self.share_prefix}, self.shape[-1]
+        if not packs:
+            order |= {"packing": False, "shuffle": False}
+            longest = int(self.examples.lengths.max()) + len(self.virtual)
+            time = min(time, -(-longest // TIME_MULTIPLE) * TIME_MULTIPLE)
+        return Dataset(self.examples, time=time, batch_size=count, virtual=self.virtual, sources=self.sources, **order)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxtune.config import DataSection, EvalSection, TrainSection
 from jaxtune.data.cache import cached
-from jaxtune.data.dataset import NONE, Batch, Dataset
+from jaxtune.data.dataset import NONE, TIME_MULTIPLE, Batch, Dataset
 from jaxtune.data.documents import read_documents
 from jaxtune.data.encode import Lengths
 from jaxtune.data.examples import Chosen, Many, concatenate
@@ -27,7 +27,6 @@ from jaxtune.tokenizer import vocabulary_size
 
 __all__ = ["Batch", "Data", "Dataset", "Part", "build_data"]
 
-TIME_MULTIPLE = 64  # unpacked rows are padded to one
 LEAST = 2  # tokens of a conversation: one to be asked with, one to learn
 
 

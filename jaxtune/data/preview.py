@@ -19,7 +19,8 @@ from jaxtune import tune
 from jaxtune.assemble import Source
 from jaxtune.config import Config
 from jaxtune.console import console, say, stage
-from jaxtune.data.loader import Batch, Data, build_data
+from jaxtune.data.loader import Batch, Dataset, build_data
+from jaxtune.data.report import print_summary
 from jaxtune.errors import ConfigError
 from jaxtune.segments import PADDING, SHARED
 
@@ -90,7 +91,7 @@ class SeenRow:
 
 
 def preview(config: Config, rows: int, html: Path | None = None, packs: bool = False) -> None:
-    """Show the first rows of the first epoch.
+    """Show what a run says of its data before the first step, and the first rows of the first epoch.
 
     packs: as the run packs, shuffles and pads them; else one conversation each, in the order of the files.
     html: a page to write, in place of the terminal.
@@ -102,31 +103,27 @@ def preview(config: Config, rows: int, html: Path | None = None, packs: bool = F
     stage(f"Reading the tokenizer of {config.model.tokenizer or config.model.path}")
     source = Source.open(config.model, config.data.template, config.tune, weights=False)
     stage("Reading the data")
-    data = _first_rows(config, source, rows, packs)
-    seen = list(look(data.train.batch(1), source.tokenizer, data.train.virtual))
+    virtual, vocab_size = tune.virtual_ids(config.tune, source.config), tune.vocab_size(config.tune, source.config)
+    data = build_data(config.data, config.eval, config.train, source.tokenizer, virtual, vocab_size)
+    print_summary(data, console)
+    first = data.train.first_rows(rows, packs)
+    whole = f"{first.rows:,} rows of the first {'block' if config.data.streaming else 'epoch'}"
+    seen = list(look(first.batch(1), source.tokenizer, first.virtual))
     name = "conversation" if any(part.format in _TALKS for part in config.data.parts) else "text"
     if html is None:
         print_rows(seen, name, packs, console)
-        say(f"{len(seen):,} of {data.train.rows:,} rows of the first epoch")
+        say(f"{len(seen):,} of {whole}")
         return
     from jaxtune.data.preview_html import page
 
     try:
-        html.write_text(page(seen, name, packs, _facts(config, data)), encoding="utf-8")
+        html.write_text(page(seen, name, packs, _facts(config, first)), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--html {html}: cannot be written: {error.strerror}") from None
-    say(f"{html}: {len(seen):,} of {data.train.rows:,} rows of the first epoch; open it in a browser")
+    say(f"{html}: {len(seen):,} of {whole}; open it in a browser")
 
 
-def _first_rows(config: Config, source: Source, rows: int, packs: bool) -> Data:
-    """The run's data, its first batch being the first rows of the first epoch."""
-    section = config.data if packs else config.data.model_copy(update={"packing": False, "shuffle": False})
-    train = config.train.model_copy(update={"batch_size": rows, "micro_batches": 1, "steps": None, "epochs": 1})
-    virtual = tune.virtual_ids(config.tune, source.config)
-    return build_data(section, config.eval, train, source.tokenizer, virtual)
-
-
-def _facts(config: Config, data: Data) -> dict[str, str]:
+def _facts(config: Config, first: Dataset) -> dict[str, str]:
     """What a reader of the page wants to know of where its rows come from."""
     paths = [path for part in config.data.parts for path in part.paths]
     return {
@@ -134,7 +131,7 @@ def _facts(config: Config, data: Data) -> dict[str, str]:
         "data": ", ".join(paths),
         "template": config.data.template or "the tokenizer's own",
         "max_length": f"{config.data.max_length:,}",
-        "rows of the first epoch": f"{data.train.rows:,}",
+        "rows of the first epoch": f"{first.rows:,}",
     }
 
 

@@ -23,6 +23,12 @@ _STYLE = "bold green"
 
 def print_report(data: Data, console: Console) -> None:
     """The whole report. Where nothing has to be said, nothing is."""
+    print_summary(data, console)
+    _print_example(data, console)
+
+
+def print_summary(data: Data, console: Console) -> None:
+    """The report without its example."""
     for source in data.sources:
         counts = source.lengths
         first = "the first " if source.examples is data.train.examples and isinstance(data.train, Stream) else ""
@@ -34,7 +40,6 @@ def print_report(data: Data, console: Console) -> None:
     _line(console, _steps(data.train))
     for note in _notes(data):
         _line(console, f"Note: {note}", "yellow")
-    _print_example(data, console)
 
 
 def _line(console: Console, text: str | Text, style: str = "") -> None:

@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from jaxtune import cli
-from jaxtune.config import DataSection, EvalSection, TrainSection
+from jaxtune.assemble import Source
+from jaxtune.config import DataSection, EvalSection, TrainSection, load_config
 from jaxtune.data import build_data
 from jaxtune.data.preview import Document, SeenRow, Token, look, pieces, print_rows, visible
 from jaxtune.data.preview_html import page
@@ -276,6 +277,21 @@ def test_the_command_shows_rows_and_reads_no_weights(call):
     assert out.count("── conversation ") == 2
     assert "«b c<|im_end|>»" in out and "«g h i<|im_end|>»" in out and "«l<|im_end|>»" not in out
     assert out.endswith("2 of 3 rows of the first epoch\n")
+
+
+@pytest.mark.parametrize("options", [[], ["--packs"], ["--packs", "data.streaming=true", "train.steps=2"]])
+def test_the_command_tells_of_the_data_what_the_run_does(call, options):
+    with open("data.jsonl", "a") as file:
+        file.write(json.dumps({"messages": say("a", "b c " * 190)}) + "\n" + json.dumps({"messages": say("a")}) + "\n")
+    code, out, _ = call(*options, "train.batch_size=2", "data.system=s")
+    config = load_config("c.yaml", [*options[1:], "train.batch_size=2", "data.system=s"])
+    console = Console(file=io.StringIO(), width=80)
+    tokenizer = Source.open(config.model, None, config.tune, weights=False).tokenizer
+    build_data(config.data, config.eval, config.train, tokenizer).report(console)
+    summary = console.file.getvalue().partition("\nOne example")[0]
+    assert "5 rows, 1 dropped (1 without a supervised token), 1 truncated" in summary
+    assert code == 0 and summary in out and "One example" not in out
+    assert out.index(summary) < out.index("── conversation ")
 
 
 def test_with_packs_it_shows_the_rows_of_the_run(call):
