@@ -140,10 +140,10 @@ def _repeated(train: Dataset) -> list[str]:
     """Whether a step goes through the data more than once."""
     if isinstance(train, Stream) or train.batch_size <= train.rows:
         return []
-    kind = "packs" if train.packing else "rows"
+    kind = ("pack" if train.packing else "row") + "s" * (train.rows > 1)
     return [
-        f"One step trains on every row {_number(train.batch_size / train.rows)} times: the data is {train.rows:,} "
-        f"{kind}, and train.batch_size {train.batch_size:,} of them; lower train.batch_size."
+        f"One step trains on every row {_number(train.batch_size / train.rows)} times: an epoch has {train.rows:,} "
+        f"{kind}, and train.batch_size is {train.batch_size:,}; lower it."
     ]
 
 

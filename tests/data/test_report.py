@@ -93,10 +93,11 @@ def test_what_may_be_a_mistake_is_noted(report):
 
 def test_a_step_that_goes_through_the_data_several_times_is_noted(report):
     text = report(*[row()] * 8, train={"batch_size": 3, "epochs": 6})
-    note = "One step trains on every row 1.5 times: the data is 2 packs, and train.batch_size 3 of them; lower"
-    assert f"Note: {note} train.batch_size.\n" in text
+    note = "One step trains on every row 1.5 times: an epoch has 2 packs, and train.batch_size is 3; lower it."
+    assert f"Note: {note}\n" in text
     assert "trains on every row" not in report(*[row()] * 8, train={"batch_size": 2, "epochs": 6})
-    assert "the data is 1 rows" not in report(row(), row(), packing=False, train={"batch_size": 2})
+    assert "trains on every row" not in report(row(), row(), packing=False, train={"batch_size": 2})
+    assert "an epoch has 1 row, and" in report(row(), packing=False, train={"batch_size": 2})
 
 
 def test_a_stream_counts_the_rows_of_its_first_block_once(report):
