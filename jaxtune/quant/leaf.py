@@ -36,7 +36,10 @@ class Quantized(Leaf):
         return jax.lax.map(lambda layer: layer.weight(jnp.float32), self)
 
     def num_numbers(self) -> int:
-        return jax.eval_shape(lambda leaf: leaf.dense(False), self).size if parts_of(self) else 0
+        if not parts_of(self):
+            return 0
+        shapes = jax.tree.map(lambda part: jax.ShapeDtypeStruct(part.shape, part.dtype), self)  # wherever they lie
+        return jax.eval_shape(lambda leaf: leaf.dense(False), shapes).size
 
 
 def row_axis(out_axis: Axis, in_axis: Axis) -> Axis:

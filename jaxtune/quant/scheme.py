@@ -13,6 +13,7 @@ from jaxtune.errors import ConfigError
 from jaxtune.leaves import Leaf
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.weights import Weight
+from jaxtune.parallel import local
 from jaxtune.quant import four_bit, int8
 from jaxtune.quant.checkpoints import Format, Stored, Tensors, format_of
 from jaxtune.quant.leaf import Quantized, ShardingOf, placed
@@ -34,8 +35,8 @@ class AtLoad:
         return jax.lax.map(self.layer, w_LOI)
 
     def layer(self, w_OI: jax.Array) -> Quantized:
-        """The leaf of one layer's weight."""
-        return _quantized(w_OI, self.kind, self.double)
+        """The leaf of one layer's weight, which may lie in the host's memory."""
+        return _quantized(local.near(w_OI), self.kind, self.double)
 
 
 def _quantized(w: jax.Array, kind: str, double: bool) -> Quantized:

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxtune.errors import ConfigError
 from jaxtune.models.weights import Tree, Weight
+from jaxtune.parallel import local
 from jaxtune.quant.scheme import AtLoad
 from jaxtune.section import Positive
 from jaxtune.tune.lora import LORA_FILES, LORA_KIND, LoraSection, Ranked, lora_rate
@@ -61,7 +62,7 @@ def quantized(section: LoftqSection, weights: Tree, weight: Weight, scheme: AtLo
 
 def _split(w, rank, scale, *, quantize: Callable, times: int, width: int) -> tuple[Any, jax.Array, jax.Array]:
     """(the quantised weight, a, b) of one layer."""
-    whole = rest = w.astype(jnp.float32)
+    whole = rest = local.near(w).astype(jnp.float32)
     for _ in range(times):
         base = quantize(rest)
         a, b = factors(whole - base.weight(jnp.float32), rank, scale, width)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtune import ops
 from jaxtune.leaves import Leaf
 from jaxtune.models.weights import HOOKS, Tree, leaves_with_path, set_path
+from jaxtune.parallel import local
 from jaxtune.tune.method import EMBEDDING, get_path
 
 
@@ -39,4 +40,4 @@ def _merge(leaf: Any, is_table: bool, dtype: Any) -> jax.Array:
 
 
 def _dense(leaf: Any, is_table: bool, dtype: Any) -> jax.Array:
-    return ops.dense(leaf, is_table).astype(dtype)
+    return ops.dense(jax.tree.map(local.near, leaf), is_table).astype(dtype)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,6 +10,7 @@ from jax.sharding import Sharding
 
 from jaxtune.models.weights import Path, Tree, Weight, leaves_with_path
 from jaxtune.once import run_once
+from jaxtune.parallel import local
 from jaxtune.section import TuneSection
 
 if TYPE_CHECKING:
@@ -109,11 +110,17 @@ def is_concrete(params: Tree) -> bool:
 def make(function: Callable, shardings: Any, abstract: bool, *arrays: Any, **settings: Any) -> Any:
     """The tree that `function` makes of arrays and static settings, each array in its own shards.
 
-    Where `abstract`, the shapes alone.
+    The arrays may lie in the host's memory. Where `abstract`, the shapes alone.
     """
     if not abstract:
-        return run_once(function, *arrays, shardings=shardings, **settings)
-    shapes = jax.eval_shape(partial(function, **settings), *arrays)
+        return run_once(_near(function), *arrays, shardings=shardings, **settings)
+    shapes = jax.eval_shape(partial(_near(function), **settings), *arrays)
     if shardings is None:
         return shapes
     return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
+
+
+@lru_cache(64)  # one for each function: what is compiled is found again by it
+def _near(function: Callable) -> Callable:
+    """`function` of arrays that come to the device first."""
+    return lambda *arrays, **settings: function(*jax.tree.map(local.near, arrays), **settings)

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtune.errors import AdapterError, ConfigError
 from jaxtune.leaves import Axes, Leaf
 from jaxtune.models.weights import Tree, leaves_with_path, set_path
+from jaxtune.parallel import local
 from jaxtune.tune.lora import LORA_FILES, LoraSection, Ranked, lora_parts, lora_rate, lora_tensors
 from jaxtune.tune.low_rank import LowRank, delta
 from jaxtune.tune.plan import Part, Site, make_plan
@@ -134,8 +135,8 @@ def _joined(site: Site, leaf: Principal) -> LowRank:
     unused = np.arange(2 * site.rank) % site.rank >= np.array(site.ranks)[:, None]
     order = np.argsort(unused, axis=1, kind="stable")
     order = order if site.weight.layers is not None else order[0]
-    a = jnp.take_along_axis(a, order[..., None, :], axis=-1)
-    b = jnp.take_along_axis(b, order[..., :, None], axis=-2)
+    a = jnp.take_along_axis(local.near(a), order[..., None, :], axis=-1)
+    b = jnp.take_along_axis(local.near(b), order[..., :, None], axis=-2)
     return LowRank(leaf.base, a, b, leaf.scale, leaf.dropout)
 
 

@@ -5,10 +5,13 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+import jaxtune
 from jaxtune.models.execution import HOST
 from tests.plan.shapes import LARGE
 from tests.programs import Stepper
+from tests.runs import sections
 
 
 def argument_bytes(stepper, kind):
@@ -31,6 +34,36 @@ def test_offloaded_state_is_taken_from_the_hosts_memory_and_from_no_other(plain,
     assert moved == pytest.approx(parts * params / 4, rel=0.02)  # norms are whole on every device
     assert argument_bytes(plain, HOST) == 0
     assert argument_bytes(plain, "device") - argument_bytes(away, "device") == moved
+
+
+WAYS = {
+    "rows of the embedding": ({"method": "trainable_tokens", "token_indices": [5, 6], "new_tokens": ["<a>"]}, None),
+    "what is taken from the weights": ({"method": "pissa", "rank": 4, "targets": ["q_proj"]}, None),
+    "a base in int8": ({"method": "lora", "rank": 4, "targets": ["q_proj"]}, "int8"),
+    "a base in nf4, merged at the end": ({"method": "layernorm"}, "nf4"),
+    "a base in int4, split as it is quantised": (
+        {"method": "loftq", "rank": 4, "targets": ["q_proj"], "loftq_bits": 4},
+        "int4",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_over_offloaded_weights_begins_and_ends_as_one_over_others(way, tiny_model, tmp_path):
+    method, quantize = WAYS[way]
+
+    def run(offload):
+        home = tmp_path / str(len(offload))
+        more = {"memory": {"offload": offload}, "model": {"quantize": quantize}, "mesh": {"data": 4, "fsdp": 2}}
+        rows = jaxtune.train(sections(tiny_model(), home, steps=2, tune=method, **more))
+        (file,) = [path for name in ("adapter", "model") for path in (home / "run" / name).glob("*.safetensors")]
+        return [row["loss"] for row in rows], load_file(file)
+
+    (expected, tensors), (losses, found) = run([]), run(["params"])
+    np.testing.assert_allclose(losses, expected, atol=1e-5)
+    assert found.keys() == tensors.keys()
+    for name in tensors:
+        np.testing.assert_allclose(found[name], tensors[name], atol=1e-4, err_msg=name)
 
 
 # Steps that do not fit: libtpu then says what they would take, and spares itself the minutes of making their code.
