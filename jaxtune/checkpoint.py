@@ -101,7 +101,7 @@ class Checkpointer:
         self.wait()
         if processes.decided_by_first("save", lambda: self._has(step)):
             return
-        arrays = _by_path(state)
+        arrays = by_path(state)
         home = self.directory / f"{step}{SAVING}"
         with self._reported(step, home):
             if processes.is_first():
@@ -199,17 +199,26 @@ class Checkpointer:
         step, self._damaged = _search(self.directory)
         return step
 
-    def restore(self, step: int, abstract: Any) -> Any:
-        """The state of a step that `latest_valid` gave; see `restore`.
+    def arrays(self, step: int) -> dict[str, list]:
+        """What a step that `latest_valid` gave has; see the function of the same name.
 
         Raises:
-            CheckpointError: what is there is of another model, or this process does not see what process 0 sees.
+            CheckpointError: this process does not see what process 0 sees.
         """
         if not processes.is_first() and (wrong := problems(self.directory, step, read=False)):
             raise CheckpointError(
                 f"{self.directory / str(step)}: process 0 sees this checkpoint whole, and this machine does not: "
                 f"{listing(wrong, 3)}; the run directory must be on storage that the machines share"
             )
+        return arrays(self.directory, step)
+
+    def restore(self, step: int, abstract: Any) -> Any:
+        """The state of a step that `latest_valid` gave; see `restore`.
+
+        Raises:
+            CheckpointError: what is there is of another model, or this process does not see what process 0 sees.
+        """
+        self.arrays(step)
         return _restore(self._orbax, self.directory, step, abstract, partial=False)
 
 
@@ -259,6 +268,11 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
     return read_json(Path(directory) / str(step) / META, CheckpointError)
 
 
+def arrays(directory: Path, step: int) -> dict[str, list]:
+    """Path -> [type, *shape] of every array saved as `step`."""
+    return read_manifest(Path(directory) / str(step))["arrays"]
+
+
 def restore(directory: Path, step: int, abstract: Any, partial: bool = False) -> Any:
     """The arrays saved as `step`, bit for bit, in the structure and at the places of `abstract`.
 
@@ -277,12 +291,12 @@ def restore(directory: Path, step: int, abstract: Any, partial: bool = False) ->
 
 def _restore(orbax: ocp.AsyncCheckpointer, directory: Path, step: int, abstract: Any, partial: bool) -> Any:
     home = directory.absolute() / str(step)
-    wanted = {path: _placed(array) for path, array in _by_path(abstract).items()}
+    wanted = {path: _placed(array) for path, array in by_path(abstract).items()}
     _require_same(home, read_manifest(home)["arrays"], wanted, partial)
     tree = _nested(wanted)
     args = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True)
     try:
-        arrays = _by_path(orbax.restore(home / STATE, args=args))
+        arrays = by_path(orbax.restore(home / STATE, args=args))
     except Exception as error:
         raise CheckpointError(f"{home}: this checkpoint cannot be read: {_reason(error)}") from error
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in wanted])
@@ -313,14 +327,15 @@ def _orbax() -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
 
 
-def _by_path(tree: Any) -> Arrays:
+def by_path(tree: Any) -> Arrays:
+    """The arrays of a pytree, or what stands for them, by the paths that a checkpoint has them under."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def state_bytes(state: Any) -> int:
     """Of a checkpoint of this state (arrays or their shapes), before Orbax compresses it."""
-    return _size(_by_path(state))
+    return _size(by_path(state))
 
 
 def _size(arrays: Arrays) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from pydantic import ValidationError
 
-from jaxtune import checkpoint, tune
+from jaxtune import checkpoint, restack, tune
 from jaxtune.assemble import FULL, Assembled, Source, assemble, compute_dtype
 from jaxtune.config import Config, MeshSection, ModelSection, load_config
 from jaxtune.console import warn
@@ -216,8 +216,11 @@ def _restored(directory: Path, config: Config, step: int, dtype: str, mesh: Mesh
     assembled = _assemble(config, config.tune, loaded, mesh, prints)
     trainable, frozen = partition(assembled.params, assembled.mask)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainable)
-    saved = checkpoint.restore(directory / CHECKPOINTS, step, {"trainable": shapes}, partial=True)
-    params = combine(saved["trainable"], frozen)
+    home, source = directory / CHECKPOINTS, assembled.source
+    saved, own = checkpoint.arrays(home, step), assembled.model.stacks
+    way = restack.move({"trainable": shapes}, saved, source.tuning, source.config, own)
+    found = way.joined(checkpoint.restore(home, step, way.needed, partial=True), {})
+    params = combine(found["trainable"], frozen)
     return replace(assembled, params=params if loaded == dtype else _cast(params, dtype))
 
 

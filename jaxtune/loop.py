@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxtune import attention_kernel, fate, float8, out_of_memory, processes, tune
+from jaxtune import attention_kernel, fate, float8, out_of_memory, processes, restack, tune
 from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
-from jaxtune.checkpoint import Checkpointer
+from jaxtune.checkpoint import Checkpointer, by_path
 from jaxtune.config import Config
 from jaxtune.console import console, loading_bar, say, stage, warn
 from jaxtune.data.loader import Batch, Data, build_data
@@ -28,6 +28,7 @@ from jaxtune.optim import make_schedule
 from jaxtune.parallel.checks import check_fit
 from jaxtune.parallel.layout import check_sharded
 from jaxtune.parallel.schedule import bubble
+from jaxtune.parallel.stages import STACKS
 from jaxtune.program import Program, build
 from jaxtune.rundir import Run, open_run
 from jaxtune.signals import StopSignal
@@ -136,10 +137,14 @@ def resume(job: Job, run: Run, checkpoints: Checkpointer) -> int:
     if step is None:
         checkpoints.preflight(job.state)
         return 0
-    wanted = job.program.saved_shape()
+    model, source = job.assembled.model, job.assembled.source
+    wanted, saved = job.program.saved_shape(), checkpoints.arrays(step)
+    way = restack.move(wanted, saved, job.config.tune, source.config, model.stacks)
+    kept = {path: array for path, array in by_path(job.state).items() if path in way.gaps}
+    first = job.program.saved({STACKS: kept})[STACKS]
     for array in jax.tree.leaves(job.state):  # there may be no room for two
         array.delete()
-    job.state = job.program.loaded(checkpoints.restore(step, wanted))
+    job.state = job.program.loaded(way.joined(checkpoints.restore(step, way.needed), first))
     say(f"Going on from the checkpoint of step {step} in {run.directory}")
     return step
 

@@ -1,0 +1,117 @@
+"""A checkpoint whose layers lie in other stacks than the run's: its arrays put together anew.
+
+Over a pipeline there is one stack of layers; without one there is one for each run of layers that train the same
+weights (tune.layout). Layers of which nothing trains are in no checkpoint then: over a pipeline they keep what they
+start with. Which of the two a checkpoint is shows in the names and shapes of its arrays.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+
+from jaxtune import tune
+from jaxtune.checkpoint import Arrays, by_path
+from jaxtune.models.config import ModelConfig
+from jaxtune.models.weights import Tree
+from jaxtune.parallel import local
+from jaxtune.section import TuneSection
+
+NUMBER = re.compile(r"(?<=\bstacks/)\d+(?=/)")  # of a stack, in a path
+Stacks = tuple[range, ...]  # the layers of each, as Model has them
+Cut = tuple[str | None, int, int]  # rows, from one to another, of an array there; None: of the first values
+
+
+@dataclass(frozen=True)
+class Move:
+    """The way from what a checkpoint has to what is wanted of it.
+
+    wanted: shapes with shardings. cuts: what each stacked array is made of, by its path; none where the checkpoint has
+    the arrays as they are wanted. pieces: the shapes of what is cut.
+    """
+
+    wanted: Tree
+    cuts: dict[str, tuple[Cut, ...]] = field(default_factory=dict)
+    pieces: Arrays = field(default_factory=dict)
+
+    @property
+    def needed(self) -> Tree:
+        """What to read of the checkpoint."""
+        if not self.cuts:
+            return self.wanted
+        return {path: shape for path, shape in by_path(self.wanted).items() if path not in self.cuts} | self.pieces
+
+    @property
+    def gaps(self) -> set[str]:
+        """The paths of the arrays that the checkpoint has some layers of."""
+        return {path for path, cuts in self.cuts.items() if any(name is None for name, _, _ in cuts)}
+
+    def joined(self, found: Tree, first: Mapping[str, jax.Array]) -> Tree:
+        """What is wanted, of what was read; that is given up. first: first values, by path, where there are gaps."""
+        if not self.cuts:
+            return found
+        left = Counter(name for cuts in self.cuts.values() for name, _, _ in cuts if name is not None)
+        result = []
+        for path, shape in by_path(self.wanted).items():
+            cuts = self.cuts.get(path, ())
+            names = [name for name, _, _ in cuts if name is not None]
+            parts = [first[path] if name is None else found[name] for name, _, _ in cuts]
+            rows = tuple((start, stop) for _, start, stop in cuts)
+            result.append(jax.block_until_ready(_joiner(rows, shape.sharding)(*parts)) if cuts else found[path])
+            left.subtract(names)
+            for name in names:
+                if not left[name]:
+                    found[name].delete()
+        return jax.tree.unflatten(jax.tree.structure(self.wanted), result)
+
+
+def move(wanted: Tree, saved: Mapping[str, list], section: TuneSection, config: ModelConfig, own: Stacks) -> Move:
+    """What is to be done with a checkpoint of the same run.
+
+    wanted: as `Move` has it. saved: type and shape of each array of the checkpoint, by path. config: the base model's.
+    own: the stacks of what is wanted. A checkpoint of neither kind is not moved: to read it is refused then.
+    """
+    other: Stacks = (range(config.num_layers),) if len(own) > 1 else tune.layout(section, config)[1]
+    stacked = {path: shape for path, shape in by_path(wanted).items() if NUMBER.search(path)}
+    if all(saved.get(path) == [shape.dtype.name, *shape.shape] for path, shape in stacked.items()):
+        return Move(wanted)
+    cuts, pieces = {}, {}
+    for path, shape in stacked.items():
+        cuts[path] = tuple(_cuts(path, own, other, saved))
+        for name, length in ((name, len(other[_number(name)])) for name, _, _ in cuts[path] if name is not None):
+            pieces[name] = jax.ShapeDtypeStruct((length, *shape.shape[1:]), shape.dtype, sharding=shape.sharding)
+    is_whole = all(any(name is not None for name, _, _ in found) for found in cuts.values())
+    return Move(wanted, cuts, pieces) if is_whole else Move(wanted)
+
+
+def _cuts(path: str, own: Stacks, other: Stacks, saved: Mapping[str, list]) -> list[Cut]:
+    layers, result = own[_number(path)], []
+    for number, there in enumerate(other):
+        start, stop = max(layers.start, there.start), min(layers.stop, there.stop)
+        if start < stop:
+            name = NUMBER.sub(str(number), path)
+            cut = (name, there.start) if name in saved else (None, layers.start)
+            result.append((cut[0], start - cut[1], stop - cut[1]))
+    return result
+
+
+def _number(path: str) -> int:
+    found = NUMBER.search(path)
+    assert found is not None
+    return int(found[0])
+
+
+@lru_cache(256)
+def _joiner(rows: tuple[tuple[int, int], ...], home: Sharding) -> Any:
+    """What puts rows of arrays one after another; arrays that are cut alike are compiled for once."""
+
+    def join(*arrays: jax.Array) -> jax.Array:
+        return jnp.concatenate([local.near(x)[start:stop] for x, (start, stop) in zip(arrays, rows, strict=True)])
+
+    return jax.jit(join, out_shardings=home)
