@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import ne
 from typing import Any
 
 import jax
@@ -49,7 +50,7 @@ class Move:
 
     @property
     def gaps(self) -> set[str]:
-        """The paths of the arrays that the checkpoint has some layers of."""
+        """The paths of the arrays of which the checkpoint has some layers only."""
         return {path for path, cuts in self.cuts.items() if any(name is None for name, _, _ in cuts)}
 
     def joined(self, found: Tree, first: Mapping[str, jax.Array]) -> Tree:
@@ -63,7 +64,8 @@ class Move:
             names = [name for name, _, _ in cuts if name is not None]
             parts = [first[path] if name is None else found[name] for name, _, _ in cuts]
             rows = tuple((start, stop) for _, start, stop in cuts)
-            result.append(jax.block_until_ready(_joiner(rows, shape.sharding)(*parts)) if cuts else found[path])
+            join = _joiner(rows, shape.shape[1:], shape.sharding)
+            result.append(jax.block_until_ready(join(*parts)) if cuts else found[path])
             left.subtract(names)
             for name in names:
                 if not left[name]:
@@ -79,26 +81,37 @@ def move(wanted: Tree, saved: Mapping[str, list], section: TuneSection, config: 
     """
     other: Stacks = (range(config.num_layers),) if len(own) > 1 else tune.layout(section, config)[1]
     stacked = {path: shape for path, shape in by_path(wanted).items() if NUMBER.search(path)}
-    if all(saved.get(path) == [shape.dtype.name, *shape.shape] for path, shape in stacked.items()):
+    if own == other or all(saved.get(path) == [shape.dtype.name, *shape.shape] for path, shape in stacked.items()):
         return Move(wanted)
     cuts, pieces = {}, {}
     for path, shape in stacked.items():
-        cuts[path] = tuple(_cuts(path, own, other, saved))
-        for name, length in ((name, len(other[_number(name)])) for name, _, _ in cuts[path] if name is not None):
-            pieces[name] = jax.ShapeDtypeStruct((length, *shape.shape[1:]), shape.dtype, sharding=shape.sharding)
-    is_whole = all(any(name is not None for name, _, _ in found) for found in cuts.values())
-    return Move(wanted, cuts, pieces) if is_whole else Move(wanted)
+        cuts[path] = _cuts(path, own, other, saved)
+        names = [name for name, _, _ in cuts[path] if name is not None]
+        if not names or not all(_fits(shape, saved[name]) for name in names):
+            return Move(wanted)
+        for name in names:
+            sizes = len(other[_number(name)]), *saved[name][2:]
+            pieces[name] = jax.ShapeDtypeStruct(sizes, shape.dtype, sharding=shape.sharding)
+    return Move(wanted, cuts, pieces)
 
 
-def _cuts(path: str, own: Stacks, other: Stacks, saved: Mapping[str, list]) -> list[Cut]:
+def _fits(shape: jax.ShapeDtypeStruct, saved: list) -> bool:
+    """Whether layers are as large there, or another rank is the largest in their stack: lower ones end in zeros."""
+    sizes = list(shape.shape[1:])
+    if sizes == saved[2:] or len(sizes) != len(saved[2:]):
+        return sizes == saved[2:]
+    return jnp.issubdtype(shape.dtype, jnp.floating) and sum(map(ne, sizes, saved[2:])) == 1
+
+
+def _cuts(path: str, own: Stacks, other: Stacks, saved: Mapping[str, list]) -> tuple[Cut, ...]:
     layers, result = own[_number(path)], []
     for number, there in enumerate(other):
         start, stop = max(layers.start, there.start), min(layers.stop, there.stop)
         if start < stop:
             name = NUMBER.sub(str(number), path)
-            cut = (name, there.start) if name in saved else (None, layers.start)
-            result.append((cut[0], start - cut[1], stop - cut[1]))
-    return result
+            source, first = (name, there.start) if name in saved else (None, layers.start)
+            result.append((source, start - first, stop - first))
+    return tuple(result)
 
 
 def _number(path: str) -> int:
@@ -108,10 +121,17 @@ def _number(path: str) -> int:
 
 
 @lru_cache(256)
-def _joiner(rows: tuple[tuple[int, int], ...], home: Sharding) -> Any:
-    """What puts rows of arrays one after another; arrays that are cut alike are compiled for once."""
+def _joiner(rows: tuple[tuple[int, int], ...], sizes: tuple[int, ...], home: Sharding) -> Any:
+    """What puts rows of arrays one after another; arrays that are cut alike are compiled for once.
+
+    sizes: of a row. Of a longer one the rest is dropped, a shorter one ends in zeros.
+    """
+
+    def part(x: jax.Array, start: int, stop: int) -> jax.Array:
+        cut = local.near(x)[(slice(start, stop), *map(slice, sizes))]
+        return jnp.pad(cut, [(0, 0), *((0, size - own) for size, own in zip(sizes, cut.shape[1:], strict=True))])
 
     def join(*arrays: jax.Array) -> jax.Array:
-        return jnp.concatenate([local.near(x)[start:stop] for x, (start, stop) in zip(arrays, rows, strict=True)])
+        return jnp.concatenate([part(x, *cut) for x, cut in zip(arrays, rows, strict=True)])
 
     return jax.jit(join, out_shardings=home)

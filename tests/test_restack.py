@@ -25,6 +25,14 @@ WAYS = {
     "ia3, layer 1": {"tune": {"method": "ia3", "layers": [1]}},
     "lora, layers 2 and 3": {"tune": {**LORA, "layers": [2, 3]}},
     "lora, biases of one layer": {"tune": {**LORA, "layers": [1], "bias": "lora_only"}, "optim": {"name": "adafactor"}},
+    "lora, ranks of their own": {
+        "tune": {
+            **LORA,
+            "layers": [1, 2, 3],
+            "modules_to_save": ["model.layers.1.self_attn.v_proj"],
+            "rank_pattern": {"layers.1.self_attn.q_proj": 2},
+        },
+    },
     "norms of three layers": {"tune": {"method": "layernorm", "exclude": ["model.layers.2.input_layernorm"]}},
     "freeze, 8 bits": {"tune": {"method": "freeze", "freeze_first": 2}, "optim": {"name": "adamw_8bit", "eps": 1e-5}},
     "freeze, on the host": {
