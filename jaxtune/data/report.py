@@ -96,12 +96,10 @@ def _numbers(part: Dataset) -> dict[str, str]:
 
 
 def _steps(train: Dataset) -> str:
+    steps = f"{train.steps:,} step{'s' * (train.steps != 1)} of {train.batch_size:,} sequences"
     if isinstance(train, Stream):
-        return f"{train.steps:,} steps of {train.batch_size:,} sequences; what follows in the stream is not known yet"
-    each, in_all = train.rows / train.batch_size, _epochs(train)
-    return (
-        f"{train.steps:,} steps of {train.batch_size:,} sequences: {_number(each)} an epoch, {_number(in_all)} epochs"
-    )
+        return f"{steps}; what follows in the stream is not known yet"
+    return f"{steps}: {_number(train.rows / train.batch_size)} an epoch, {_number(_epochs(train))} epochs"
 
 
 def _notes(data: Data) -> list[str]:
