@@ -13,21 +13,21 @@ class OddRow(Exception):
     """A row that LLaMA-Factory would leave out; only with `dialect: llamafactory`."""
 
 
-def fitting_settings(value: dict[str, Any]) -> tuple[str, dict[str, str]] | None:
-    """The format that could read an object, and what of data.columns is needed for it; None: it is not plain."""
+def fitting_format(value: dict[str, Any]) -> tuple[str, str] | None:
+    """The format that could read an object, and the column that its first one is; None: it is not plain."""
     for name, held in value.items():
         format = format_of_turns(held)
         if format:
-            column = DATA_COLUMNS[format][0]
-            return format, {} if name == column else {column: name}
+            return format, name
     if value.keys() >= {"instruction", "output"}:
-        return "alpaca", {}
-    return ("text", {}) if isinstance(value.get("text"), str) else None
+        return "alpaca", "instruction"
+    return ("text", "text") if isinstance(value.get("text"), str) else None
 
 
-def in_words(format: str, columns: dict[str, str]) -> str:
-    """Settings of `fitting_settings`, as they stand in a configuration."""
-    return " with ".join([f"data.format: {format}", *(f"data.columns.{name}: {it}" for name, it in columns.items())])
+def in_words(format: str, column: str) -> str:
+    """The settings that read a format, as they stand in a configuration. column: what its first one is called."""
+    own = DATA_COLUMNS[format][0]
+    return f"data.format: {format}" + (f" with data.columns.{own}: {column}" if column != own else "")
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Cells:
         """What to do about a column that is not there."""
         if self.like_llamafactory:
             return "; the columns of its entry in dataset_info.json name it"
-        fitting = fitting_settings(self.value)
+        fitting = fitting_format(self.value)
         if fitting and fitting[0] != self.section.format:
             return f"; {in_words(*fitting)} would fit these columns"
         read = {self.name(other) for other in DATA_COLUMNS[self.section.format]}

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtune.data.columns import Cells, OddRow, in_words
 from jaxtune.data.records import format_of_turns, kind
 from jaxtune.data.tools import read_call_text, read_calls
-from jaxtune.data_section import DATA_COLUMNS, TURN_KEYS, SourceSection
+from jaxtune.data_section import TURN_KEYS, SourceSection
 from jaxtune.errors import DataError, listing
 
 # role (system, user, assistant, tool) and content; of assistants tool_calls, of tools tool_call_id and name. `train`
@@ -111,8 +111,7 @@ def _advice(record: Cells, turn: dict[str, Any]) -> str:
     format, column = format_of_turns([turn]), speech_of(record.section).column
     if record.like_llamafactory or format is None or format == record.section.format:
         return ""
-    own = DATA_COLUMNS[format][0]
-    return f"; {in_words(format, {} if column == own else {own: column})} reads such turns"
+    return f"; {in_words(format, column)} reads such turns"
 
 
 def _role(record: Cells, turn: dict[str, Any], speech: Speech, what: str) -> str:
