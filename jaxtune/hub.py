@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from jaxtune.errors import ModelError, listing
+from jaxtune.errors import ModelError, listing, nearest
 
 # Weights as safetensors and settings as text: nothing in a snapshot can run. Sub-directories hold other formats.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "tokenizer.model.v*"]
@@ -54,17 +54,23 @@ def _snapshot(path: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     if not HUB_ID.fullmatch(path):
-        raise ModelError(f"{path}: no such file or directory, and not a hub id (owner/name)")
+        raise ModelError(f"{path}: no such file or directory, and not a hub id (owner/name){_beside(path)}")
     patterns = PATTERNS if weights else PATTERNS[1:]
     try:
         fetched = snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED)
     except (OSError, HFValidationError) as problem:
-        raise ModelError(why(path, revision, problem)) from None
+        raise ModelError(why(path, revision, problem) + _beside(path)) from None
     if not (Path(fetched) / "config.json").exists() and not (Path(fetched) / "tokenizer_config.json").exists():
         raise ModelError(
             f"{path}: this hub repository has no config.json; download its .gguf, if any, and give that path"
         )
     return Path(fetched)
+
+
+def _beside(path: str) -> str:
+    """Of a path at which nothing is, what its directory has of nearly that name."""
+    local = Path(path).expanduser()
+    return nearest(local.name, [entry.name for entry in local.parent.iterdir()] if local.parent.is_dir() else [])
 
 
 def why(path: str, revision: str | None, problem: Exception, kind: str = "model") -> str:

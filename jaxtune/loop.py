@@ -16,7 +16,7 @@ from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
 from jaxtune.checkpoint import Checkpointer, by_path
 from jaxtune.config import Config
 from jaxtune.console import console, loading_bar, say, stage, warn
-from jaxtune.data.loader import Batch, Data, build_data
+from jaxtune.data.loader import Batch, Data, Dataset, build_data
 from jaxtune.errors import TrainingStopped
 from jaxtune.export import write_result
 from jaxtune.leaves import count, partition
@@ -70,12 +70,15 @@ def train(config: Config) -> list[dict]:
         source = Source.open(config.model, config.data.template, config.tune)
         config = config.model_copy(update={"tune": source.tuning})
         check_fit(config, mesh, source.config)
+        for note in tune.check(config.tune, source.config):
+            warn(note)
         _look(stop)
         stage("Reading the data")
         virtual = tune.virtual_ids(config.tune, source.config)
         vocab_size = tune.vocab_size(config.tune, source.config)
         data = build_data(config.data, config.eval, config.train, source.tokenizer, virtual, vocab_size)
         data.report(console)
+        check_positions(data.train, source.config.max_positions)
         _look(stop)
         check_time(mesh, config.mesh, data.train.shape[-1])
         run.check(data.train.fingerprint, source.path, data.train.steps)
@@ -89,6 +92,16 @@ def train(config: Config) -> list[dict]:
                 go_on(job, run, checkpoints, recorder, stop, done)
         finish(job, run)
     return recorder.rows
+
+
+def check_positions(data: Dataset, known: int) -> None:
+    """Warn where a conversation is longer than the model knows positions; of a stream, one of the first block."""
+    longest = int(data.examples.lengths.max()) + len(data.virtual)
+    if longest > known:
+        warn(
+            f"data.max_length: the longest of the data has {longest:,} tokens, and the model knows {known:,} positions "
+            f"(max_position_embeddings): what lies behind them it has not seen; lower data.max_length to {known:,}"
+        )
 
 
 def _look(stop: StopSignal) -> None:

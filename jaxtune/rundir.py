@@ -229,11 +229,12 @@ def _refuse(directory: Path, found: list[Change]) -> None:
 
 
 def _announce(run: Run, found: list[Change], record: dict[str, Any]) -> None:
-    for change in found:
-        (warn if change.rule == LOG else say)(f"{change}")
     if run.finished:
         say(f"{run.directory}: this run is finished; raise train.steps or train.epochs to train for longer")
-    elif run.begun:
+        return
+    for change in found:
+        (warn if change.rule == LOG else say)(f"{change}")
+    if run.begun:
         say(f"{run.directory}: going on with the run in it")
         if record.get("jaxtune") != __version__:
             warn(f"the run began under jaxtune {record.get('jaxtune')}; this is {__version__}")

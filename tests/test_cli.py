@@ -89,6 +89,26 @@ def test_wrong_input_ends_with_one_message_and_code_2_and_writes_nothing(
     assert not run.exists() or not (run / "ledger.jsonl").exists()
 
 
+def test_a_wrong_target_is_told_before_the_data_is_read(call, tiny_model, tmp_path):
+    tree = broken(sections(tiny_model("qwen2"), tmp_path), tune__targets=["q_prj"], data__path="none.json")
+    code, out, err = call("train", "--config", write_config(tmp_path / "config.yaml", tree))
+    assert code == 2 and "q_prj" in err
+    assert "Reading the data" not in out + err
+
+
+def test_what_is_odd_about_lengths_and_ranks_is_told_and_trained_all_the_same(call, tiny_model, tmp_path):
+    tree = sections(tiny_model("qwen2"), tmp_path, steps=1, tune={"method": "lora", "rank": 97})
+    config = write_config(tmp_path / "config.yaml", tree)
+    positions = json.loads((tiny_model("qwen2") / "config.json").read_text())["max_position_embeddings"]
+    (tmp_path / "data.json").write_text(json.dumps([{"instruction": "a", "output": "b c " * positions}] * 8))
+    code, out, err = call("train", "--config", config, f"data.max_length={4 * positions}")
+    assert code == 0, err
+    assert "Warning: tune.rank: 97 on q_proj is above both of its sides, 64 and 64" in out
+    assert f"the model knows {positions} positions (max_position_embeddings)" in out
+    code, out, err = call("train", "--config", config, f"train.output_dir={tmp_path / 'other'}", "tune.rank=64")
+    assert code == 0 and "above both" not in out and "max_position_embeddings" not in out
+
+
 def test_a_missing_config_is_named(call, tmp_path):
     code, _, err = call("train", "--config", tmp_path / "none.yaml")
     assert (code, err) == (2, f"{tmp_path / 'none.yaml'}: cannot be read: No such file or directory\n")

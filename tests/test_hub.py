@@ -153,3 +153,11 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(run_python, tmp_path):
     done = run_python(UNREACHABLE, env=env, timeout=60)
     assert "owner/name: no such directory here, and the hub cannot be used" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.6b", "./qwen2.5-0.6b"])
+def test_a_mistyped_directory_is_answered_with_the_one_beside_it(tmp_path, monkeypatch, name):
+    files(tmp_path / "qwen2.5-0.5b", "config.json")
+    monkeypatch.chdir(tmp_path)
+    assert refusal(name).endswith('; did you mean "qwen2.5-0.5b"?')
+    assert "did you mean" not in refusal(str(tmp_path / "llama"))

@@ -90,6 +90,10 @@ def test_a_finished_run_says_so_and_does_nothing(tmp_path, settings, model, caps
         assert run.finished
     assert tree(tmp_path / "run") == before
     assert "this run is finished; raise train.steps or train.epochs to train for longer" in capsys.readouterr().out
+    with open_run(settings(optim={"lr": 0.01})) as run:
+        assert run.finished
+    out = capsys.readouterr().out
+    assert "this run is finished" in out and "optim.lr" not in out  # nothing will be trained with it
 
 
 def test_a_finished_run_that_is_to_be_longer_goes_on(settings, model):

@@ -107,7 +107,7 @@ def preview(config: Config, rows: int, html: Path | None = None, packs: bool = F
     data = build_data(config.data, config.eval, config.train, source.tokenizer, virtual, vocab_size)
     print_summary(data, console)
     first = data.train.first_rows(rows, packs)
-    whole = f"{first.rows:,} rows of the first {'block' if config.data.streaming else 'epoch'}"
+    whole = f"{first.rows:,} {_all_rows(config)}"
     seen = list(look(first.batch(1), source.tokenizer, first.virtual))
     name = "conversation" if any(part.format in _TALKS for part in config.data.parts) else "text"
     if html is None:
@@ -131,8 +131,12 @@ def _facts(config: Config, first: Dataset) -> dict[str, str]:
         "data": ", ".join(paths),
         "template": config.data.template or "the tokenizer's own",
         "max_length": f"{config.data.max_length:,}",
-        "rows of the first epoch": f"{first.rows:,}",
+        _all_rows(config): f"{first.rows:,}",
     }
+
+
+def _all_rows(config: Config) -> str:
+    return f"rows of the first {'block' if config.data.streaming else 'epoch'}"
 
 
 def look(batch: Batch, tokenizer: Any, virtual: range) -> Iterator[SeenRow]:

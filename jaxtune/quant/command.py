@@ -28,13 +28,21 @@ def quantize(
         str,
         typer.Option(help="gptq, rtn (rounds): files of GPTQ; nf4, int8: of bitsandbytes.", metavar="|".join(METHODS)),
     ],
-    data: Annotated[str, typer.Option(help="Calibration data, .json or .jsonl.", metavar="FILE")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration data, .json or .jsonl; gptq needs it, the others compare on it.", metavar="FILE"
+        ),
+    ] = None,
     eval: Annotated[str | None, typer.Option(help="Data to compare perplexities on too.", metavar="FILE")] = None,
     format: Annotated[
-        str, typer.Option(help="Of both files' rows, as data.format.", metavar="|".join(FORMATS))
-    ] = "text",
-    samples: Annotated[int, typer.Option(help="Rows of data, packed, of each file.", min=1)] = 128,
-    length: Annotated[int, typer.Option(help="Tokens of a row.", min=2)] = 512,
+        str | None,
+        typer.Option(help="Of both files' rows, as data.format; by default text.", metavar="|".join(FORMATS)),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Rows of data, packed, of each file; by default 128.", min=1)
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a row; by default 512.", min=2)] = None,
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8; by default 4.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs with one scale; -1: all. By default 128.")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--no-sym", help="Grids symmetric around 0, or not.")] = None,
@@ -44,15 +52,15 @@ def quantize(
     damp: Annotated[float | None, typer.Option(help="GPTQ: damping of the Hessian; by default 0.01.")] = None,
     double_quant: Annotated[bool | None, typer.Option("--double-quant", help="nf4: quantise the scales too.")] = None,
 ) -> None:
-    """Make a quantised checkpoint, and print the perplexity before and after."""
+    """Make a quantised checkpoint; with --data, print the perplexity before and after."""
     given = {"bits": bits, "group_size": group_size, "sym": sym, "desc_act": desc_act, "damp": damp}
     settings = _settings(method, given | {"double_quant": double_quant})
-    if format not in FORMATS:
-        raise ConfigError(f"--format {format!r}; allowed: {', '.join(FORMATS)}{nearest(format, FORMATS)}")
+    about = _about_data(method, data, {"eval": eval, "format": format, "samples": samples, "length": length})
     from jaxtune.console import say
     from jaxtune.quant.make import Calibration, quantize_model
 
-    done = quantize_model(model, out, _maker(method, settings), Calibration(data, eval, format, samples, length))
+    calibration = None if data is None else Calibration(data, **about)
+    done = quantize_model(model, out, _maker(method, settings), calibration)
     say(
         ", ".join(
             [f"{done.directory}: {method}", *(f"{name} {str(value).lower()}" for name, value in settings.items())]
@@ -61,6 +69,23 @@ def quantize(
     for name, pair in (("calibration data", done.calibration), ("evaluation data", done.eval)):
         if pair is not None:
             say(f"Perplexity on the {name}: {pair[0]:.3f} before, {pair[1]:.3f} after")
+
+
+def _about_data(method: str, data: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options on the data that are given.
+
+    Raises:
+        ConfigError: they would do nothing, or there is no data where the method needs some.
+    """
+    about = {name: value for name, value in given.items() if value is not None}
+    if data is None and method == "gptq":
+        raise ConfigError("--method gptq needs --data, rows to quantise for; rtn, nf4 and int8 do without")
+    if data is None and about:
+        raise ConfigError(f"{', '.join(f'--{name}' for name in about)} would do nothing without --data")
+    format = about.get("format", FORMATS[0])
+    if format not in FORMATS:
+        raise ConfigError(f"--format {format!r}; allowed: {', '.join(FORMATS)}{nearest(format, FORMATS)}")
+    return about
 
 
 def _settings(method: str, given: dict[str, Any]) -> dict[str, Any]:

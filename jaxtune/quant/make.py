@@ -1,4 +1,5 @@
-"""`jaxtune quantize`: from a model and calibration data to a quantised checkpoint, and what it costs in perplexity."""
+"""`jaxtune quantize`: from a model and, where there is some, calibration data to a quantised checkpoint, and what it
+costs in perplexity."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +38,13 @@ class Quantized:
     """What was made. Perplexities are (the original model's, the new one's)."""
 
     directory: Path
-    calibration: tuple[float, float]
+    calibration: tuple[float, float] | None
     eval: tuple[float, float] | None
 
 
-def quantize_model(path: str, out: str | Path, maker: Maker, calibration: Calibration) -> Quantized:
-    """Write the model at `path`, quantised, into the new directory `out`.
+def quantize_model(path: str, out: str | Path, maker: Maker, calibration: Calibration | None = None) -> Quantized:
+    """Write the model at `path`, quantised, into the new directory `out`. calibration: a maker that needs the inputs
+    of linear maps has to have it.
 
     Raises:
         UserError: of the kind that fits; the message names what is wrong. Nothing is left under `out` then.
@@ -55,16 +57,15 @@ def quantize_model(path: str, out: str | Path, maker: Maker, calibration: Calibr
     check_weights(tensors, model.weights)
     about = source.path, source.config, source.config.hf, maker.settings()
     with checkpoint_directory(out, *about, num_bytes=_bytes(model.weights)) as directory:
-        stage("Reading the data")
         streams = _streams(calibration, source)
         writer = ShardWriter(directory)
         with jax.default_matmul_precision("highest"):
             sweep = Sweep(model, tensors)
             _copy(writer, sweep, model)
             _layers(sweep, streams, maker, writer)
-            perplexities = [sweep.perplexity(stream) for stream in streams]
+            perplexities = [*(sweep.perplexity(stream) for stream in streams), None, None]
         writer.close()
-    return Quantized(out, perplexities[0], perplexities[1] if len(perplexities) > 1 else None)
+    return Quantized(out, *perplexities[:2])
 
 
 def _check_model(model: Model, source: Source, maker: Maker) -> None:
@@ -76,8 +77,11 @@ def _check_model(model: Model, source: Source, maker: Maker) -> None:
             maker.check(weight.keys[0], weight.shape)
 
 
-def _streams(calibration: Calibration, source: Source) -> list[Stream]:
-    """Of the calibration data and, where it is given, of the data to compare on."""
+def _streams(calibration: Calibration | None, source: Source) -> list[Stream]:
+    """Of the calibration data and of the data to compare on, where they are given."""
+    if calibration is None:
+        return []
+    stage("Reading the data")
     section = DataSection.model_validate(
         {"path": calibration.data, "format": calibration.format, "max_length": calibration.length}
         | ({} if calibration.format == "text" else {"train_on_prompt": True})
@@ -99,7 +103,6 @@ def _told(name: str, data: Dataset, samples: int) -> str:
 
 def _layers(sweep: Sweep, streams: list[Stream], maker: Maker, writer: ShardWriter) -> None:
     """Every layer, one after another."""
-    calibration, *others = streams
     count = sweep.model.config.num_layers
     bar = Bar(count) if console.is_terminal else None
     if bar:
@@ -113,12 +116,12 @@ def _layers(sweep: Sweep, streams: list[Stream], maker: Maker, writer: ShardWrit
                 writer.add(tensors)
                 return values
 
-            apart = sweep.layer(number, calibration, others, change, maker.needs_inputs)
-            text = f"outputs off by {apart:.2%}"
+            apart = sweep.layer(number, streams, change, maker.needs_inputs)
+            text = "" if apart is None else f"outputs off by {apart:.2%}"
             if bar:
                 bar.update(number + 1, text)
             else:
-                say(f"Layer {number + 1} of {count}: {text}")
+                say(f"Layer {number + 1} of {count}{text and f': {text}'}")
     finally:
         if bar:
             bar.stop()

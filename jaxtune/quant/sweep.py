@@ -83,25 +83,24 @@ class Sweep:
             stream.original = [self._embed(params, batch["tokens"]) for batch in stream.batches]
             stream.new = list(stream.original)
 
-    def layer(
-        self, number: int, calibration: Stream, others: list[Stream], change: Change, needs_inputs: bool
-    ) -> float:
+    def layer(self, number: int, streams: list[Stream], change: Change, needs_inputs: bool) -> float | None:
         """Take one layer's maps through `change`, and every stream through the layer.
 
-        Returns how far the layer's outputs are now from the original model's, as a share of their size.
+        streams: the first is what maps are quantised for. Returns how far its outputs of the layer are now from the
+        original model's, as a share of their size; None: there is no stream.
         """
         old = self.read(number)
         new = map_tree(lambda array: array, old)
         window = self._window(number)
         for paths in ORDER:
-            gram = self._total(new, paths[0], calibration, window) if needs_inputs else None
+            gram = self._total(new, paths[0], streams[0], window) if needs_inputs else None
             for path in paths:
                 set_path(new, path, change(self._weight(path).key.format(layer=number), _at(new, path), gram))
-        for stream in (calibration, *others):
+        for stream in streams:
             for index, batch in enumerate(stream.batches):
                 stream.original[index] = self._forward(old, stream.original[index], batch, window)
                 stream.new[index] = self._forward(new, stream.new[index], batch, window)
-        return _distance(calibration)
+        return _distance(streams[0]) if streams else None
 
     def perplexity(self, stream: Stream) -> tuple[float, float]:
         """exp of the mean loss of the supervised tokens: of the original model, and of the new one."""

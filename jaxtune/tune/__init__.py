@@ -30,13 +30,14 @@ from jaxtune.tune.ia3 import IA3
 from jaxtune.tune.loftq import LOFTQ
 from jaxtune.tune.loha import LOHA
 from jaxtune.tune.lokr import LOKR
-from jaxtune.tune.lora import LORA
+from jaxtune.tune.lora import LORA, Ranked
 from jaxtune.tune.method import EMBEDDING, HEAD, Course, Method, ShardingOf, declared, get_path, is_abstract
 from jaxtune.tune.oft import OFT
 from jaxtune.tune.p_tuning import P_TUNING
 from jaxtune.tune.peft_config import resolve
 from jaxtune.tune.peft_tensors import open_checked
 from jaxtune.tune.pissa import PISSA
+from jaxtune.tune.plan import make_plan
 from jaxtune.tune.prefix import PREFIX_TUNING
 from jaxtune.tune.prompt import PROMPT_TUNING
 from jaxtune.tune.selective import BITFIT, LAYERNORM
@@ -70,6 +71,7 @@ METHODS: dict[str, Method] = {
 __all__ = [
     "METHODS",
     "apply",
+    "check",
     "course",
     "gates",
     "has_adapter",
@@ -125,6 +127,25 @@ def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -
     return config, _stacks(
         weights, config.num_layers, method.trained(section, weights), method.adapted(section, weights)
     )
+
+
+def check(section: TuneSection, config: ModelConfig) -> list[str]:
+    """What a user should know of a section on a model, before its weights are read.
+
+    Raises:
+        AdapterError: as layout.
+    """
+    section = resolve(section)
+    config, _ = layout(section, config)
+    if not isinstance(section, Ranked):
+        return []
+    sites = make_plan(section, _declare(config, hooks(section, config))).sites.values()
+    return [
+        f"tune.rank: {site.rank} on {site.modules[0].rsplit('.', 1)[-1]} is above both of its sides, {site.in_out[0]} "
+        f"and {site.in_out[1]}: the adapter is larger than the weight itself, and can do no more than full tuning"
+        for site in sites
+        if site.rank > max(site.in_out)
+    ]
 
 
 def apply(

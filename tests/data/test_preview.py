@@ -309,6 +309,14 @@ def test_a_page_is_written_in_place_of_the_rows(call, tmp_path):
     assert len(Page((tmp_path / "p.html").read_text(encoding="utf-8")).hints) > 40
 
 
+def test_a_page_of_a_stream_says_that_its_rows_are_of_a_block(call, tmp_path):
+    options = ("--html", tmp_path / "p.html", "--packs", "data.streaming=true", "train.steps=2")
+    code, out, _ = call(*options)
+    assert code == 0
+    page = (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert "rows of the first block" in page and "epoch" not in page + out
+
+
 def test_virtual_tokens_of_the_method_are_shown(call):
     code, out, _ = call("--rows", 1, tune={"method": "prompt", "num_virtual_tokens": 5})
     assert code == 0

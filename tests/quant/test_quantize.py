@@ -55,6 +55,20 @@ def make(tiny_model, data, tmp_path_factory):
     return run
 
 
+@pytest.fixture
+def call(tiny_model, tmp_path, capsys):
+    """call(*options) -> (exit code, stdout, stderr) of the command on the tiny Llama, without data."""
+    from jaxtune import cli
+
+    def call(*options):
+        with pytest.raises(SystemExit) as left:
+            cli.main(["quantize", "--model", str(tiny_model("llama")), "--out", str(tmp_path / "out"), *options])
+        out, err = capsys.readouterr()
+        return left.value.code or 0, out, err
+
+    return call
+
+
 def perplexity(path, tokens: np.ndarray) -> float:
     logits = jaxtune.load_model(path).logits(tokens)[:, :-1].astype(np.float64)
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -158,6 +172,7 @@ def test_what_cannot_be_made_is_refused_and_leaves_nothing(make, tiny_model, dat
         (["--method", "gptq", "--group-size", "0"], "--group-size 0; allowed: -1, or 1 and more"),
         (["--method", "gptq", "--format", "jsonl"], "--format 'jsonl'; allowed: text, alpaca, messages, sharegpt"),
         (["--method", "int8", "--data", "none.jsonl"], "none.jsonl: cannot be read"),
+        (["--method", "rtn", "--format", "jsonl"], "--format 'jsonl'; allowed: text, alpaca, messages, sharegpt"),
     ],
 )
 def test_the_command_says_what_is_wrong_in_one_line(tiny_model, data, tmp_path, capsys, options, message):
@@ -169,6 +184,32 @@ def test_the_command_says_what_is_wrong_in_one_line(tiny_model, data, tmp_path, 
     assert left.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "gptq"], "--method gptq needs --data, rows to quantise for; rtn, nf4 and int8 do without"),
+        (["--method", "nf4", "--eval", "e", "--length", "8"], "--eval, --length would do nothing without --data"),
+    ],
+)
+def test_what_needs_data_says_so(call, tmp_path, options, message):
+    code, _, err = call(*options)
+    assert code == 2 and message in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["rtn", "nf4", "int8"])
+def test_without_data_the_checkpoint_is_the_same_and_nothing_is_compared(make, call, tiny_model, tmp_path, method):
+    made = quantize_model(str(tiny_model("llama")), tmp_path / "alone", MAKERS[method])
+    assert made.calibration is None and made.eval is None
+    alone, compared = (load_file(path / "model.safetensors") for path in (made.directory, make(method).directory))
+    assert alone.keys() == compared.keys()
+    for name, array in alone.items():
+        np.testing.assert_array_equal(array, compared[name])
+    if method == "int8":
+        code, out, _ = call("--method", method)
+        assert code == 0 and "\nLayer 2 of 2\n" in out and "Perplexity" not in out
 
 
 def test_the_command_prints_perplexities(tiny_model, data, tmp_path, capsys):

@@ -38,6 +38,15 @@ def test_the_seed_recipe_has_96_tensors_and_540_672_numbers():
     assert tensors[0].key == "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
+def test_a_rank_above_both_sides_of_a_weight_is_told():
+    wide = tune_section(rank=896, targets=["q_proj", "k_proj", "down_proj"], rank_pattern={"k_proj": 897})
+    (note,) = tune.check(wide, QWEN2_5_0_5B)
+    assert note.startswith("tune.rank: 897 on k_proj is above both of its sides, 896 and 128")
+    assert tune.check(tune_section(rank=8), QWEN2_5_0_5B) == []
+    with pytest.raises(AdapterError, match=r'"qproj".*did you mean "q_proj"'):
+        tune.check(tune_section(targets=["qproj"]), QWEN2_5_0_5B)
+
+
 def test_a_fresh_adapter_changes_nothing():
     base = tuned(tune_section(method="full"))
     made = tuned(tune_section(targets=["q_proj", "down_proj", "lm_head", "embed_tokens"]))
