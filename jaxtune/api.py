@@ -16,6 +16,7 @@ from jaxtune.assemble import Assembled, adapted
 from jaxtune.config import Config, load_config, make_config
 from jaxtune.errors import AdapterError, ConfigError, DataError, ModelError, listing
 from jaxtune.generate import Generator, bucket
+from jaxtune.kept import compiled_anew
 from jaxtune.loading import Opened, open_model
 from jaxtune.mesh import batch_shards
 from jaxtune.models.config import ModelConfig
@@ -116,7 +117,7 @@ class LoadedModel:
         tokens[: ids.shape[0], len(virtual) : end] = ids
         segments[: ids.shape[0], :end] = 1
         precision = "highest" if self._dtype == np.float32 else None
-        with jax.default_matmul_precision(precision):
+        with jax.default_matmul_precision(precision), compiled_anew(self.mesh):
             logits = self._logits(self.params, tokens, segments)
         return np.asarray(logits)[: ids.shape[0], len(virtual) : end]
 

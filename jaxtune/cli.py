@@ -23,6 +23,7 @@ import typer
 
 import jaxtune
 from jaxtune.errors import explained
+from jaxtune.kept import keep_programs
 from jaxtune.quant.command import quantize
 
 app = typer.Typer(
@@ -70,7 +71,7 @@ def train(
 ) -> None:
     """Train as a YAML file says. The same command again goes on with a run that was stopped."""
     with _one_line_errors():
-        _keep_compiled_programs()
+        keep_programs()
         _set_flags()
         with _among_others(coordinator, processes, process_id):
             from jaxtune.config import load_config
@@ -195,7 +196,7 @@ def export(
 ) -> None:
     """Write a run's model as files that others read, and compare them with the run."""
     with _one_line_errors():
-        _keep_compiled_programs()
+        keep_programs()
         from jaxtune.console import say
         from jaxtune.export import export_run
 
@@ -287,7 +288,7 @@ def plan(
 
         settings = load_config(config, overrides or [])
         size = None if budget is None else parse_bytes(budget)
-        _keep_compiled_programs()
+        keep_programs()
         chosen = choose(target, devices)
         from jaxtune.plan import command
 
@@ -303,7 +304,7 @@ def doctor(
 ) -> None:
     """Look whether this machine, and a configuration, are fit to train: exit code 1 when something is not."""
     with _one_line_errors():
-        _keep_compiled_programs()
+        keep_programs()
         from jaxtune.config import load_config
 
         settings = None if config is None else load_config(config, overrides or [])
@@ -333,7 +334,7 @@ def _told(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**options: object) -> None:
         with _one_line_errors():
-            _keep_compiled_programs()
+            keep_programs()
             command(**options)
 
     return run
@@ -344,7 +345,7 @@ app.command()(_told(quantize))
 
 def _load(model: str | None, adapter: str | None, run: str | None, dtype: str):
     _one_of(model=model, run=run)
-    _keep_compiled_programs()
+    keep_programs()
     from jaxtune.api import load_model
     from jaxtune.console import speak_on_stderr, stage
     from jaxtune.loading import require_run
@@ -370,13 +371,6 @@ def _write(text: str) -> None:
         text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _keep_compiled_programs() -> None:
-    """Before JAX is imported: where it keeps compiled programs, unless the environment says so already."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "jaxtune" / "xla"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
 def _set_flags() -> None:

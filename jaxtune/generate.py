@@ -13,6 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxtune.console import warn
 from jaxtune.errors import ConfigError, ModelError
+from jaxtune.kept import compiled_anew
 from jaxtune.mesh import batch_shards
 from jaxtune.models.decoder import Cache, Model
 from jaxtune.models.weights import Tree
@@ -119,7 +120,8 @@ class Generator:
         # No token is -1: on a mesh the compiler of jax 0.11 ends the process at an array of nothing.
         knobs = {**sampling.knobs, "stop": np.array(self.stop or (-1,), np.int32)}
         columns = bucket(time + max(rooms))
-        state, drawn = self._prefill(params, inputs, left, knobs, columns=columns, kind=sampling.kind)
+        with compiled_anew(self.mesh):
+            state, drawn = self._prefill(params, inputs, left, knobs, columns=columns, kind=sampling.kind)
         counts = [0] * len(prompts)
         ended = [False] * len(prompts)
         while True:
@@ -127,7 +129,8 @@ class Generator:
             if all(ended):
                 break
             steps = np.int32(chunk)
-            state, drawn = self._decode(params, state=state, steps=steps, knobs=knobs, kind=sampling.kind)
+            with compiled_anew(self.mesh):
+                state, drawn = self._decode(params, state=state, steps=steps, knobs=knobs, kind=sampling.kind)
         cut = [len(p) for p, room, count in zip(prompts, rooms, counts) if count == room < asked]
         if cut:
             warn(f"the answer to a prompt of {max(cut)} tokens was cut where the model's positions end")

@@ -19,6 +19,7 @@ from jaxtune.console import console, loading_bar, say, stage, warn
 from jaxtune.data.loader import Batch, Data, Dataset, build_data
 from jaxtune.errors import TrainingStopped
 from jaxtune.export import write_result
+from jaxtune.kept import compiled_anew
 from jaxtune.leaves import count, partition
 from jaxtune.mesh import check_batch, check_time, make_mesh
 from jaxtune.metrics import Recorder, Silent, read_rows
@@ -139,7 +140,8 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
     check_sharded(program.state["trainable"], program.homes["trainable"])
     program.state["trainable"] = owned(program.state["trainable"])
     first = program.put(data.train.batch(1, rows=()).arrays())  # any will do
-    compiled, needs = _compile(program.train_step, program.state, program.frozen, first, _number(1))
+    with compiled_anew(mesh):
+        compiled, needs = _compile(program.train_step, program.state, program.frozen, first, _number(1))
     return Job(config, data, assembled, program, program.state, compiled, needs)
 
 
@@ -266,7 +268,8 @@ def evaluate(job: Job) -> float:
     assert job.data.eval is not None
     trainable, frozen, ask = job.state["trainable"], job.program.frozen, job.program.eval_step
     batches = job.data.eval.batches(rows=processes.own_rows(job.program.rows, job.data.eval.shape))
-    sums = [ask(trainable, frozen, job.program.put(batch.arrays())) for batch in batches]
+    with compiled_anew(job.assembled.mesh):
+        sums = [ask(trainable, frozen, job.program.put(batch.arrays())) for batch in batches]
     losses, tokens = zip(*jax.device_get(sums), strict=True)
     return float(sum(losses) / sum(tokens))
 

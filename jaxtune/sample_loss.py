@@ -10,6 +10,7 @@ import numpy as np
 from jaxtune.assemble import Assembled
 from jaxtune.config import Config
 from jaxtune.data.loader import build_data
+from jaxtune.kept import compiled_anew
 from jaxtune.leaves import partition
 from jaxtune.parallel.layout import Layout
 from jaxtune.step import make_eval_step
@@ -50,6 +51,6 @@ def mean_loss(assembled: Assembled, sample: Sample) -> float:
     trainable, frozen = partition(assembled.params, assembled.mask)
     model = assembled.model
     layout = Layout.of(assembled.mesh, model.config, model.weights, trainable, frozen, zero=3)
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"), compiled_anew(assembled.mesh):
         total, tokens = jax.jit(make_eval_step(model, layout, jnp.float32))(trainable, frozen, sample.batch)
     return float(total / tokens)

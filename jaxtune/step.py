@@ -194,4 +194,8 @@ def make_eval_step(
         return local.total(accumulated(micro, batch), *layout.mesh.axis_names)
 
     region = layout.region(losses, EVERYWHERE)
-    return lambda *arguments: (region(*arguments), jnp.sum(arguments[2]["mask"].astype(jnp.float32)))
+
+    def eval_step(trainable: Tree, frozen: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return region(trainable, frozen, batch), jnp.sum(batch["mask"].astype(jnp.float32))
+
+    return eval_step

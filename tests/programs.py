@@ -9,6 +9,7 @@ import numpy as np
 from jaxtune import tune
 from jaxtune.assemble import compute_dtype
 from jaxtune.config import make_config
+from jaxtune.kept import compiled_anew
 from jaxtune.mesh import axes_sharding, check_model, make_mesh, shardings
 from jaxtune.models.config import ModelConfig, Rope
 from jaxtune.models.decoder import Model
@@ -91,7 +92,8 @@ class Stepper:
 
     @cached_property
     def compiled(self):
-        return self.program.train_step.lower(self.state, self.frozen, self.batch(1), jnp.int32(1)).compile()
+        with compiled_anew(self.mesh):
+            return self.program.train_step.lower(self.state, self.frozen, self.batch(1), jnp.int32(1)).compile()
 
     def run(self, steps=STEPS, first=1):
         """The losses of these steps."""

@@ -1,7 +1,6 @@
 """The commands: exit codes, one message and no traceback for what a person can put right, text alone on stdout."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -323,16 +322,6 @@ def test_the_version_and_the_help_answer_at_once(call, run_python):
     assert time.monotonic() - start < 10
     for name in ("train", "generate", "chat", "export"):
         assert f" {name} " in done.stdout
-
-
-def test_compiled_programs_are_kept_at_home_unless_the_environment_says_otherwise(monkeypatch, tmp_path):
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cli._keep_compiled_programs()
-    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "jaxtune" / "xla")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/else/where")
-    cli._keep_compiled_programs()
-    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/else/where"
 
 
 def test_a_reader_that_leaves_early_is_no_failure_to_report(tiny_model):
