@@ -105,7 +105,11 @@ RULES = {
     "log.tensorboard": ALLOW,
 }
 
+# What becomes of rows of which "error" lets none pass: whoever goes on from there had none.
+UNUSED_SO_FAR = {"on_bad_line", "too_long"}
 ABSENT = "absent"  # an entry that a mapping does not have
+WEIGHTS = (".safetensors", ".safetensors.index.json")
+SETTINGS = {"config.json", "quantize_config.json", "adapter_config.json"}  # others are of tokenizers and of generating
 WHOLE_BYTES = 1 << 30  # a file up to this size is read whole
 BLOCK, STRIDE = 1 << 12, 1 << 20  # of a larger one, the first BLOCK of every STRIDE
 
@@ -121,6 +125,8 @@ class Change:
     @property
     def rule(self) -> str:
         parts = self.key.split(".")
+        if parts[0] == "data" and parts[-1] in UNUSED_SO_FAR and self.old == "error":
+            return LOG
         return RULES["tune" if parts[0] == "tune" else ".".join(parts[:2])]
 
     def __str__(self) -> str:
@@ -135,12 +141,14 @@ def changes(old: Config, new: Config) -> list[Change]:
     return [Change(key, old, new) for key, old, new in pairs if old != new]
 
 
-def _fields(tree: dict[str, Any], prefix: str = ""):
+def _fields(tree: dict[Any, Any], prefix: str = ""):
     for name, value in tree.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            value = dict(enumerate(value))
         if isinstance(value, dict):
             yield from _fields(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            yield f"{prefix}{name}", value
 
 
 def _shown(value: Any) -> str:
@@ -157,8 +165,11 @@ def fingerprint(path: Path) -> str:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    endings = (".safetensors", ".safetensors.index.json", "config.json")
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.name.endswith(endings))
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(p for p in path.iterdir() if p.name.endswith(WEIGHTS) or p.name in SETTINGS)
+    )
     digest = hashlib.sha256()
     try:
         for file in files:

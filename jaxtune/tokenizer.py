@@ -71,7 +71,7 @@ def _read_template(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_TEMPLATE_BYTES:
             raise ModelError(f"data.template {path}: larger than {MAX_TEMPLATE_BYTES} bytes")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
         raise ModelError(f"data.template {path}: cannot be read: {problem}") from None
 

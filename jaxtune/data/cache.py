@@ -17,7 +17,7 @@ import stat
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.metadata import version
@@ -79,15 +79,16 @@ def cached(task: Tokenising, directory: str | None) -> Entry:
     return found
 
 
-def key_of(task: Tokenising, digests: list[str]) -> str:
-    """The name of an entry: SHA-256 of all that its tokens depend on. digests: of the files, in order."""
+def key_of(task: Tokenising, digests: list[str], without: Set[str] = frozenset()) -> str:
+    """The name of an entry: SHA-256 of all that its tokens depend on. digests: of the files, in order. without: options
+    that are left out."""
     options = {**task.section.model_dump(), **task.source.model_dump()}
     told = {
         "format": FORMAT,
         "code": _code(),
         "libraries": {name: version(name) for name in ("tokenizers", "jinja2")},
         "files": [[Path(path).suffixes, digest] for path, digest in zip(task.source.paths, digests, strict=True)],
-        "options": {name: value for name, value in options.items() if name not in _ELSEWHERE},
+        "options": {name: value for name, value in options.items() if name not in _ELSEWHERE | without},
         "template": task.template and task.template.source,
         "tokenizer": _tokenizer(task.tokenizer),
         "virtual": task.virtual,

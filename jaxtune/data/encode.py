@@ -258,20 +258,25 @@ def refuse_bad(counts: Lengths, source: SourceSection) -> None:
         raise DataError(counts.bad_first[0])
 
 
+def refuse_long(counts: Lengths, section: DataSection, virtual: int) -> None:
+    """Raise DataError of rows that are too long under too_long: error."""
+    if counts.first_long and counts.longest and section.too_long == "error":
+        (first, where), (longest, there) = counts.first_long, counts.longest
+        raise DataError(
+            f"{counts.too_long} of {counts.rows} rows are longer than {_limit(section, virtual)}, "
+            f"the first {where}: {first} tokens, the longest {there}: {longest}; "
+            f"raise data.max_length, or set data.too_long to truncate{', split' * section.only_texts} or drop"
+        )
+
+
 def check(counts: Lengths, section: DataSection, virtual: int) -> None:
     """Whether what became of all rows of a source is what the user can want.
 
     Raises:
-        DataError: rows are too long under too_long: error, or no token at all is supervised.
+        DataError: of refuse_long, or no token at all is supervised.
     """
-    limit = f"data.max_length {section.max_length}" + (f" less {virtual} virtual tokens" if virtual else "")
-    if counts.first_long and counts.longest and section.too_long == "error":
-        (first, where), (longest, there) = counts.first_long, counts.longest
-        raise DataError(
-            f"{counts.too_long} of {counts.rows} rows are longer than {limit}, "
-            f"the first {where}: {first} tokens, the longest {there}: {longest}; "
-            f"raise data.max_length, or set data.too_long to truncate{', split' * section.only_texts} or drop"
-        )
+    refuse_long(counts, section, virtual)
+    limit = _limit(section, virtual)
     if counts.dropped == counts.rows:
         reasons = {
             "have no assistant turn that is learnt": counts.dropped_silent,
@@ -281,3 +286,7 @@ def check(counts: Lengths, section: DataSection, virtual: int) -> None:
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
         todo = "; raise data.max_length" if counts.dropped_long or counts.dropped_cut else ""
         raise DataError(f"no supervised token in {counts.rows} rows: {why}; there is nothing to learn from{todo}")
+
+
+def _limit(section: DataSection, virtual: int) -> str:
+    return f"data.max_length {section.max_length}" + (f" less {virtual} virtual tokens" if virtual else "")

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtune.config import DataSection
 from jaxtune.data.cache import file_state, home_of, key_of
 from jaxtune.data.dataset import Dataset
-from jaxtune.data.encode import Lengths, chunked, encode_chunk, refuse_bad
+from jaxtune.data.encode import Lengths, chunked, encode_chunk, refuse_bad, refuse_long
 from jaxtune.data.examples import Examples, Many, Pair, join
 from jaxtune.data.formats import Row, Rows, stream_rows
 from jaxtune.data.mixing import Interleaving
@@ -151,6 +151,7 @@ class Reader:
                 owners += [number] * len(found)
                 refuse_bad(lengths, self._sources[number][0])
                 counts.add(lengths)
+        refuse_long(counts, self._section, self._virtual)
         BadRows(counts.bad, [*counts.bad_first]).check(counts.rows, self._sources[0][1])
         every = join(parts)
         return Block(every.tokens, every.supervised, every.starts, np.array(owners, np.int64)), counts
@@ -186,9 +187,10 @@ class Index:
 class Stream(Dataset):
     """Batches 1..steps of data that is read on the way. `examples` and `rows` are those of the first block."""
 
-    def __init__(self, reader: Reader, names: list[str], identity: str, home: Path, **order: Any):
-        """names: of several sources. identity: of the files and of what is made of their rows. home: where notes are
-        kept. order: as of Dataset.
+    def __init__(self, reader: Reader, names: list[str], identity: str, index: str, home: Path, **order: Any):
+        """names: of several sources. identity: of the files and of what is made of their rows, but for rows that
+        nothing is made of. index: of what decides which rows those are, too. home: where notes are kept. order: as of
+        Dataset.
 
         Raises:
             DataError: nothing is left of the first block.
@@ -199,7 +201,7 @@ class Stream(Dataset):
         if not len(first):
             raise DataError("data.streaming: no supervised token in the first rows; there is nothing to learn from")
         super().__init__(first, **order)
-        self._index = Index(home / f"{self.fingerprint}.jsonl")
+        self._index = Index(home / f"{self._hash(index)}.jsonl")
         reader.per_epoch = reader.per_epoch or self._index.per_epoch
         self._keep(0, first)
         self.first_block = reader.seen, reader.lengths
@@ -207,7 +209,10 @@ class Stream(Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        settings = {**self._order, "time": self.shape[-1], "batch_size": self.batch_size, "data": self._identity}
+        return self._hash(self._identity)
+
+    def _hash(self, data: str) -> str:
+        settings = {**self._order, "time": self.shape[-1], "batch_size": self.batch_size, "data": data}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def _row(self, index: int) -> tuple[Many, np.ndarray]:
@@ -255,11 +260,17 @@ def open_stream(sources: list[Named], names: list[str], section: DataSection, to
     template = open_template(tokenizer, section.template) if talks else None  # to be there for as long as this process
     virtual = len(order["virtual"])
     tasks = [Tokenising(source, key, section, tokenizer, template, virtual) for source, key in sources]
-    keys = [key_of(task, [_edges(path) for path in task.source.paths]) for task in tasks]
+    digests = [[_edges(path) for path in task.source.paths] for task in tasks]
     weights = [source.weight for source, _ in sources if isinstance(source, MixedSource) and source.weight is not None]
-    identity = json.dumps([keys, weights] if weights else keys)
+
+    def identity(without: set[str]) -> str:
+        keys = [key_of(task, files, without) for task, files in zip(tasks, digests, strict=True)]
+        return json.dumps([keys, weights] if weights else keys)
+
     reader = Reader(sources, weights, section, tokenizer, template, virtual)
-    return Stream(reader, names, identity, home_of(section.cache), **order)
+    # Of a run that met no such row, both options have decided nothing; drift.py says which changes that allows.
+    told = identity({"on_bad_line", "too_long"}), identity({"on_bad_line"})
+    return Stream(reader, names, *told, home_of(section.cache), **order)
 
 
 def _edges(path: str) -> str:
