@@ -16,7 +16,7 @@ from jaxtune.assemble import FULL, Assembled, Source
 from jaxtune.console import stage
 from jaxtune.errors import ConfigError, DataError, ModelError
 from jaxtune.hf_write import write_model
-from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, open_run, require_run
+from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, open_run, record_of, require_run
 from jaxtune.mesh import single_device_mesh
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import Model
@@ -127,7 +127,8 @@ def export_run(
         probe, expected = _write(unchecked, opened, format, dtype, target)
         del opened
         stage("Reading it again")
-        again = open_adapter(config, unchecked, "float32") if format == "peft" else open_model(unchecked)
+        record = {**record_of(require_run(run_dir)), "fingerprints": {}}  # of the base: it was looked at before
+        again = open_adapter(config, unchecked, "float32", record=record) if format == "peft" else open_model(unchecked)
         found = LoadedModel(again).logits(probe)
         report = _compare(out, expected, found, TOLERANCE["float32" if format == "peft" else dtype], step)
         if sample is not None:

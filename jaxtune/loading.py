@@ -126,16 +126,16 @@ def open_run(path: str | Path, dtype: str, mesh: Mesh, base: ModelSection | None
         CheckpointError: not a run, or one that has saved nothing yet.
     """
     directory = require_run(path)
-    config, prints = load_config(directory / CONFIG), _fingerprints(directory)
+    config, record = load_config(directory / CONFIG), record_of(directory)
     if base is not None:
-        prints = prints if base.path == config.model.path else {}
+        record = record if base.path == config.model.path else {**record, "fingerprints": {}}
         config = config.model_copy(update={"model": base})
     if _is_finished(directory, config):
         if tune.has_adapter(config.tune):
-            return open_adapter(config, directory / ADAPTER, dtype, mesh, prints)
+            return open_adapter(config, directory / ADAPTER, dtype, mesh, record)
         made = assemble(Source.open(ModelSection(path=str(directory / MODEL))), FULL, mesh, dtype=dtype)
         if base is not None:
-            made = _with_trained(made, _assemble(config, FULL, dtype, mesh, prints), config.tune)
+            made = _with_trained(made, _assemble(config, FULL, dtype, mesh, record), config.tune)
         return Opened(made, FULL, jnp.dtype(dtype), config)
     step = checkpoint.latest_valid(directory / CHECKPOINTS)
     if step is None:
@@ -145,42 +145,41 @@ def open_run(path: str | Path, dtype: str, mesh: Mesh, base: ModelSection | None
         )
     if base is None:
         warn(f"{path}: this run has not finished; this is its checkpoint of step {step}")
-    assembled = _restored(directory, config, step, dtype, mesh, prints)
+    assembled = _restored(directory, config, step, dtype, mesh, record)
     return Opened(assembled, assembled.source.tuning, jnp.dtype(dtype), config, step)
 
 
 def _is_finished(directory: Path, config: Config) -> bool:
     """Whether its result is there, and is not that of a shorter run which goes on now."""
     there = (directory / (ADAPTER if tune.has_adapter(config.tune) else MODEL)).is_dir()
-    return there and _record(directory).get("finished", True)
+    return there and record_of(directory).get("finished", True)
 
 
-def _record(directory: Path) -> dict[str, Any]:
+def record_of(directory: Path) -> dict[str, Any]:
+    """What a run's directory says of it."""
     path = directory / RECORD
     return read_json(path, CheckpointError) if path.exists() else {}
 
 
-def _fingerprints(directory: Path) -> dict[str, str]:
-    """Of what the run read, as it was then; see drift.py."""
-    return _record(directory).get("fingerprints") or {}
-
-
 def open_adapter(
-    config: Config, adapter: Path, dtype: str, mesh: Mesh | None = None, prints: dict[str, str] | None = None
+    config: Config, adapter: Path, dtype: str, mesh: Mesh | None = None, record: dict[str, Any] | None = None
 ) -> Opened:
-    """The base model of a run with this adapter on it. prints: what the run's record says of the base."""
+    """The base model of a run with this adapter on it. record: the run's, of what its files were then."""
     section = read_config(adapter)
-    assembled = _assemble(config, section, dtype, single_device_mesh() if mesh is None else mesh, prints or {})
+    assembled = _assemble(config, section, dtype, single_device_mesh() if mesh is None else mesh, record or {})
     return Opened(assembled, assembled.source.tuning, jnp.dtype(dtype), config)
 
 
-def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh, prints: dict[str, str]) -> Assembled:
-    """The run's base model, with the run's template, under this section."""
+def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh, record: dict[str, Any]) -> Assembled:
+    """The run's base model, with the template that the run had, under this section."""
+    template, prints = record.get("template"), record.get("fingerprints") or {}
     try:
-        source = Source.open(config.model, config.data.template, section)
+        source = Source.open(config.model, config.data.template if template is None else None, section)
     except ModelError as error:
         hint = "; a relative path counts from where the run was started" if not Path(config.model.path).exists() else ""
         raise ModelError(f"{error} (model.path of the run{hint})") from None
+    if template is not None:
+        source.tokenizer.chat_template = template  # its file may be another by now, or gone
     if prints.get("model") not in (None, fingerprint(source.path)):
         raise CheckpointError(
             f"{config.model.path}: this base model is not the one that the run began with; bring the old files back"
@@ -209,11 +208,11 @@ def _with_trained(made: Assembled, base: Assembled, section: TuneSection) -> Ass
     return replace(made, params=map_tree(pick, base.model.weights, made.params, base.params))
 
 
-def _restored(directory: Path, config: Config, step: int, dtype: str, mesh: Mesh, prints: dict[str, str]) -> Assembled:
+def _restored(directory: Path, config: Config, step: int, dtype: str, mesh: Mesh, record: dict[str, Any]) -> Assembled:
     """The run's model with what a checkpoint holds in place of the first values."""
     # What trains has the type that the checkpoint has it in: an adapter float32, a whole model the run's own.
     loaded = dtype if tune.has_adapter(config.tune) else config.precision.params
-    assembled = _assemble(config, config.tune, loaded, mesh, prints)
+    assembled = _assemble(config, config.tune, loaded, mesh, record)
     trainable, frozen = partition(assembled.params, assembled.mask)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainable)
     home, source = directory / CHECKPOINTS, assembled.source

@@ -82,12 +82,16 @@ def train(config: Config) -> list[dict]:
         check_positions(data.train, source.config.max_positions)
         _look(stop)
         check_time(mesh, config.mesh, data.train.shape[-1])
-        run.check(data.train.fingerprint, source.path, data.train.steps)
+        held_out = None if data.eval is None else data.eval.fingerprint
+        template = source.tokenizer.chat_template if config.data.template else None
+        run.check(data.train.fingerprint, source.path, data.train.steps, held_out, template)
         with out_of_memory.explained(config, "before the first step"):
             job = prepare(config, source, data, mesh)
         with Checkpointer(run.checkpoints, config.checkpoint.every, config.checkpoint.keep) as checkpoints:
             _look(stop)
             done = resume(job, run, checkpoints)
+            run.begin(done)
+            tell_of_a_gap(run, config, data.train, done)
             stop.steps = True
             with open_record(job, run, done) as recorder, out_of_memory.explained(config, "in training", job.needs):
                 go_on(job, run, checkpoints, recorder, stop, done)
@@ -102,6 +106,18 @@ def check_positions(data: Dataset, known: int) -> None:
         warn(
             f"data.max_length: the longest of the data has {longest:,} tokens, and the model knows {known:,} positions "
             f"(max_position_embeddings): what lies behind them it has not seen; lower data.max_length to {known:,}"
+        )
+
+
+def tell_of_a_gap(run: Run, config: Config, data: Dataset, done: int) -> None:
+    """A run that ended with its epochs took what rows were left as its last step, whose batch is not trained again."""
+    steps, epochs = (run.before(f"train.{name}", getattr(config.train, name)) for name in ("steps", "epochs"))
+    rows = 0 if steps is not None else data.rows_of(epochs)
+    if rows % data.batch_size and rows // data.batch_size + 1 == done < data.steps:
+        left = data.batch_size - rows % data.batch_size
+        warn(
+            f"train.epochs: the run ended at step {done}, of {rows % data.batch_size} rows; the next epoch is without "
+            f"its first {left}, which would have filled that step"
         )
 
 
@@ -177,6 +193,8 @@ def go_on(
     """The steps after `done`, with their records, evaluations and checkpoints."""
     total, every = job.data.train.steps, job.config.eval.every
     told = processes.SharedStop(stop)
+    if done == total and job.data.eval is not None:  # it ends where it was stopped
+        recorder.evaluation(done, evaluate(job))
     waiting: Outcome | None = None  # the step before, not yet asked for: the device is kept busy meanwhile
     for step, (batch, placed, seconds) in enumerate(placed_batches(job, done + 1), done + 1):
         told.ask()

@@ -45,7 +45,7 @@ class Recorder:
         if log.tensorboard:
             self._files.append(Lenient(run_dir / TENSORBOARD, lambda path: TensorBoard(path, done)))
         self._counts = _Counts(self.rows, ledger)
-        self._latest: Row = {}
+        self._latest: Row = _told(ledger[-1]) if ledger else {}
         self._bar = Bar(total_steps, done) if console.is_terminal else None
 
     def __enter__(self) -> "Recorder":
@@ -102,6 +102,8 @@ class Recorder:
         """Add `eval_loss`, the mean over the supervised tokens of the held-out data, to the line of `step`."""
         if not self.rows or self.rows[-1]["step"] != step:
             self._log()
+        if "eval_loss" in self.rows[-1]:  # of the start before
+            return
         self._counts.pause()
         fields = {"eval_loss": _finite(float(loss))}
         self.rows[-1].update(fields)
@@ -149,6 +151,12 @@ class Recorder:
         if self._latest["bad_steps"]:
             parts.append(f"{self._latest['bad_steps']} skipped")
         return "  ".join(parts)
+
+
+def _told(row: Row) -> Row:
+    """What the ledger has of a step; its learning rate is not there."""
+    exact = {name: float.fromhex(row[name]) for name in ("loss", "grad_norm")}
+    return {"step": row["step"], **exact, "lr": math.nan, "bad_steps": 0}
 
 
 class Silent:

@@ -54,9 +54,10 @@ class Run:
         self.directory, self.checkpoints = directory, directory / CHECKPOINTS
         self.begun = _begun(directory)
         self._config, self._record, self._changes, self._lock, self._made = config, record, found, lock, made
+        self._pending: dict[str, Any] = {}
         longer = {"train.steps", "train.epochs"} & {change.key for change in found}
-        result = directory / ("adapter" if tune.has_adapter(config.tune) else "model")
-        self.finished = bool(record.get("finished")) and result.is_dir() and not longer
+        self._result = directory / ("adapter" if tune.has_adapter(config.tune) else "model")
+        self.finished = bool(record.get("finished")) and self._result.is_dir() and not longer
 
     def __enter__(self) -> "Run":
         return self
@@ -65,17 +66,25 @@ class Run:
         if self._lock is not None:
             _let_go(self.directory, self._lock, self._made and kind is not None and issubclass(kind, UserError))
 
-    def check(self, data: str, model: Path, total_steps: int | None = None) -> None:
-        """Compare what the run reads with what it began with, and write the configuration that holds from now on.
+    def check(
+        self,
+        data: str,
+        model: Path,
+        total_steps: int | None = None,
+        held_out: str | None = None,
+        template: str | None = None,
+    ) -> None:
+        """Compare what the run reads with what it began with. `begin` writes it down.
 
-        data: the training data's fingerprint; model: where the base model lies; total_steps: of the whole run.
+        data: the training data's fingerprint; model: where the base model lies; total_steps: of the whole run;
+        held_out: the fingerprint of what it is evaluated on; template: the text of data.template.
 
         Raises:
             CheckpointError: the data, the model or the adapter to start from has other contents, or the run is
                 longer already than it is to be.
             ProcessError: another process reads other contents.
         """
-        prints = {"data": data, "model": fingerprint(model)}
+        prints = {"data": data, "model": fingerprint(model)} | ({"held_out": held_out} if held_out else {})
         adapter = adapter_of(self._config.tune)
         if adapter is not None:
             prints["adapter"] = fingerprint(Path(adapter).expanduser())
@@ -87,7 +96,22 @@ class Run:
         log = self._record.get("changes", [])
         if self.begun and self._changes:
             log = [*log, [str(change) for change in self._changes]]
-        self._write(fingerprints=prints, changes=log, finished=False)
+        self._pending = {"fingerprints": prints, "changes": log, "template": template, "finished": False}
+
+    def begin(self, step: int) -> None:
+        """Write down the configuration that holds from now on, as everything is in place to go on after `step`.
+
+        Raises:
+            CheckpointError: the run ended before, and has no checkpoint any more.
+        """
+        if step == 0 and self.begun:
+            if self._result.is_dir():
+                raise CheckpointError(
+                    f"{self.directory}: the run in it has ended ({self._result.name}/ is its result), and there is no "
+                    "checkpoint to go on from; a new run in another train.output_dir can begin with that result"
+                )
+            say(f"{self.directory}: no checkpoint was saved yet; it begins at step 1 again")
+        self._write(**self._pending)
 
     def _compare(self, before: dict[str, str], now: dict[str, str]) -> None:
         paths = listing(_paths(self._config))
@@ -98,7 +122,10 @@ class Run:
             "model": f"the base model ({self._config.model.path})",
             "adapter": f"the adapter to start from ({adapter_of(self._config.tune)})",
         }
-        changed = [names[name] for name in now if before.get(name) != now[name]]
+        changed = [names[name] for name in names if before.get(name) != now.get(name)]
+        named = {change.key.split(".")[0] for change in self._changes}
+        if before.get("held_out") != now.get("held_out") and "held_out" in before and "eval" not in named:
+            warn(f"{self.directory}: the held-out data changed since this run began; its evaluations do not compare")
         if changed:
             raise CheckpointError(
                 f"{self.directory}: {' and '.join(changed)} changed since this run began; "
@@ -113,6 +140,10 @@ class Run:
                 f"{self.directory}: {total_steps} steps are asked for, and {done} are done; "
                 "raise train.steps or train.epochs, or choose another train.output_dir for a new run"
             )
+
+    def before(self, key: str, now: Any) -> Any:
+        """The value that a field of the configuration had at the start before. now: the one that it has."""
+        return next((change.old for change in self._changes if change.key == key), now)
 
     @property
     def meta(self) -> dict[str, Any]:

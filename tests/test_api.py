@@ -8,6 +8,8 @@ import pytest
 
 import jaxtune
 from jaxtune.errors import AdapterError, CheckpointError, ConfigError, DataError, MeshError, ModelError
+from jaxtune.export import export_run
+from tests.peer import CHATML
 from tests.runs import ROWS, sections, unfinish, write_config
 
 TOKENS = np.random.default_rng(0).integers(0, 384, (3, 50))
@@ -222,6 +224,17 @@ def test_a_run_whose_base_model_was_changed_is_refused(lora, tiny_model, tmp_pat
     (run / "config.yaml").write_text(text.replace(str(tiny_model("qwen2")), str(changed)))
     with pytest.raises(CheckpointError, match="not the one that the run began with"):
         jaxtune.load_model(run)
+
+
+def test_a_run_keeps_the_template_that_it_learnt_with(tiny_model, tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text(CHATML + "{# own #}")
+    jaxtune.train(sections(tiny_model("qwen2"), tmp_path, steps=1, data={"template": str(template)}))
+    template.write_text("{{ messages }}")
+    assert jaxtune.load_model(tmp_path / "run").tokenizer.chat_template == CHATML + "{# own #}"
+    template.unlink()
+    done = export_run(tmp_path / "run", tmp_path / "out", "peft")
+    assert done.difference < 1e-4
 
 
 def test_a_run_whose_base_model_is_gone_says_what_its_path_counts_from(lora, tmp_path):

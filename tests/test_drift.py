@@ -61,6 +61,26 @@ def test_a_change_is_told_as_a_line_and_has_its_fields_rule(sections, line, rule
     assert (str(change), change.rule) == (line, rule)
 
 
+def test_rows_that_error_let_pass_may_be_left_out_from_now_on_and_no_others():
+    old = config(data={"on_bad_line": "error", "too_long": "error"})
+    (bad,) = changes(old, config(data={"on_bad_line": "skip", "too_long": "error"}))
+    (long,) = changes(old, config(data={"on_bad_line": "error", "too_long": "drop"}))
+    assert (bad.rule, long.rule) == (LOG, LOG)
+    (back,) = changes(config(data={"on_bad_line": "skip"}), config(data={"on_bad_line": "error"}))
+    (other,) = changes(config(data={"too_long": "drop"}), config(data={"too_long": "truncate"}))
+    assert (back.rule, other.rule) == (REFUSE, REFUSE)
+
+
+def test_what_changed_in_a_source_is_told_by_its_key():
+    def of(**second):
+        return make_config({**BASE, "data": {"sources": [{"path": "a.json"}, {"path": "b.json", **second}]}})
+
+    (change,) = changes(of(on_bad_line="error"), of(on_bad_line="skip"))
+    assert (str(change), change.rule) == ("data.sources.1.on_bad_line: was error, now skip", LOG)
+    (change,) = changes(of(), of(system="Count."))
+    assert (str(change), change.rule) == ("data.sources.1.system: was null, now Count.", REFUSE)
+
+
 def test_an_entry_that_is_null_is_not_an_entry_that_is_absent():
     old, new = config(model={"overrides": {}}), config(model={"overrides": {"rope": None}})
     assert [str(change) for change in changes(old, new)] == ["model.overrides.rope: was absent, now null"]
@@ -81,7 +101,8 @@ def test_a_copy_elsewhere_is_the_same_model(model, tmp_path):
     model.rename(tmp_path / "moved")
     (tmp_path / "moved" / "model.safetensors").touch()
     (tmp_path / "moved" / "README.md").write_text("about")
-    (tmp_path / "moved" / "tokenizer.json").write_text("another")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (tmp_path / "moved" / name).write_text("another")
     assert fingerprint(tmp_path / "moved") == before
 
 
@@ -97,6 +118,8 @@ def flip(path, at):
         lambda home: flip(home / "model.safetensors", -1),
         lambda home: flip(home / "model.safetensors", 9000),
         lambda home: (home / "config.json").write_text('{"rope_theta": 5}'),
+        lambda home: (home / "quantize_config.json").write_text("{}"),
+        lambda home: (home / "adapter_config.json").write_text("{}"),
         lambda home: (home / "model.safetensors").rename(home / "model-1.safetensors"),
         lambda home: (home / "more.safetensors").write_bytes(b""),
         lambda home: (home / "config.json").unlink(),

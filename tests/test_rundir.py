@@ -52,6 +52,7 @@ def take_steps(config, model, data="data", step=100, finish=False):
     """What training leaves behind."""
     with open_run(config) as run:
         run.check(data, model)
+        run.begin(0)
         (run.directory / "ledger.jsonl").write_text('{"step": 1}\n')
         (run.checkpoints / str(step)).mkdir(parents=True, exist_ok=True)
         if finish:
@@ -101,6 +102,7 @@ def test_a_finished_run_that_is_to_be_longer_goes_on(settings, model):
     with open_run(settings(train={"epochs": 5})) as run:
         assert run.begun and not run.finished
         run.check("data", model, total_steps=200)
+        run.begin(100)
     with open_run(settings(train={"epochs": 5})) as run:
         assert not run.finished  # it was cut off: the result there is of the shorter run
 
@@ -132,6 +134,7 @@ def test_a_new_learning_rate_is_printed_and_written_down(tmp_path, settings, mod
         assert "Warning: optim.lr: was 0.0001, now 0.01" in out
         assert "log.every: was 10, now 1" in out and "Warning: log" not in out
         run.check("data", model)
+        run.begin(100)
         assert run.meta["changes"] == [["optim.lr: was 0.0001, now 0.01", "log.every: was 10, now 1"]]
     assert load_config(tmp_path / "run" / "config.yaml") == config
     with open_run(config):
@@ -144,6 +147,51 @@ def test_a_change_is_not_written_before_the_data_and_the_model_were_checked(tmp_
     with open_run(settings(optim={"lr": 0.01})) as run, pytest.raises(CheckpointError):
         run.check("other data", model)
     assert tree(tmp_path / "run") == before
+
+
+def test_a_longer_run_is_not_written_down_before_all_is_in_place(tmp_path, settings, model):
+    take_steps(settings(), model, finish=True)
+    before = tree(tmp_path / "run")
+    with open_run(settings(train={"epochs": 5})) as run:
+        run.check("data", model, total_steps=200)  # and then something of it cannot be
+    assert tree(tmp_path / "run") == before
+    with open_run(settings()) as run:
+        assert run.finished
+
+
+def test_a_run_with_a_result_and_no_checkpoint_is_not_trained_again(tmp_path, settings, model):
+    take_steps(settings(), model, finish=True)
+    before = tree(tmp_path / "run")
+    with open_run(settings(train={"epochs": 5})) as run:
+        run.check("data", model, total_steps=200)
+        with pytest.raises(
+            CheckpointError, match=r"has ended \(adapter/ is its result\).* no checkpoint to go on from"
+        ):
+            run.begin(0)
+    assert tree(tmp_path / "run") == before
+
+
+def test_a_run_that_was_cut_off_before_its_first_checkpoint_says_that_it_begins_again(settings, model, capsys):
+    take_steps(settings(), model)
+    with open_run(settings()) as run:
+        run.check("data", model)
+        run.begin(0)
+    assert "no checkpoint was saved yet; it begins at step 1 again" in capsys.readouterr().out
+
+
+def test_other_held_out_data_is_warned_about_unless_it_was_asked_for(settings, model, capsys):
+    def start(held_out, **changes):
+        with open_run(settings(**changes)) as run:
+            run.check("data", model, held_out=held_out)
+            run.begin(0 if held_out == "a" else 100)
+        return "the held-out data changed" in capsys.readouterr().out
+
+    assert not start("a")
+    take_steps(settings(), model)
+    assert not start("a")
+    assert start("b")
+    assert not start("b")
+    assert not start("c", eval={"path": "other.json"})
 
 
 def test_editing_the_runs_own_config_file_does_not_hide_a_change(tmp_path, settings, model):
@@ -182,10 +230,12 @@ def test_a_changed_base_model_or_adapter_is_refused_by_name(tmp_path, settings, 
 def test_a_run_that_has_taken_no_step_may_begin_again_as_anything(tmp_path, settings, model):
     with open_run(settings()) as run:
         run.check("data", model)
+        run.begin(0)
     config = settings(train={"seed": 5}, data={"path": "right.json"})
     with open_run(config) as run:
         assert not run.begun
         run.check("right data", model)
+        run.begin(0)
     assert load_config(tmp_path / "run" / "config.yaml") == config
 
 
@@ -372,9 +422,10 @@ def test_a_full_disk_leaves_the_record_as_it_was(tmp_path, settings, model, monk
         raise OSError(28, "No space left on device")
 
     with open_run(settings(optim={"lr": 0.5})) as run:
+        run.check("data", model)
         monkeypatch.setattr("os.fsync", full)
         with pytest.raises(CheckpointError, match="No space left on device"):
-            run.check("data", model)
+            run.begin(100)
     after = {path: data for path, data in tree(tmp_path / "run").items() if path.suffix != ".partial"}
     assert after == before
 
@@ -382,6 +433,7 @@ def test_a_full_disk_leaves_the_record_as_it_was(tmp_path, settings, model, monk
 def test_a_checkpoint_can_say_what_run_it_is_of(settings, model):
     with open_run(settings()) as run:
         run.check("data", model)
+        run.begin(0)
         meta = json.loads(json.dumps(run.meta))
     assert make_config(meta["config"]) == settings()
     assert meta["fingerprints"]["data"] == "data" and len(meta["fingerprints"]["model"]) == 64

@@ -31,9 +31,10 @@ def test_a_directory_gives_the_tokenizer_that_transformers_gives(directory):
 
 
 def test_a_template_file_takes_the_place_of_the_tokenizers_own(directory, tmp_path):
-    (tmp_path / "t.jinja").write_text("{{ messages[0].content }}!")
-    tokenizer = load_tokenizer(directory, str(tmp_path / "t.jinja"))
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "Ho"}], tokenize=False) == "Ho!"
+    for start in ("", "\ufeff"):  # a byte order mark is no part of it
+        (tmp_path / "t.jinja").write_text(start + "{{ messages[0].content }}!", encoding="utf-8")
+        tokenizer = load_tokenizer(directory, str(tmp_path / "t.jinja"))
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "Ho"}], tokenize=False) == "Ho!"
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe", b"x" * (2 << 20)])

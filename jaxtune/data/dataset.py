@@ -105,8 +105,8 @@ class Dataset:
         self._epochs: dict[int, Epoch] = {}  # the last few that were asked for
         self._ends = [0]  # the stream's rows before each epoch, and in all
         self._lock = threading.Lock()
-        self._limit = None if steps is not None else self._rows_of(epochs)  # rows of the stream; None: no end
-        self.steps: int = steps if steps is not None else -(-self._rows_of(epochs) // batch_size)
+        self._limit = None if steps is not None else self.rows_of(epochs)  # rows of the stream; None: no end
+        self.steps: int = steps if steps is not None else -(-self.rows_of(epochs) // batch_size)
 
     @property
     def batch_size(self) -> int:
@@ -226,7 +226,7 @@ class Dataset:
         mixed = self.sources.order(self._order["seed"], epoch, self._order["shuffle"]) if self.sources else None
         return plan_epoch(lengths, self.shape[-1] - self.shared, epoch=epoch, order=mixed, **self._order)
 
-    def _rows_of(self, epochs: float) -> int:
+    def rows_of(self, epochs: float) -> int:
         """Rows of the stream in so many epochs; of a part of an epoch, that part of its rows, rounded up."""
         whole, part = int(epochs), epochs - int(epochs)
         rows = self._rows_before(whole)

@@ -9,12 +9,14 @@ import pytest
 from rich.console import Console
 
 import jaxtune
+from jaxtune.checkpoint import latest_valid
 from jaxtune.config import DataSection, EvalSection, TrainSection, make_config
 from jaxtune.data import streaming
 from jaxtune.data.loader import build_data
 from jaxtune.errors import ConfigError, DataError
 from tests.data.templates import tokenizer, word_tokenizer
 from tests.peer import CHATML, read_jsonl
+from tests.runs import ROWS as ROWS_OF_RUNS
 from tests.runs import sections, stopped_after
 
 ROWS, BLOCK = 26, 10  # 3 blocks an epoch, the last a short one
@@ -215,6 +217,38 @@ def test_a_template_with_a_clock_is_told(tmp_path):
 def test_what_needs_to_know_all_rows_and_what_is_not_there_is_refused(stream, settings, message):
     with pytest.raises((ConfigError, DataError), match=message):
         stream(**settings)
+
+
+def test_a_row_that_is_too_long_is_refused_in_whichever_block_it_comes(stream, tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*WORDS[:14], "a b c d e"]))
+    data = stream(too_long="error")
+    data.train.batch(2)
+    with pytest.raises(
+        DataError, match=r"1 of 5 rows are longer than data.max_length 4, the first a.jsonl:15: 6 tokens"
+    ):
+        hashes(data)
+
+
+def test_a_run_that_met_a_bad_row_goes_on_without_it(tiny_model, tmp_path, monkeypatch, capsys):
+    """As one that left such rows out from the start."""
+    monkeypatch.setenv("JAXTUNE_CACHE", str(tmp_path / "cache"))
+    ledgers = []
+    for name in ("whole", "met"):
+        settings = sections(
+            tiny_model("qwen2"), tmp_path / name, steps=12, data={"streaming": True, "shuffle_buffer": 7}
+        )
+        settings["data"]["path"] = str(tmp_path / "data.jsonl")
+        lines = [*map(json.dumps, 4 * ROWS_OF_RUNS)]
+        (tmp_path / "data.jsonl").write_text("\n".join([*lines[:70], "{", *lines[70:]]))
+        if name == "met":
+            with pytest.raises(DataError, match=r"data\.jsonl:71: not valid JSON"):
+                jaxtune.train(settings)
+            assert latest_valid(tmp_path / name / "run" / "checkpoints")
+        settings["data"]["on_bad_line"] = "skip"
+        jaxtune.train(settings)
+        ledgers.append(read_jsonl(tmp_path / name / "run" / "ledger.jsonl"))
+    assert "data.on_bad_line: was error, now skip" in capsys.readouterr().out
+    assert ledgers[0] == ledgers[1] and len(ledgers[0]) == 12
 
 
 def test_held_out_rows_are_read_as_ever(stream, tmp_path):
