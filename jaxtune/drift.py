@@ -165,11 +165,9 @@ def fingerprint(path: Path) -> str:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(p for p in path.iterdir() if p.name.endswith(WEIGHTS) or p.name in SETTINGS)
-    )
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.name in SETTINGS or p.name.endswith(WEIGHTS))
     digest = hashlib.sha256()
     try:
         for file in files:

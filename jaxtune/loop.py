@@ -104,7 +104,7 @@ def check_positions(data: Dataset, known: int) -> None:
     longest = int(data.examples.lengths.max()) + len(data.virtual)
     if longest > known:
         warn(
-            f"data.max_length: the longest of the data has {longest:,} tokens, and the model knows {known:,} positions "
+            f"data.max_length: the longest example has {longest:,} tokens, and the model knows {known:,} positions "
             f"(max_position_embeddings): what lies behind them it has not seen; lower data.max_length to {known:,}"
         )
 

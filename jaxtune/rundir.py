@@ -123,8 +123,8 @@ class Run:
             "adapter": f"the adapter to start from ({adapter_of(self._config.tune)})",
         }
         changed = [names[name] for name in names if before.get(name) != now.get(name)]
-        named = {change.key.split(".")[0] for change in self._changes}
-        if before.get("held_out") != now.get("held_out") and "held_out" in before and "eval" not in named:
+        asked = {"eval.path", "eval.split"} & {change.key for change in self._changes}
+        if "held_out" in before and before["held_out"] != now.get("held_out") and not asked:
             warn(f"{self.directory}: the held-out data changed since this run began; its evaluations do not compare")
         if changed:
             raise CheckpointError(
