@@ -92,7 +92,7 @@ class Stepper:
 
     @cached_property
     def compiled(self):
-        with compiled_anew(self.mesh):
+        with compiled_anew(self.program.layout.mesh):
             return self.program.train_step.lower(self.state, self.frozen, self.batch(1), jnp.int32(1)).compile()
 
     def run(self, steps=STEPS, first=1):
