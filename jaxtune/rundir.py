@@ -81,7 +81,7 @@ class Run:
 
         Raises:
             CheckpointError: the data, the model or the adapter to start from has other contents, or the run is
-                longer already than it is to be.
+                longer already than it is to be, or ended before and has no checkpoint any more.
             ProcessError: another process reads other contents.
         """
         prints = {"data": data, "model": fingerprint(model)} | ({"held_out": held_out} if held_out else {})
@@ -92,6 +92,7 @@ class Run:
         before = self._record.get("fingerprints")
         if self.begun and before is not None:
             self._compare(before, prints)
+        if self.begun:
             self._compare_length(total_steps)
         log = self._record.get("changes", [])
         if self.begun and self._changes:
@@ -99,17 +100,8 @@ class Run:
         self._pending = {"fingerprints": prints, "changes": log, "template": template, "finished": False}
 
     def begin(self, step: int) -> None:
-        """Write down the configuration that holds from now on, as everything is in place to go on after `step`.
-
-        Raises:
-            CheckpointError: the run ended before, and has no checkpoint any more.
-        """
+        """Write down the configuration that holds from now on, as everything is in place to go on after `step`."""
         if step == 0 and self.begun:
-            if self._result.is_dir():
-                raise CheckpointError(
-                    f"{self.directory}: the run in it has ended ({self._result.name}/ is its result), and there is no "
-                    "checkpoint to go on from; a new run in another train.output_dir can begin with that result"
-                )
             say(f"{self.directory}: no checkpoint was saved yet; it begins at step 1 again")
         self._write(**self._pending)
 
@@ -135,6 +127,11 @@ class Run:
     def _compare_length(self, total_steps: int | None) -> None:
         names = [path.name for path in self.checkpoints.iterdir()] if self.checkpoints.is_dir() else []
         done = max((int(name) for name in names if name.isdecimal()), default=0)
+        if not done and self._result.is_dir():
+            raise CheckpointError(
+                f"{self.directory}: the run in it has ended ({self._result.name}/ is its result), and there is no "
+                "checkpoint to go on from; a new run in another train.output_dir can begin with that result"
+            )
         if total_steps is not None and total_steps < done:
             raise CheckpointError(
                 f"{self.directory}: {total_steps} steps are asked for, and {done} are done; "
