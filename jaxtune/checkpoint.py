@@ -253,7 +253,7 @@ def _search(directory: Path) -> tuple[int | None, set[int]]:
     if damaged:
         raise CheckpointError(
             f"{directory}: every checkpoint is damaged (steps {listing(map(str, damaged))}); "
-            "bring back their files, or delete the directory to begin again at step 1"
+            "bring back their files, or choose another train.output_dir to begin at step 1"
         )
     return None, set()
 

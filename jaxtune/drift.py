@@ -5,6 +5,7 @@ Nothing is decided here about directories; rundir.py asks.
 
 import hashlib
 import json
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,16 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def fingerprint(path: Path) -> str:
+def is_print_of(told: str, path: Path) -> bool:
+    """Whether a fingerprint, by a rule of now or before, is of what lies there.
+
+    Raises:
+        CheckpointError: as fingerprint.
+    """
+    return told == fingerprint(path) or told == fingerprint(path, settings=(), endings=(*WEIGHTS, "config.json"))
+
+
+def fingerprint(path: Path, settings: Container[str] = SETTINGS, endings: tuple[str, ...] = WEIGHTS) -> str:
     """SHA-256 of a model's or adapter's weights and settings: of a directory, or of a .gguf file.
 
     Every file's name and size counts, and its bytes: all of them up to 1 GiB, and of a larger file 4 KiB of each
@@ -167,7 +177,7 @@ def fingerprint(path: Path) -> str:
     """
     files = [path]
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.name in SETTINGS or p.name.endswith(WEIGHTS))
+        files = sorted(p for p in path.iterdir() if p.name in settings or p.name.endswith(endings))
     digest = hashlib.sha256()
     try:
         for file in files:

@@ -1,6 +1,7 @@
 """Where a model lies on disk: a directory, a .gguf file, or a snapshot fetched from the Hugging Face hub."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from jaxtune.errors import ModelError, listing, nearest
@@ -68,9 +69,12 @@ def _snapshot(path: str, revision: str | None, weights: bool) -> Path:
 
 
 def _beside(path: str) -> str:
-    """Of a path at which nothing is, what its directory has of nearly that name."""
+    """Of a path at which no model is, the one beside it of nearly that name."""
     local = Path(path).expanduser()
-    return nearest(local.name, [entry.name for entry in local.parent.iterdir()] if local.parent.is_dir() else [])
+    with suppress(OSError):
+        entries = [entry for entry in local.parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
+        return nearest(local.name, [entry.name for entry in entries])
+    return ""
 
 
 def why(path: str, revision: str | None, problem: Exception, kind: str = "model") -> str:

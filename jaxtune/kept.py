@@ -27,7 +27,7 @@ def compiled_anew(mesh: "Mesh") -> Iterator[None]:
     XLA for CPUs orders a program's collectives by one resource that all of them use. As it reads a kept program, each
     loop and each branch gets a resource of its own (thunk_proto_serdes.cc, jax 0.10 and 0.11). Devices may then start
     one inside and one outside in different orders: they wait for each other until XLA ends the process, or add up
-    numbers that do not belong together.
+    numbers that do not belong together. What is kept is a setting of the whole process: one thread at a time.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache

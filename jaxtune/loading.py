@@ -17,7 +17,7 @@ from jaxtune import checkpoint, restack, tune
 from jaxtune.assemble import FULL, Assembled, Source, assemble, compute_dtype
 from jaxtune.config import Config, MeshSection, ModelSection, load_config
 from jaxtune.console import warn
-from jaxtune.drift import fingerprint
+from jaxtune.drift import is_print_of
 from jaxtune.errors import AdapterError, CheckpointError, ConfigError, MeshError, ModelError
 from jaxtune.files import read_json
 from jaxtune.leaves import Leaf, combine, fields_of, partition
@@ -180,7 +180,7 @@ def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh, reco
         raise ModelError(f"{error} (model.path of the run{hint})") from None
     if template is not None:
         source.tokenizer.chat_template = template  # its file may be another by now, or gone
-    if prints.get("model") not in (None, fingerprint(source.path)):
+    if prints.get("model") is not None and not is_print_of(prints["model"], source.path):
         raise CheckpointError(
             f"{config.model.path}: this base model is not the one that the run began with; bring the old files back"
         )

@@ -23,6 +23,7 @@ from jaxtune.kept import compiled_anew
 from jaxtune.leaves import count, partition
 from jaxtune.mesh import check_batch, check_time, make_mesh
 from jaxtune.metrics import Recorder, Silent, read_rows
+from jaxtune.models.config import ModelConfig
 from jaxtune.models.execution import Execution
 from jaxtune.models.weights import Tree
 from jaxtune.optim import make_schedule
@@ -79,7 +80,7 @@ def train(config: Config) -> list[dict]:
         vocab_size = tune.vocab_size(config.tune, source.config)
         data = build_data(config.data, config.eval, config.train, source.tokenizer, virtual, vocab_size)
         data.report(console)
-        check_positions(data.train, source.config.max_positions)
+        check_positions(data.train, source.config)
         _look(stop)
         check_time(mesh, config.mesh, data.train.shape[-1])
         held_out = None if data.eval is None else data.eval.fingerprint
@@ -99,10 +100,11 @@ def train(config: Config) -> list[dict]:
     return recorder.rows
 
 
-def check_positions(data: Dataset, known: int) -> None:
-    """Warn where a conversation is longer than the model knows positions; of a stream, one of the first block."""
-    longest = int(data.examples.lengths.max()) + len(data.virtual)
-    if longest > known:
+def check_positions(data: Dataset, model: ModelConfig) -> None:
+    """Warn where a conversation is longer than the model knows positions; of a stream, one of the first block. Some
+    ways of scaling positions are there to go on behind the last that is known."""
+    longest, known = int(data.examples.lengths.max()) + len(data.virtual), model.max_positions
+    if longest > known and model.rope.type not in ("linear", "dynamic", "yarn"):
         warn(
             f"data.max_length: the longest example has {longest:,} tokens, and the model knows {known:,} positions "
             f"(max_position_embeddings): what lies behind them it has not seen; lower data.max_length to {known:,}"
@@ -116,8 +118,8 @@ def tell_of_a_gap(run: Run, config: Config, data: Dataset, done: int) -> None:
     if rows % data.batch_size and rows // data.batch_size + 1 == done < data.steps:
         left = data.batch_size - rows % data.batch_size
         warn(
-            f"train.epochs: the run ended at step {done}, of {rows % data.batch_size} rows; the next epoch is without "
-            f"its first {left}, which would have filled that step"
+            f"train.epochs: the run ended at step {done}, of {rows % data.batch_size} rows; the next "
+            f"{left}, which would have filled it, are left out"
         )
 
 
@@ -193,7 +195,8 @@ def go_on(
     """The steps after `done`, with their records, evaluations and checkpoints."""
     total, every = job.data.train.steps, job.config.eval.every
     told = processes.SharedStop(stop)
-    if done == total and job.data.eval is not None:  # it ends where it was stopped
+    ends_here = done == total and job.data.eval is not None
+    if ends_here and not processes.decided_by_first("evaluated", lambda: has_evaluation(recorder.rows, done)):
         recorder.evaluation(done, evaluate(job))
     waiting: Outcome | None = None  # the step before, not yet asked for: the device is kept busy meanwhile
     for step, (batch, placed, seconds) in enumerate(placed_batches(job, done + 1), done + 1):
@@ -217,6 +220,10 @@ def go_on(
         if stopping and step < total:
             say(f"Stopped after step {step}, which is saved; the same command goes on from there")
             raise SystemExit(128 + stopping)
+
+
+def has_evaluation(rows: list[dict], step: int) -> bool:
+    return any(row["step"] == step and "eval_loss" in row for row in rows)
 
 
 def placed_batches(job: Job, first_step: int) -> Iterator[tuple[Batch, dict[str, jax.Array], float]]:

@@ -45,7 +45,7 @@ class Recorder:
         if log.tensorboard:
             self._files.append(Lenient(run_dir / TENSORBOARD, lambda path: TensorBoard(path, done)))
         self._counts = _Counts(self.rows, ledger)
-        self._latest: Row = _told(ledger[-1]) if ledger else {}
+        self._latest: Row = _told(ledger[-1], self.rows) if ledger else {}
         self._bar = Bar(total_steps, done) if console.is_terminal else None
 
     def __enter__(self) -> "Recorder":
@@ -101,9 +101,10 @@ class Recorder:
     def evaluation(self, step: int, loss: float) -> None:
         """Add `eval_loss`, the mean over the supervised tokens of the held-out data, to the line of `step`."""
         if not self.rows or self.rows[-1]["step"] != step:
+            if self._latest.get("step") != step:
+                warn(f"{self._ledger_path} has no step {step}: its eval loss, {float(loss):.4f}, has no line")
+                return
             self._log()
-        if "eval_loss" in self.rows[-1]:  # of the start before
-            return
         self._counts.pause()
         fields = {"eval_loss": _finite(float(loss))}
         self.rows[-1].update(fields)
@@ -153,10 +154,10 @@ class Recorder:
         return "  ".join(parts)
 
 
-def _told(row: Row) -> Row:
-    """What the ledger has of a step; its learning rate is not there."""
+def _told(row: Row, lines: list[Row]) -> Row:
+    """What the ledger and the lines have of the ledger's last step; its learning rate is in neither."""
     exact = {name: float.fromhex(row[name]) for name in ("loss", "grad_norm")}
-    return {"step": row["step"], **exact, "lr": math.nan, "bad_steps": 0}
+    return {"step": row["step"], **exact, "lr": math.nan, "bad_steps": lines[-1]["bad_steps"] if lines else 0}
 
 
 class Silent:

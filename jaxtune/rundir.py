@@ -18,7 +18,7 @@ from typing import Any
 from jaxtune import __version__, processes, tune
 from jaxtune.config import Config, dump_config, make_config
 from jaxtune.console import say, warn
-from jaxtune.drift import LOG, REFUSE, Change, changes, fingerprint
+from jaxtune.drift import LOG, REFUSE, Change, changes, fingerprint, is_print_of
 from jaxtune.errors import CheckpointError, UserError, listing
 from jaxtune.files import read_json, try_lock
 from jaxtune.section import adapter_of
@@ -84,15 +84,17 @@ class Run:
                 longer already than it is to be, or ended before and has no checkpoint any more.
             ProcessError: another process reads other contents.
         """
-        prints = {"data": data, "model": fingerprint(model)} | ({"held_out": held_out} if held_out else {})
-        adapter = adapter_of(self._config.tune)
+        places, adapter = {"model": model}, adapter_of(self._config.tune)
         if adapter is not None:
-            prints["adapter"] = fingerprint(Path(adapter).expanduser())
+            places["adapter"] = Path(adapter).expanduser()
+        prints = {"data": data, **{name: fingerprint(path) for name, path in places.items()}}
+        if held_out is not None:
+            prints["held-out data"] = held_out
         processes.compare(lambda: {f"the {name} (SHA-256)": print for name, print in prints.items()})
         before = self._record.get("fingerprints")
         if self.begun and before is not None:
-            self._compare(before, prints)
-        if self.begun:
+            same = {name: prints[name] for name in places if name in before and is_print_of(before[name], places[name])}
+            self._compare(before | same, prints)
             self._compare_length(total_steps)
         log = self._record.get("changes", [])
         if self.begun and self._changes:
@@ -115,14 +117,14 @@ class Run:
             "adapter": f"the adapter to start from ({adapter_of(self._config.tune)})",
         }
         changed = [names[name] for name in names if before.get(name) != now.get(name)]
-        asked = {"eval.path", "eval.split"} & {change.key for change in self._changes}
-        if "held_out" in before and before["held_out"] != now.get("held_out") and not asked:
-            warn(f"{self.directory}: the held-out data changed since this run began; its evaluations do not compare")
         if changed:
             raise CheckpointError(
                 f"{self.directory}: {' and '.join(changed)} changed since this run began; "
                 "bring the old ones back, or choose another train.output_dir for a new run"
             )
+        asked, held = {"eval.path", "eval.split"} & {change.key for change in self._changes}, "held-out data"
+        if held in before and before[held] != now.get(held) and not asked:
+            warn(f"{self.directory}: the held-out data changed since this run began; its evaluations do not compare")
 
     def _compare_length(self, total_steps: int | None) -> None:
         names = [path.name for path in self.checkpoints.iterdir()] if self.checkpoints.is_dir() else []

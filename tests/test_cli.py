@@ -6,13 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import jaxtune
 from jaxtune import cli
 from jaxtune.errors import ConfigError, SaveError
+from jaxtune.loop import check_positions
+from jaxtune.models.config import Rope
 from tests.conftest import child_environment
+from tests.programs import CONFIG
 from tests.runs import sections, write_config
 
 
@@ -102,10 +108,19 @@ def test_what_is_odd_about_lengths_and_ranks_is_told_and_trained_all_the_same(ca
     (tmp_path / "data.json").write_text(json.dumps([{"instruction": "a", "output": "b c " * positions}] * 8))
     code, out, err = call("train", "--config", config, f"data.max_length={4 * positions}")
     assert code == 0, err
-    assert "Warning: tune.rank: 97 on q_proj is above both of its sides, 64 and 64" in out
+    assert "Warning: tune.rank or rank_pattern: a rank above both sides of a weight (97 on q_proj, of 64 and 64;" in out
     assert f"the model knows {positions} positions (max_position_embeddings)" in out
     code, out, err = call("train", "--config", config, f"train.output_dir={tmp_path / 'other'}", "tune.rank=64")
-    assert code == 0 and "above both" not in out and "max_position_embeddings" not in out
+    assert code == 0 and "above both sides" not in out and "max_position_embeddings" not in out
+
+
+@pytest.mark.parametrize(
+    ("longest", "kind", "told"), [(99, "default", True), (98, "default", False), (99, "yarn", False)]
+)
+def test_only_a_model_that_does_not_go_on_behind_its_positions_is_told_of(capsys, longest, kind, told):
+    model = replace(CONFIG, max_positions=100, rope=Rope(type=kind))
+    check_positions(SimpleNamespace(examples=SimpleNamespace(lengths=np.array([3, longest])), virtual=range(2)), model)
+    assert ("has 101 tokens, and the model knows 100 positions" in capsys.readouterr().out) == told
 
 
 def test_a_missing_config_is_named(call, tmp_path):

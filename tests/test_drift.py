@@ -5,7 +5,7 @@ from pydantic import BaseModel
 
 from jaxtune import drift
 from jaxtune.config import Config, make_config
-from jaxtune.drift import ALLOW, LOG, REFUSE, RULES, changes, fingerprint
+from jaxtune.drift import ALLOW, LOG, REFUSE, RULES, changes, fingerprint, is_print_of
 from jaxtune.errors import CheckpointError
 
 BASE = {"model": {"path": "m"}, "data": {"path": "d.json"}}
@@ -110,6 +110,15 @@ def flip(path, at):
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(bytes(data))
+
+
+def test_a_fingerprint_by_the_rule_of_before_is_still_its_models(model):
+    (model / "tokenizer_config.json").write_text("{}")
+    before = fingerprint(model, settings=(), endings=(".safetensors", ".safetensors.index.json", "config.json"))
+    assert before != fingerprint(model)
+    assert is_print_of(before, model) and is_print_of(fingerprint(model), model)
+    flip(model / "model.safetensors", 9000)
+    assert not is_print_of(before, model)
 
 
 @pytest.mark.parametrize(

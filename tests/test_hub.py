@@ -161,3 +161,15 @@ def test_a_mistyped_directory_is_answered_with_the_one_beside_it(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert refusal(name).endswith('; did you mean "qwen2.5-0.5b"?')
     assert "did you mean" not in refusal(str(tmp_path / "llama"))
+    files(tmp_path, "llama2.txt")
+    assert "did you mean" not in refusal(str(tmp_path / "llama"))
+    (tmp_path / "llama2.gguf").write_bytes(b"")
+    assert refusal(str(tmp_path / "llama")).endswith('; did you mean "llama2.gguf"?')
+
+
+def test_a_directory_that_may_not_be_listed_has_no_neighbours(tmp_path, monkeypatch):
+    def deny(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", deny)
+    assert "no such file or directory" in refusal(str(tmp_path / "llama"))

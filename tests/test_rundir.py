@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxtune.config import load_config, make_config
+from jaxtune.drift import fingerprint
 from jaxtune.errors import CheckpointError, UserError
 from jaxtune.files import try_lock
 from jaxtune.rundir import open_run
@@ -223,6 +224,21 @@ def test_a_changed_base_model_or_adapter_is_refused_by_name(tmp_path, settings, 
         pytest.raises(CheckpointError, match=r"the adapter to start from \(.*start\) changed"),
     ):
         run.check("data", model)
+
+
+def test_a_run_of_the_version_before_goes_on_with_its_model(tmp_path, settings, model):
+    take_steps(settings(), model)
+    (model / "tokenizer_config.json").write_text("{}")
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text())
+    endings = (".safetensors", ".safetensors.index.json", "config.json")
+    record["fingerprints"]["model"] = fingerprint(model, settings=(), endings=endings)
+    del record["template"]
+    path.write_text(json.dumps(record))
+    with open_run(settings()) as run:
+        run.check("data", model)
+        run.begin(100)
+    assert json.loads(path.read_text())["fingerprints"]["model"] == fingerprint(model)
 
 
 def test_a_run_that_has_taken_no_step_may_begin_again_as_anything(tmp_path, settings, model):

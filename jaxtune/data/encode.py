@@ -262,10 +262,13 @@ def refuse_long(counts: Lengths, section: DataSection, virtual: int) -> None:
     """Raise DataError of rows that are too long under too_long: error."""
     if counts.first_long and counts.longest and section.too_long == "error":
         (first, where), (longest, there) = counts.first_long, counts.longest
+        ways = f"truncate{', split' * section.only_texts} or drop"
+        todo = f"raise data.max_length, or set data.too_long to {ways}"
+        if section.streaming:
+            todo = f"set data.too_long to {ways}, with which a run goes on, or raise data.max_length for a new one"
         raise DataError(
-            f"{counts.too_long} of {counts.rows} rows are longer than {_limit(section, virtual)}, "
-            f"the first {where}: {first} tokens, the longest {there}: {longest}; "
-            f"raise data.max_length, or set data.too_long to truncate{', split' * section.only_texts} or drop"
+            f"{counts.too_long} of {counts.rows} rows{' of a block' * section.streaming} are longer than "
+            f"{_limit(section, virtual)}, the first {where}: {first} tokens, the longest {there}: {longest}; {todo}"
         )
 
 

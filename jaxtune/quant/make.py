@@ -11,7 +11,7 @@ from jaxtune.assemble import Source
 from jaxtune.config import DataSection, EvalSection, ModelSection, TrainSection
 from jaxtune.console import Bar, console, say, stage
 from jaxtune.data.loader import Dataset, build_data
-from jaxtune.errors import ModelError
+from jaxtune.errors import ConfigError, ModelError
 from jaxtune.hf_io import check_weights, open_source
 from jaxtune.models.decoder import Model
 from jaxtune.models.weights import Tree, leaves_with_path
@@ -49,6 +49,8 @@ def quantize_model(path: str, out: str | Path, maker: Maker, calibration: Calibr
     Raises:
         UserError: of the kind that fits; the message names what is wrong. Nothing is left under `out` then.
     """
+    if maker.needs_inputs and calibration is None:
+        raise ConfigError("this way of quantising needs calibration data")
     out = Path(out).expanduser()
     stage(f"Reading {path}")
     source = Source.open(ModelSection(path=path))

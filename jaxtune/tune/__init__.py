@@ -130,7 +130,8 @@ def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -
 
 
 def check(section: TuneSection, config: ModelConfig) -> list[str]:
-    """What a user should know of a section on a model, before its weights are read.
+    """What a user should know of a section on a model, before its weights are read: of the methods of two narrow
+    matrices, that they are not narrow.
 
     Raises:
         AdapterError: as layout.
@@ -140,11 +141,16 @@ def check(section: TuneSection, config: ModelConfig) -> list[str]:
     if not isinstance(section, Ranked):
         return []
     sites = make_plan(section, _declare(config, hooks(section, config))).sites.values()
-    return [
-        f"tune.rank: {site.rank} on {site.modules[0].rsplit('.', 1)[-1]} is above both of its sides, {site.in_out[0]} "
-        f"and {site.in_out[1]}: the adapter is larger than the weight itself, and can do no more than full tuning"
+    wide = [
+        f"{site.rank} on {site.modules[0].rsplit('.', 1)[-1]}, of {site.in_out[0]} and {site.in_out[1]}"
         for site in sites
         if site.rank > max(site.in_out)
+    ]
+    if not wide:
+        return []
+    return [
+        f"tune.rank or rank_pattern: a rank above both sides of a weight ({'; '.join(wide)}): the adapter is larger "
+        "than the weight itself, and can do no more than full tuning"
     ]
 
 

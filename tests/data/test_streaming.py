@@ -224,30 +224,38 @@ def test_a_row_that_is_too_long_is_refused_in_whichever_block_it_comes(stream, t
     data = stream(too_long="error")
     data.train.batch(2)
     with pytest.raises(
-        DataError, match=r"1 of 5 rows are longer than data.max_length 4, the first a.jsonl:15: 6 tokens"
+        DataError, match=r"1 of 5 rows of a block are longer than data.max_length 4, the first a.jsonl:15: 6 tok"
     ):
         hashes(data)
 
 
-def test_a_run_that_met_a_bad_row_goes_on_without_it(tiny_model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("row", "says", "option", "value"),
+    [
+        ("{", r"data\.jsonl:71: not valid JSON", "on_bad_line", "skip"),
+        (json.dumps({"instruction": "a", "output": "b " * 99}), r"the first .*data\.jsonl:71: ", "too_long", "drop"),
+    ],
+    ids=["bad", "long"],
+)
+def test_a_run_that_met_a_bad_row_goes_on_without_it(
+    tiny_model, tmp_path, monkeypatch, capsys, row, says, option, value
+):
     """As one that left such rows out from the start."""
     monkeypatch.setenv("JAXTUNE_CACHE", str(tmp_path / "cache"))
-    ledgers = []
+    lines, ledgers = [*map(json.dumps, 4 * ROWS_OF_RUNS)], []
+    (tmp_path / "data.jsonl").write_text("\n".join([*lines[:70], row, *lines[70:]]))
+    stream = {"streaming": True, "shuffle_buffer": 7, "too_long": "error"}
     for name in ("whole", "met"):
-        settings = sections(
-            tiny_model("qwen2"), tmp_path / name, steps=12, data={"streaming": True, "shuffle_buffer": 7}
-        )
+        settings = sections(tiny_model("qwen2"), tmp_path / name, steps=12, data=stream)
         settings["data"]["path"] = str(tmp_path / "data.jsonl")
-        lines = [*map(json.dumps, 4 * ROWS_OF_RUNS)]
-        (tmp_path / "data.jsonl").write_text("\n".join([*lines[:70], "{", *lines[70:]]))
         if name == "met":
-            with pytest.raises(DataError, match=r"data\.jsonl:71: not valid JSON"):
+            with pytest.raises(DataError, match=says):
                 jaxtune.train(settings)
             assert latest_valid(tmp_path / name / "run" / "checkpoints")
-        settings["data"]["on_bad_line"] = "skip"
+        settings["data"][option] = value
         jaxtune.train(settings)
         ledgers.append(read_jsonl(tmp_path / name / "run" / "ledger.jsonl"))
-    assert "data.on_bad_line: was error, now skip" in capsys.readouterr().out
+    assert f"data.{option}: was error, now {value}" in capsys.readouterr().out
     assert ledgers[0] == ledgers[1] and len(ledgers[0]) == 12
 
 

@@ -9,6 +9,7 @@ import pytest
 import jaxtune.loop as loop
 from jaxtune.checkpoint import Checkpointer, latest_valid
 from jaxtune.config import make_config
+from tests.peer import read_jsonl
 from tests.runs import sections, stopped_after, unfinish
 
 
@@ -41,15 +42,19 @@ def test_the_step_is_finished_and_saved(tiny_model, tmp_path, monkeypatch, owner
     assert newest == steps and saved <= newest < 50
 
 
-def test_a_run_that_ends_where_it_was_stopped_is_evaluated(tiny_model, tmp_path):
-    tree = sections(tiny_model("qwen2"), tmp_path, steps=9, eval={"fraction": 0.2}, log={"every": 4})
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_run_that_ends_where_it_was_stopped_is_evaluated(tiny_model, tmp_path, every):
+    log = {"every": every, "tensorboard": True}
+    tree = sections(tiny_model("qwen2"), tmp_path, steps=9, eval={"fraction": 0.2}, log=log)
     with pytest.raises(SystemExit):
         stopped_after(3, make_config(tree))
     done = latest_valid(tmp_path / "run" / "checkpoints")
     tree["train"]["steps"] = done
     for _ in range(2):
         last = loop.train(make_config(tree))[-1]
-        assert last["step"] == done and last["loss"] > 0 and last["eval_loss"] > 0
+        ledger = read_jsonl(tmp_path / "run" / "ledger.jsonl")[-1]
+        assert last["step"] == ledger["step"] == done and last["loss"] == float.fromhex(ledger["loss"])
+        assert last["eval_loss"] > 0 and (last["lr"] is None) == (every == 100)
         assert (tmp_path / "run" / "metrics.jsonl").read_text().count("eval_loss") == 1
         unfinish(tmp_path / "run")  # as if it had been killed as it wrote its result
 
@@ -62,8 +67,8 @@ def test_what_a_longer_run_leaves_out_is_told(tiny_model, tmp_path, capsys):
     tree["train"]["epochs"] = 2
     loop.train(make_config(tree))
     words = " ".join(capsys.readouterr().out.split())
-    assert "the run ended at step 3, of 4 rows; the next epoch is without its first 4" in words
-    assert words.count("is without its first") == 1
+    assert "the run ended at step 3, of 4 rows; the next 4, which would have filled it, are left out" in words
+    assert words.count("are left out") == 1
 
 
 @pytest.mark.parametrize("name", ["_compile", "build_data"])

@@ -152,6 +152,8 @@ def test_what_cannot_be_made_is_refused_and_leaves_nothing(make, tiny_model, dat
         ConfigError, match=r"--group-size 48 does not divide the 64 inputs of .*allowed: -1, 16, 32, 64"
     ):
         run(GroupedMaker(4, 48, 0.01, False, True))
+    with pytest.raises(ConfigError, match="needs calibration data"):
+        quantize_model(str(tiny_model("llama")), tmp_path / "out", MAKERS["gptq"])
     with pytest.raises(ModelError, match="is quantised already"):
         run(MAKERS["gptq"], make("int8").directory)
     name = "model.layers.1.mlp.down_proj.weight"
