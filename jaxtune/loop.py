@@ -48,6 +48,7 @@ class Job:
     state: Tree
     train_step: Callable[[Tree, Tree, dict, jax.Array], tuple[Tree, dict[str, jax.Array]]]
     needs: str  # of a step, of each device's memory
+    eval_step: Callable[[Tree, Tree, dict], tuple[jax.Array, jax.Array]] | None = None
 
 
 @fate.together()
@@ -160,7 +161,11 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
     first = program.put(data.train.batch(1, rows=()).arrays())  # any will do
     with compiled_anew(mesh):
         compiled, needs = _compile(program.train_step, program.state, program.frozen, first, _number(1))
-    return Job(config, data, assembled, program, program.state, compiled, needs)
+        ask = None
+        if data.eval is not None:  # now too: what cannot be compiled is known before the first step
+            held_out = program.put(data.eval.batch(1, rows=()).arrays())
+            ask = program.eval_step.lower(program.state["trainable"], program.frozen, held_out).compile()
+    return Job(config, data, assembled, program, program.state, compiled, needs, ask)
 
 
 def resume(job: Job, run: Run, checkpoints: Checkpointer) -> int:
@@ -290,11 +295,10 @@ def _stopped(step: int, bad: int, spike: bool, config: Config) -> str:
 
 def evaluate(job: Job) -> float:
     """The mean loss over the supervised tokens of the held-out data."""
-    assert job.data.eval is not None
-    trainable, frozen, ask = job.state["trainable"], job.program.frozen, job.program.eval_step
+    assert job.data.eval is not None and job.eval_step is not None
+    trainable, frozen, ask = job.state["trainable"], job.program.frozen, job.eval_step
     batches = job.data.eval.batches(rows=processes.own_rows(job.program.rows, job.data.eval.shape))
-    with compiled_anew(job.assembled.mesh):
-        sums = [ask(trainable, frozen, job.program.put(batch.arrays())) for batch in batches]
+    sums = [ask(trainable, frozen, job.program.put(batch.arrays())) for batch in batches]
     losses, tokens = zip(*jax.device_get(sums), strict=True)
     return float(sum(losses) / sum(tokens))
 
