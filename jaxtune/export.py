@@ -127,8 +127,11 @@ def export_run(
         probe, expected = _write(unchecked, opened, format, dtype, target)
         del opened
         stage("Reading it again")
-        record = {**record_of(require_run(run_dir)), "fingerprints": {}}  # of the base: it was looked at before
-        again = open_adapter(config, unchecked, "float32", record=record) if format == "peft" else open_model(unchecked)
+        if format == "peft":
+            record = {**record_of(require_run(run_dir)), "fingerprints": {}}  # of the base: it was looked at before
+            again = open_adapter(config, unchecked, "float32", record=record)
+        else:
+            again = open_model(unchecked)
         found = LoadedModel(again).logits(probe)
         report = _compare(out, expected, found, TOLERANCE["float32" if format == "peft" else dtype], step)
         if sample is not None:

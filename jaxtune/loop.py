@@ -161,10 +161,7 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
     first = program.put(data.train.batch(1, rows=()).arrays())  # any will do
     with compiled_anew(mesh):
         compiled, needs = _compile(program.train_step, program.state, program.frozen, first, _number(1))
-        ask = None
-        if data.eval is not None:  # now too: what cannot be compiled is known before the first step
-            held_out = program.put(data.eval.batch(1, rows=()).arrays())
-            ask = program.eval_step.lower(program.state["trainable"], program.frozen, held_out).compile()
+        ask = None if data.eval is None else _compile_eval(program, data.eval)
     return Job(config, data, assembled, program, program.state, compiled, needs, ask)
 
 
@@ -324,6 +321,12 @@ def _compile(jitted: Any, *arguments: Any) -> tuple[Any, str]:
     _give_back()
     say(f"Compiled in {time.monotonic() - started:.1f} s; {needs}")
     return compiled, needs
+
+
+def _compile_eval(program: Program, data: Dataset) -> Any:
+    """The compiled evaluation: what cannot be compiled is known before the first step."""
+    held_out = program.put(data.batch(1, rows=()).arrays())
+    return program.eval_step.lower(program.state["trainable"], program.frozen, held_out).compile()
 
 
 def _give_back() -> None:

@@ -93,7 +93,8 @@ class Run:
         processes.compare(lambda: {f"the {name} (SHA-256)": print for name, print in prints.items()})
         before = self._record.get("fingerprints")
         if self.begun and before is not None:
-            same = {name: prints[name] for name in places if name in before and is_print_of(before[name], places[name])}
+            other = [name for name in places if name in before and before[name] != prints[name]]
+            same = {name: prints[name] for name in other if is_print_of(before[name], places[name])}
             self._compare(before | same, prints)
             self._compare_length(total_steps)
         log = self._record.get("changes", [])
