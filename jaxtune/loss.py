@@ -25,13 +25,16 @@ CHUNK = 256
 PARTS = 8  # of a chunk: the last one is as few of them as its tokens fit into
 CHUNK_ELSEWHERE = 2048
 LOGITS = 512 << 20  # bytes; 800 tokens of 150,000 words, whose products take longer than reading the head
+MEMORY = 24 << 30  # of a device, for each LOGITS: a head that trains adds up a gradient of its own size every chunk
 
 
 def chunk_of(vocab_size: int) -> int:
     """Tokens of a chunk on this platform. vocab_size: of one device."""
     if jax.default_backend() == "cpu":
         return CHUNK
-    return max(CHUNK, min(CHUNK_ELSEWHERE, LOGITS // (4 * vocab_size) // 128 * 128))
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    logits = LOGITS * max(1, memory // MEMORY)  # in so large steps that all processes take the same
+    return max(CHUNK, min(CHUNK_ELSEWHERE, logits // (4 * vocab_size) // 128 * 128))
 
 
 def cross_entropy(
@@ -51,15 +54,33 @@ def cross_entropy(
     return _cross_entropy(hidden, head, targets.reshape(-1), weights.reshape(-1))
 
 
+@jax.custom_vjp
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log softmax(logits)[target] in float32: [..., V], [...] -> [...], from this device's part of the logits."""
-    logits = logits.astype(jnp.float32)
-    own = targets - local.index("tensor") * logits.shape[-1]
-    # A comparison in place of a gather: no device needs the others' logits.
+    """-log softmax(logits)[target] in float32: [..., V], [...] -> [...], from this device's part of the logits.
+
+    The gradient is written out, softmax less one at the target: what autodiff makes of picking the target's logit is a
+    scatter into zeros, and of comparing every number with it one more pass over all logits.
+    """
+    return _token_losses_fwd(logits, targets)[0]
+
+
+def _token_losses_fwd(logits, targets):
+    wide, own = logits.astype(jnp.float32), targets - local.index("tensor") * logits.shape[-1]
+    inside = (own >= 0) & (own < logits.shape[-1])
+    picked = jnp.take_along_axis(wide, jnp.where(inside, own, 0)[..., None], axis=-1)[..., 0]
+    top = local.largest(jnp.max(wide, axis=-1), "tensor")
+    log_sum = top + jnp.log(local.total(jnp.sum(jnp.exp(wide - top[..., None]), axis=-1), "tensor"))
+    return log_sum - local.total(jnp.where(inside, picked, 0.0), "tensor"), (logits, own, log_sum)
+
+
+def _token_losses_bwd(residuals, g):
+    logits, own, log_sum = residuals
     is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == own[..., None]
-    at_target = local.total(jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), "tensor")
-    top = local.largest(jax.lax.stop_gradient(jnp.max(logits, axis=-1)), "tensor")
-    return top + jnp.log(local.total(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), "tensor")) - at_target
+    difference = jnp.exp(logits.astype(jnp.float32) - log_sum[..., None]) - is_target
+    return (difference * local.total(g, "tensor")[..., None]).astype(logits.dtype), None
+
+
+token_losses.defvjp(_token_losses_fwd, _token_losses_bwd)
 
 
 @jax.custom_vjp

@@ -197,6 +197,16 @@ def test_remat_policies_keep_less_in_the_promised_order():
     assert names < 1.03 * dots, "the names are those of most matmuls' results"
 
 
+def test_unrolled_layers_are_not_copied_into_stacks_and_out_of_them():
+    """A loop puts what each layer keeps into a stack of all layers' and takes it out again."""
+
+    def stacked(unroll):
+        hlo = Stepper(memory={"unroll": unroll}).hlo
+        return re.findall(rf"= f32\[{LAYERS},\d+,[\d,]+\]\S* dynamic-update-slice\(", hlo)
+
+    assert len(stacked(False)) > 6 and not stacked(True)
+
+
 def test_temporary_memory_falls_with_the_ring_s_size():
     sizes = [Stepper(rows=2, time=512, mesh={"context": n}).memory.temp_size_in_bytes for n in (1, 2, 4, 8)]
     assert all(less < 0.75 * more for more, less in pairwise(sizes)), sizes

@@ -137,6 +137,15 @@ def test_an_accelerator_takes_more_tokens_at_once_but_no_more_logits_than_fit(mo
     assert [loss_module.chunk_of(size) for size in (1000, 151_936, 10**7)] == [2048, 768, 256]
 
 
+@pytest.mark.parametrize(("gigabytes", "tokens"), [(18, 768), (36, 768), (64, 1664), (106, 2048)])
+def test_a_device_with_more_memory_takes_more_tokens_at_once(monkeypatch, small_chunks, gigabytes, tokens):
+    monkeypatch.undo()
+    device = type("Device", (), {"memory_stats": lambda self: {"bytes_limit": gigabytes * 10**9}})()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert loss_module.chunk_of(151_936) == tokens
+
+
 def test_a_chunk_is_cut_by_the_vocabulary_of_the_head(monkeypatch, inputs):
     monkeypatch.setattr(loss_module, "chunk_of", lambda vocab_size: {VOCAB: 40}[vocab_size])
     np.testing.assert_allclose(cross_entropy(*inputs), plain(*inputs), rtol=1e-6)

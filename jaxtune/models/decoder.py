@@ -404,15 +404,17 @@ class Model:
         """`layer` over axis 0 of `inputs`, keeping for the backward pass what the execution says."""
         if not trains:
             return jax.lax.scan(layer, x, inputs)
-        layer = jax.checkpoint(layer, policy=self.execution.policy())
+        run = self.execution
+        scan = partial(jax.lax.scan, unroll=run.unroll)
+        layer = jax.checkpoint(layer, policy=run.policy())
         count = len(jax.tree.leaves(inputs)[0])
-        groups = self.execution.groups(count)
+        groups = run.groups(count)
         if groups == count:
-            return jax.lax.scan(layer, x, inputs)
+            return scan(layer, x, inputs)
         nothing = jax.checkpoint_policies.nothing_saveable
-        group = jax.checkpoint(lambda x, inputs: jax.lax.scan(layer, x, inputs), policy=nothing)
+        group = jax.checkpoint(lambda x, inputs: scan(layer, x, inputs), policy=nothing)
         split = jax.tree.map(lambda array: array.reshape(groups, count // groups, *array.shape[1:]), inputs)
-        return jax.lax.scan(group, x, split)
+        return scan(group, x, split)
 
     def _shared(self, params: Tree) -> Tree:
         """The hooks' weights that there are once, as they are used."""

@@ -21,7 +21,7 @@ class Execution:
     attention and MLP the sequence is split over the tensor axis (Korthikanti et al. 2022, arXiv 2205.05198).
     remat: none | dots | block | full, or the names that a layer keeps. sum_dtype: that gradients are summed up in;
     None: the weights' own. float8: the layers' linear maps multiply in it. attention: of whole sequences, a name
-    in kernels.NAMES.
+    in kernels.NAMES. unroll: no loop over the layers that train.
     """
 
     weights_split: bool = True
@@ -33,6 +33,7 @@ class Execution:
     sum_dtype: Any = None
     float8: bool = False
     attention: str = "xla"
+    unroll: bool = False
 
     @classmethod
     def of(cls, config: Config, compute_dtype: Any, attention: str = "xla") -> "Execution":
@@ -53,6 +54,7 @@ class Execution:
             sum_dtype=compute_dtype if memory.gradients == "compute" else None,
             float8=config.precision.matmul == "float8",
             attention=attention,
+            unroll=memory.unroll,
         )
 
     @property

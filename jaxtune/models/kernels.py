@@ -57,7 +57,8 @@ def cudnn_attention(
     window: jax.Array | int | None = None,
     implementation: str = "cudnn",
 ) -> jax.Array:
-    """Causality, segments and window go in as one mask [B, 1, T, T], which all heads share.
+    """Segments and window go in as a mask [B, 1, T, T], which all heads share; that it is causal is said besides, for
+    then nothing above the diagonal is computed.
 
     implementation: of jax.nn.dot_product_attention; `xla` computes the same call anywhere.
     """
@@ -65,7 +66,8 @@ def cudnn_attention(
     q, k, v, segments = (padded(x, CUDNN_MULTIPLE) for x in (q_BTHD, k_BTKD, v_BTKD, segments_BT))
     mask = visible(segments, segments, 0, window)[:, None]
     # cuDNN's own packing of sequences, in place of a mask, gives nan where a row has several segments.
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)[:, :time]
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
+    return out[:, :time]
 
 
 def splash_attention(

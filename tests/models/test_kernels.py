@@ -98,6 +98,7 @@ NAMES = ("query", "key", "value")
 def test_cudnn_is_called_once_forward_and_once_backward_where_its_results_are_kept(cudnn_is_found):
     text = lowered("cudnn", "cuda", keeps("cudnn", NAMES))
     assert (text.count(FORWARD), text.count(BACKWARD)) == (1, 1)
+    assert text.count(r"mask_type\22: \22CAUSAL") == 2  # else the whole square would be computed
     again = lowered("cudnn", "cuda", NAMES)
     assert (again.count(FORWARD), again.count(BACKWARD)) == (2, 1)
 
