@@ -30,6 +30,15 @@ def relative(path: Path) -> str:
     return str(path.relative_to(REPOSITORY))
 
 
+def test_the_package_is_found_beside_a_clone_that_is_called_jaxtune(tmp_path):
+    """Where git clone was typed: the clone's directory, which has no __init__.py, is not to stand for the package."""
+    (tmp_path / "jaxtune" / "jaxtune").mkdir(parents=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", "import jaxtune; print(jaxtune.__file__)"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip().endswith("__init__.py"), done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("path", PACKAGE, ids=relative)
 def test_the_package_imports_neither_torch_nor_what_runs_code_from_files(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
