@@ -17,9 +17,10 @@ from jaxtune.models.kernels import NAMES, PLATFORMS, obstacle
 from jaxtune.models.trial import trial
 
 
-def settle(config: Config, model: ModelConfig, mesh: Mesh) -> str:
+def settle(config: Config, model: ModelConfig, mesh: Mesh, one_document: bool = False) -> str:
     """What `memory.attention` comes to on these devices: xla, tiles, cudnn or splash, the same in every process.
 
+    one_document: no row of the data has two.
     Tiles are not tried: they are XLA's own operations, which the tests compare.
 
     Raises:
@@ -33,7 +34,7 @@ def settle(config: Config, model: ModelConfig, mesh: Mesh) -> str:
         return kernel
     if kernel == "tiles":
         return kernel
-    problem = _problem(kernel, model, dtype, config.data.share_prefix)
+    problem = _problem(kernel, model, dtype, config.data.share_prefix, one_document)
     if problem is None:
         say(f"Attention: {NAMES[kernel]}, which agrees with plain XLA on packed rows, forward and backward")
         return kernel
@@ -64,11 +65,11 @@ def choose(
     return ("xla", reason) if reason else (kernel, None)
 
 
-def _problem(kernel: str, model: ModelConfig, dtype: Any, share_prefix: bool) -> str | None:
+def _problem(kernel: str, model: ModelConfig, dtype: Any, share_prefix: bool, one_document: bool) -> str | None:
     """What is wrong with a kernel, in any of the processes: they have to run the same program."""
     found = None
     try:
-        trial(kernel, model.num_heads, model.num_kv_heads, model.head_dim, dtype, share_prefix)
+        trial(kernel, model.num_heads, model.num_kv_heads, model.head_dim, dtype, share_prefix, one_document)
     except Exception as error:  # whatever a kernel, its compiler or its library raises
         found = processes.first_line(str(error)) or type(error).__name__
     return next((text for text in processes.gathered("attention", found) if text), None)

@@ -133,7 +133,7 @@ def _look(stop: StopSignal) -> None:
 
 def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
     """Load the model, put the tuning method and the optimiser on it, and compile the step."""
-    kernel = attention_kernel.settle(config, source.config, mesh)
+    kernel = attention_kernel.settle(config, source.config, mesh, data.one_each)
     with loading_bar(f"Loading {source.path}") as progress:
         assembled = assemble(
             source,
@@ -142,7 +142,7 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
             init=config.model.init,
             dtype=config.precision.params,
             seed=config.train.seed,
-            execution=Execution.of(config, compute_dtype(config.precision.compute), kernel),
+            execution=Execution.of(config, compute_dtype(config.precision.compute), kernel, data.one_each),
             progress=progress,
         )
     trained, total = count(partition(assembled.params, assembled.mask)[0]), count(assembled.params)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jaxtune
+from jaxtune import attention_kernel, loop
 from jaxtune.errors import AdapterError, CheckpointError, ConfigError, DataError, MeshError, ModelError
 from jaxtune.export import export_run
 from tests.peer import CHATML
@@ -346,3 +347,19 @@ def test_an_adapter_that_is_not_there_or_has_a_name_that_is_taken_is_refused(tin
     other = jaxtune.load_model(tiny_model("qwen2"), adapter=adapters["plain"])
     with pytest.raises(AdapterError, match="load its base model"):
         other.add_adapter("scaled", adapters["scaled"])
+
+
+def test_attention_is_told_whether_a_row_may_hold_two_examples(tiny_model, tmp_path, monkeypatch):
+    """On a GPU it then needs no mask."""
+    settled, assembled, settle, assemble = [], [], attention_kernel.settle, loop.assemble
+
+    def noted(*arguments, execution, **options):
+        assembled.append(execution.one_document)
+        return assemble(*arguments, execution=execution, **options)
+
+    monkeypatch.setattr(attention_kernel, "settle", lambda *asked: settled.append(asked[3]) or settle(*asked))
+    monkeypatch.setattr(loop, "assemble", noted)
+    for packing in (True, False):
+        home = tmp_path / str(packing)
+        jaxtune.train(sections(tiny_model("qwen2"), home, steps=1, data={"packing": packing, "max_length": 256}))
+    assert settled == assembled == [False, True]

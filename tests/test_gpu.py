@@ -11,7 +11,7 @@ ENV = {"JAX_PLATFORMS": "cuda,cpu", "XLA_FLAGS": "", "XLA_PYTHON_CLIENT_PREALLOC
 TRIAL = """
 from jaxtune.models.trial import trial
 for heads, kv_heads, dim in ((14, 2, 64), (8, 8, 128)):
-    print(trial("cudnn", heads, kv_heads, dim, "bfloat16"))
+    print(trial("cudnn", heads, kv_heads, dim, "bfloat16", one_document=dim == 64))
 """
 
 

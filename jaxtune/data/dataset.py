@@ -121,6 +121,14 @@ class Dataset:
         """Rows of the first epoch: packs, or examples."""
         return self._rows_before(1)
 
+    @cached_property
+    def one_each(self) -> bool:
+        """No row holds two examples: they are not packed, or no two of them fit into a row."""
+        lengths = np.sort(self.examples.lengths)[:2] + len(self.virtual)
+        if self.sources is not None and self.sources.weights is not None:
+            lengths = lengths[[0, 0]]  # an example may come twice in an epoch
+        return not self.packing or len(lengths) < 2 or int(lengths.sum()) > self.shape[-1]
+
     def first_rows(self, count: int, packs: bool) -> "Dataset":
         """A data set of the same examples (of a stream, those of its first block), whose first batch is their first
         `count` rows: as this one packs and shuffles them, or, without `packs`, one example each as they come."""

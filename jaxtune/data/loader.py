@@ -54,6 +54,11 @@ class Data:
     notes: list[str]  # what the user should know though the data is not wrong
 
     @property
+    def one_each(self) -> bool:
+        """No row of a batch holds two examples."""
+        return all(data.one_each for data in (self.train, self.eval) if data is not None)
+
+    @property
     def room(self) -> int:
         """The most tokens that a conversation may have."""
         return self.section.max_length - len(self.train.virtual)

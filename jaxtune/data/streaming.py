@@ -211,6 +211,11 @@ class Stream(Dataset):
     def fingerprint(self) -> str:
         return self._hash(self._identity)
 
+    @property
+    def one_each(self) -> bool:
+        """Known before all examples are read."""
+        return not self.packing
+
     def _hash(self, data: str) -> str:
         settings = {**self._order, "time": self.shape[-1], "batch_size": self.batch_size, "data": data}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

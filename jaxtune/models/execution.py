@@ -21,7 +21,8 @@ class Execution:
     attention and MLP the sequence is split over the tensor axis (Korthikanti et al. 2022, arXiv 2205.05198).
     remat: none | dots | block | full, or the names that a layer keeps. sum_dtype: that gradients are summed up in;
     None: the weights' own. float8: the layers' linear maps multiply in it. attention: of whole sequences, a name
-    in kernels.NAMES. unroll: no loop over the layers that train.
+    in kernels.NAMES. unroll: no loop over the layers that train. one_document: no row of a batch has
+    two documents, so that attention may go by order alone.
     """
 
     weights_split: bool = True
@@ -34,9 +35,10 @@ class Execution:
     float8: bool = False
     attention: str = "xla"
     unroll: bool = False
+    one_document: bool = False
 
     @classmethod
-    def of(cls, config: Config, compute_dtype: Any, attention: str = "xla") -> "Execution":
+    def of(cls, config: Config, compute_dtype: Any, attention: str = "xla", one_document: bool = False) -> "Execution":
         """As a configuration asks for it. attention: which kernel its `memory.attention` comes to on the devices."""
         mesh, memory = config.mesh, config.memory
         remat = memory.remat if isinstance(memory.remat, str) else tuple(memory.remat)
@@ -55,6 +57,7 @@ class Execution:
             float8=config.precision.matmul == "float8",
             attention=attention,
             unroll=memory.unroll,
+            one_document=one_document,
         )
 
     @property

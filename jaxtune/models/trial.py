@@ -31,23 +31,39 @@ class Disagreement(Exception):
 
 
 def trial(
-    kernel: str, num_heads: int, num_kv_heads: int, head_dim: int, dtype: Any, share_prefix: bool = False
+    kernel: str,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: Any,
+    share_prefix: bool = False,
+    one_document: bool = False,
 ) -> float:
     """The largest difference, as a share of the largest number, forward and backward and between packed and unpacked.
 
-    share_prefix: on rows whose first document all others see, too.
+    share_prefix: on rows whose first document all others see, too. one_document: single rows as `attend` takes them
+    where no row has two documents.
 
     Raises:
         Disagreement: something differs by more than rounding. Whatever else the kernel raises goes through.
     """
     group, function = num_heads // num_kv_heads, partial(attend, kernel)
-    return compare(function, NAMES[kernel], group, num_kv_heads, head_dim, dtype, share_prefix)
+    single = partial(function, one_document=True) if one_document else function
+    return compare(function, NAMES[kernel], group, num_kv_heads, head_dim, dtype, share_prefix, single)
 
 
 def compare(
-    kernel: Attend, name: str, group: int, num_kv_heads: int, head_dim: int, dtype: Any, share_prefix: bool = False
+    kernel: Attend,
+    name: str,
+    group: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: Any,
+    share_prefix: bool = False,
+    single: Attend | None = None,
 ) -> float:
-    """`trial` of any function (q, k, v, segments) -> output. group: query heads to each key head."""
+    """`trial` of any function (q, k, v, segments) -> output. group: query heads to each key head. single: the function
+    for rows of one document, where it is another; where there is padding it may give any number."""
     kv_heads, dtype = min(num_kv_heads, KV_HEADS), jnp.dtype(dtype)
     draw = np.random.default_rng(0)
     shapes = [(len(ENDS), TIME, heads, head_dim) for heads in (kv_heads * group, kv_heads, kv_heads, kv_heads * group)]
@@ -62,8 +78,11 @@ def compare(
         for what, ours, theirs in zip(RESULTS, found, wanted, strict=True):
             largest = max(largest, _difference(f"{case}: {what}", ours, theirs, dtype))
     alone, ones = _unpacked(given), _unpacked([segments])[0]
-    for what, packed, single in zip(RESULTS, _unpacked(found), with_gradients(kernel, alone, ones, dtype), strict=True):
-        largest = max(largest, _difference(f"{name}, packed and in rows of their own: {what}", packed, single, dtype))
+    real = (ones > 0)[..., None, None]
+    in_own_rows = with_gradients(single or kernel, alone, ones, dtype)
+    for what, packed, own in zip(RESULTS, _unpacked(found), in_own_rows, strict=True):
+        shown = np.where(real | np.isnan(own), own, 0)
+        largest = max(largest, _difference(f"{name}, packed and in rows of their own: {what}", packed, shown, dtype))
     return largest
 
 

@@ -59,6 +59,7 @@ def test_each_epoch_has_every_row_once_block_by_block_and_shuffled_anew(stream):
         assert sorted(epoch) == list(WORDS)
     assert first != second and first[:BLOCK] != WORDS[:BLOCK]
     assert letters(stream(steps=6, shuffle=False, packing="in_order").train.batches()).startswith(WORDS[:22])
+    assert not stream().train.one_each and stream(packing=False).train.one_each
 
 
 def test_batches_depend_on_data_seed_and_step_alone(stream):

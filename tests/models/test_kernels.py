@@ -3,6 +3,7 @@
 No GPU or TPU is here: the same calls run by other means on a CPU, and are lowered for the platforms that they are for.
 """
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -67,13 +68,31 @@ def test_a_kernel_gives_what_plain_attention_gives_forward_and_backward_on_packe
         np.testing.assert_allclose(ours, theirs, atol=3e-5)
 
 
+def test_cudnn_takes_no_mask_where_no_row_has_two_documents(cudnn_is_found):
+    """Rows of one document with padding behind it: what real tokens give and are given does not change."""
+    draw, lengths = np.random.default_rng(0), (33, 20)
+    q, k, v, dout = (draw.standard_normal((B, 33, heads, D)).astype(np.float32) for heads in (H, K, K, H))
+    segments = (np.arange(33) < np.array(lengths)[:, None]).astype(np.int32)
+    real = segments[..., None, None]
+
+    def results(attend):
+        out, backward = jax.vjp(lambda q, k, v: attend(q, k, v, segments), q, k, v)
+        return out * real, *backward(dout * real)
+
+    for ours, theirs in zip(results(partial(ON_CPU["cudnn"], one_document=True)), results(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=3e-5)
+    masks = r"tensor<\d+x1x\d+x\d+xbf16>"
+    assert re.search(masks, lowered("cudnn", "cuda", NAMES))
+    assert not re.search(masks, lowered("cudnn", "cuda", NAMES, one_document=True))
+
+
 def test_cudnn_lets_documents_see_the_start_that_they_share():
     found, wanted = (with_gradients(attend, 33, start=7) for attend in (ON_CPU["cudnn"], plain))
     for ours, theirs in zip(found, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=3e-5)
 
 
-def lowered(kernel, platform, names, time=256):
+def lowered(kernel, platform, names, time=256, **more):
     """The text of two layers' gradient, of which `names` are kept. time: tokens."""
 
     def layer(x_BTE, _):
@@ -81,7 +100,7 @@ def lowered(kernel, platform, names, time=256):
         q, k, v = (
             jax.ad_checkpoint.checkpoint_name(heads(n), name) for n, name in ((H, "query"), (K, "key"), (K, "value"))
         )
-        out = kernels.attend(kernel, q, k, v, jnp.ones(x_BTE.shape[:2], jnp.int32))
+        out = kernels.attend(kernel, q, k, v, jnp.ones(x_BTE.shape[:2], jnp.int32), **more)
         return x_BTE + out.reshape(x_BTE.shape), None
 
     def loss(x_BTE):

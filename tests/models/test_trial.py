@@ -46,6 +46,14 @@ def test_a_kernel_with_another_mask_or_scale_or_without_numbers_is_told(kernel):
         tried(kernel)
 
 
+def test_rows_of_one_document_may_have_a_function_of_their_own_which_is_tried_too():
+    plain = lambda q, k, v, segments: attention(q, k, v, segments, segments)  # noqa: E731
+    assert tried(plain, single=one_document) < 1e-5  # padding sees what it should not, and nothing else changes
+    for wrong in (not_scaled, not_finite):
+        with pytest.raises(Disagreement, match=r"it, packed and in rows of their own: the output differs"):
+            tried(plain, single=wrong)
+
+
 def test_a_kernel_that_knows_no_shared_start_is_told_where_one_is_asked_for():
     def apart(q, k, v, segments):
         own = jnp.where(segments == SHARED, 99, segments)
@@ -74,9 +82,10 @@ def test_packed_rows_that_differ_from_single_ones_are_told(monkeypatch):
 def settle(monkeypatch, capsys):
     """settle(asked, problem) -> (kernel, what was said), on what looks like a GPU."""
 
-    def on_gpu(asked="auto", problem=None, share_prefix=False):
-        def tried(kernel, num_heads, num_kv_heads, head_dim, dtype, shares):
-            assert (kernel, num_heads, num_kv_heads, head_dim, shares) == ("cudnn", 8, 2, 8, share_prefix)
+    def on_gpu(asked="auto", problem=None, share_prefix=False, one_document=False):
+        def tried(kernel, num_heads, num_kv_heads, head_dim, dtype, *rows):
+            assert (kernel, num_heads, num_kv_heads, head_dim) == ("cudnn", 8, 2, 8)
+            assert rows == (share_prefix, one_document)
             if problem is not None:
                 raise problem
 
@@ -84,7 +93,7 @@ def settle(monkeypatch, capsys):
         monkeypatch.setattr(attention_kernel, "trial", tried)
         sections = {"memory": {"attention": asked}, "precision": {"compute": "bfloat16"}}
         config = make_config({"model": {"path": "-"}, "data": {"path": "-", "share_prefix": share_prefix}, **sections})
-        kernel = attention_kernel.settle(config, CONFIG, single_device_mesh())
+        kernel = attention_kernel.settle(config, CONFIG, single_device_mesh(), one_document)
         return kernel, capsys.readouterr().out
 
     return on_gpu
@@ -95,6 +104,7 @@ def test_a_kernel_that_agrees_is_taken_and_said(settle):
         kernel, said = settle(asked)
         assert kernel == "cudnn" and said.startswith("Attention: cuDNN, which agrees with plain XLA")
     assert settle(share_prefix=True)[0] == "cudnn"  # tried with a shared start
+    assert settle(one_document=True)[0] == "cudnn"
     assert settle("xla") == ("xla", "Attention: plain XLA, because memory.attention asks for it\n")
 
 
