@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from jaxtune.api import LoadedModel, load_model, train
 
 __all__ = ["LoadedModel", "load_model", "train"]
-__version__ = "0.1.2"
+__version__ = "0.1.3"
 
 
 def __getattr__(name: str) -> Any:

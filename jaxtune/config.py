@@ -149,8 +149,8 @@ class MemorySection(Section):
     offload: list[Literal["optimizer", "activations", "params"]] = []  # lies in the host's memory until needed
     gradients: Literal["float32", "compute"] = "float32"  # type of their sum over devices and micro-batches
     # the layers stand in the program one after another, not in a loop: neither weights nor what a layer keeps are then
-    # copied out of stacks and into them, which is less work for a GPU; compiling takes several times as long
-    unroll: bool = False
+    # copied out of stacks and into them, and compiling takes several times as long; auto: on one GPU
+    unroll: Literal["auto"] | bool = "auto"
     # of whole sequences, by plain XLA or in a way that never has all scores in memory: tiles on a CPU, cudnn on an
     # NVIDIA GPU, splash on a TPU. auto: that of the platform where it fits; a kernel of a GPU or TPU is tried at the
     # start, and has to agree with plain XLA

@@ -87,6 +87,7 @@ RULES = {
     "mesh.virtual_stages": ALLOW,
     "memory.remat": ALLOW,
     "memory.offload": ALLOW,
+    "memory.unroll": ALLOW,
     "memory.gradients": LOG,
     "memory.attention": LOG,
     "precision.params": REFUSE,

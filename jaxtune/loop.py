@@ -21,7 +21,7 @@ from jaxtune.errors import TrainingStopped
 from jaxtune.export import write_result
 from jaxtune.kept import compiled_anew
 from jaxtune.leaves import count, partition
-from jaxtune.mesh import check_batch, check_time, make_mesh
+from jaxtune.mesh import check_batch, check_time, is_one_gpu, make_mesh
 from jaxtune.metrics import Recorder, Silent, read_rows
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.execution import Execution
@@ -142,7 +142,13 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
             init=config.model.init,
             dtype=config.precision.params,
             seed=config.train.seed,
-            execution=Execution.of(config, compute_dtype(config.precision.compute), kernel, data.one_each),
+            execution=Execution.of(
+                config,
+                compute_dtype(config.precision.compute),
+                kernel,
+                one_document=data.one_each,
+                one_gpu=is_one_gpu(mesh),
+            ),
             progress=progress,
         )
     trained, total = count(partition(assembled.params, assembled.mask)[0]), count(assembled.params)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtune.config import make_config
+from jaxtune.models.execution import Execution
 from jaxtune.parallel.schedule import bubble, make_schedule
 from jaxtune.plan.hlo import collectives
 from jaxtune.plan.memory import tree_bytes
@@ -205,6 +207,15 @@ def test_unrolled_layers_are_not_copied_into_stacks_and_out_of_them():
         return re.findall(rf"= f32\[{LAYERS},\d+,[\d,]+\]\S* dynamic-update-slice\(", hlo)
 
     assert len(stacked(False)) > 6 and not stacked(True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "one_gpu", "expected"),
+    [("auto", True, True), ("auto", False, False), (True, False, True), (False, True, False)],
+)
+def test_layers_are_unrolled_on_one_gpu_unless_it_is_said(asked, one_gpu, expected):
+    config = make_config({"model": {"path": "-"}, "data": {"path": "-"}, "memory": {"unroll": asked}})
+    assert Execution.of(config, np.float32, one_gpu=one_gpu).unroll is expected
 
 
 def test_temporary_memory_falls_with_the_ring_s_size():

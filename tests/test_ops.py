@@ -20,9 +20,11 @@ def test_it_drops_its_share_of_every_token_anew_and_keeps_the_mean(rate):
     assert len({row.tobytes() for row in found}) == TOKENS
 
 
-def kept(seed, rate, tokens=TOKENS, features=FEATURES):
+def kept(seed, rate, tokens=TOKENS, features=FEATURES, folded=()):
     """1 where a number is kept, else 0, less the mean of that and over its deviation."""
     noise = Noise(jax.random.key(seed), jnp.arange(tokens))
+    for number in folded:
+        noise = noise.fold_in(number)
     found = np.asarray(dropout(jnp.ones((tokens, features)), rate, noise)) > 0
     return (found - (1 - rate)) / np.sqrt(rate * (1 - rate))
 
@@ -40,6 +42,21 @@ def test_what_is_dropped_has_nothing_to_do_with_a_neighbour_or_another_key(rate)
     for axis in (0, 1):  # a share that is too even, or not even enough, over the tokens or over the features
         sums = drawn.mean(axis) * np.sqrt(drawn.shape[axis])
         assert abs(sums.var() - 1) < 5 * np.sqrt(2 / len(sums)), axis
+
+
+def test_what_is_folded_in_makes_keys_that_have_nothing_to_do_with_one_another():
+    """Layers, their parts and their parts' parts, in 0 to 27 and so on: each pair's draws, and how many bits differ."""
+    ways = [(), *((n,) for n in range(28)), *((n, m) for n in (0, 1, 27) for m in range(4))]
+    ways += [(n, m, o) for n in (0, 1) for m in (0, 1) for o in (0, 1, 2)]
+    drawn = np.stack([kept(1, 0.5, tokens=64, features=512, folded=way).ravel() for way in ways])
+    products = drawn @ drawn.T / np.sqrt(drawn.shape[1])
+    others = products[np.triu_indices(len(ways), 1)]
+    assert np.abs(others).max() < 5.5 and abs(others.var() - 1) < 5 * np.sqrt(2 / len(others))
+    noise = Noise(jax.random.key(0), jnp.arange(2))
+    words = np.stack([np.asarray(jax.random.key_data(noise.fold_in(n).key)) for n in range(200)])
+    assert len({tuple(pair) for pair in words.tolist()}) == 200 and not np.any(words[:, 0] == words[:, 1])
+    bits = np.unpackbits((words[1:] ^ words[:-1]).view(np.uint8), axis=1).mean()
+    assert abs(bits - 0.5) < 5 * 0.5 / np.sqrt(words[1:].size * 32)
 
 
 @pytest.mark.parametrize("rate", [1 - 1e-4, 1 - 1e-12])

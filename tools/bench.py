@@ -11,8 +11,7 @@ on all alike. On a CPU everything is computed in float32, on a GPU in bfloat16.
 
 A real token is one of a conversation's own, not padding; a supervised one is one that the loss is on. The side
 jaxtune-shared has data.share_prefix: what all conversations begin with is computed once a pack, and counted for each,
-for each has the loss and the gradients that it would have by itself. The side jaxtune-unrolled, on a GPU, has
-memory.unroll. The model's FLOPs of a real token
+for each has the loss and the gradients that it would have by itself. The model's FLOPs of a real token
 are jaxtune.plan.flops.model_flops, the same number for every side: per matmul weight 2 forward, 2 for the gradient of
 its input and, where it trains, 2 for its own, hence 4 with LoRA and 6 with full tuning; attention over the row that a
 token stands in; the head for every token, also where a side computes it for the supervised alone; nothing that is

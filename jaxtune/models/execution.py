@@ -38,8 +38,17 @@ class Execution:
     one_document: bool = False
 
     @classmethod
-    def of(cls, config: Config, compute_dtype: Any, attention: str = "xla", one_document: bool = False) -> "Execution":
-        """As a configuration asks for it. attention: which kernel its `memory.attention` comes to on the devices."""
+    def of(
+        cls,
+        config: Config,
+        compute_dtype: Any,
+        attention: str = "xla",
+        *,
+        one_document: bool = False,
+        one_gpu: bool = False,
+    ) -> "Execution":
+        """As a configuration asks for it. attention: which kernel its `memory.attention` comes to on the devices, which
+        are `one_gpu` or not."""
         mesh, memory = config.mesh, config.memory
         remat = memory.remat if isinstance(memory.remat, str) else tuple(memory.remat)
         if isinstance(remat, tuple) and mesh.context != 1:
@@ -56,7 +65,7 @@ class Execution:
             sum_dtype=compute_dtype if memory.gradients == "compute" else None,
             float8=config.precision.matmul == "float8",
             attention=attention,
-            unroll=memory.unroll,
+            unroll=one_gpu if memory.unroll == "auto" else memory.unroll,
             one_document=one_document,
         )
 

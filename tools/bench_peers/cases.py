@@ -70,7 +70,6 @@ OURS = "jaxtune"
 SIDES = {
     OURS: Side(SCRIPTS / "ours.py"),
     f"{OURS}-shared": Side(SCRIPTS / "ours.py", ("--share-prefix",), conversations_only=True),
-    f"{OURS}-unrolled": Side(SCRIPTS / "ours.py", ("--unroll",), gpu_only=True),
     "trainer": Side(SCRIPTS / "trainer.py", (), PEFT, True),
     "trl": Side(SCRIPTS / "trl_packed.py", (), TRL, True),
     "trainer-compile": Side(SCRIPTS / "trainer.py", ("--compile",), PEFT, True, gpu_only=True),

@@ -1,6 +1,6 @@
 """jaxtune, as its users run it: the training loop on a configuration. It ends after the last step: nothing is exported.
 
-usage: ours.py SPEC.json [--share-prefix] [--unroll]
+usage: ours.py SPEC.json [--share-prefix]
 """
 
 import sys
@@ -10,8 +10,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])  # the names of the scrip
 
 from jaxtune.huge_pages import start_anew  # noqa: E402
 from tools.bench_peers.common import Compiled, Meter, Spec, jax_peak_gb  # noqa: E402
-
-SETTINGS = {"--share-prefix": "data.share_prefix=true", "--unroll": "memory.unroll=true"}
 
 
 def main() -> None:
@@ -30,7 +28,7 @@ def main() -> None:
     without_torch()  # as the command line does
 
     record, assemble = loop.record, loop.assemble
-    own = [setting for option, setting in SETTINGS.items() if option in sys.argv]
+    own = ("data.share_prefix=true",) if "--share-prefix" in sys.argv else ()
     total, peak = spec.warm + spec.steps, []
 
     def noted(outcome, recorder, config):
