@@ -149,7 +149,7 @@ class MemorySection(Section):
     offload: list[Literal["optimizer", "activations", "params"]] = []  # lies in the host's memory until needed
     gradients: Literal["float32", "compute"] = "float32"  # type of their sum over devices and micro-batches
     # the layers stand in the program one after another, not in a loop: neither weights nor what a layer keeps are then
-    # copied out of stacks and into them, and compiling takes several times as long; auto: on one GPU
+    # copied out of stacks and into them, and compiling takes several times as long; auto: in a long run on one GPU
     unroll: Literal["auto"] | bool = "auto"
     # of whole sequences, by plain XLA or in a way that never has all scores in memory: tiles on a CPU, cudnn on an
     # NVIDIA GPU, splash on a TPU. auto: that of the platform where it fits; a kernel of a GPU or TPU is tried at the

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,10 +22,10 @@ from jaxtune.errors import TrainingStopped
 from jaxtune.export import write_result
 from jaxtune.kept import compiled_anew
 from jaxtune.leaves import count, partition
-from jaxtune.mesh import check_batch, check_time, is_one_gpu, make_mesh
+from jaxtune.mesh import check_batch, check_time, make_mesh
 from jaxtune.metrics import Recorder, Silent, read_rows
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.execution import Execution
+from jaxtune.models.execution import Execution, worth_unrolling
 from jaxtune.models.weights import Tree
 from jaxtune.optim import make_schedule
 from jaxtune.parallel.checks import check_fit
@@ -147,7 +148,7 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
                 compute_dtype(config.precision.compute),
                 kernel,
                 one_document=data.one_each,
-                one_gpu=is_one_gpu(mesh),
+                unroll=worth_unrolling(mesh, source.config, data.train.steps * math.prod(data.train.shape)),
             ),
             progress=progress,
         )

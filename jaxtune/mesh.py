@@ -74,10 +74,6 @@ def complete(mesh: Mesh) -> Mesh:
     return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def is_one_gpu(mesh: Mesh) -> bool:
-    return mesh.size == 1 and mesh.devices.flat[0].platform == "gpu"
-
-
 def single_device_mesh() -> Mesh:
     """A mesh of the first device alone."""
     return make_mesh(MeshSection(), jax.devices()[:1])

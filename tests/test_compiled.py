@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from functools import cache
 from itertools import pairwise
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from jaxtune.config import make_config
-from jaxtune.models.execution import Execution
+from jaxtune.mesh import single_device_mesh
+from jaxtune.models.execution import Execution, worth_unrolling
 from jaxtune.parallel.schedule import bubble, make_schedule
 from jaxtune.plan.hlo import collectives
 from jaxtune.plan.memory import tree_bytes
@@ -210,12 +212,30 @@ def test_unrolled_layers_are_not_copied_into_stacks_and_out_of_them():
 
 
 @pytest.mark.parametrize(
-    ("asked", "one_gpu", "expected"),
-    [("auto", True, True), ("auto", False, False), (True, False, True), (False, True, False)],
+    ("asked", "found", "expected"), [("auto", True, True), (True, False, True), (False, True, False)]
 )
-def test_layers_are_unrolled_on_one_gpu_unless_it_is_said(asked, one_gpu, expected):
+def test_layers_are_unrolled_where_it_is_said_or_found_to_be_worth_it(asked, found, expected):
     config = make_config({"model": {"path": "-"}, "data": {"path": "-"}, "memory": {"unroll": asked}})
-    assert Execution.of(config, np.float32, one_gpu=one_gpu).unroll is expected
+    assert Execution.of(config, np.float32, unroll=found).unroll is expected
+
+
+def test_unrolling_is_worth_it_in_a_long_run_on_one_gpu():
+    devices = np.array([SimpleNamespace(platform="gpu")])
+    one, two = (SimpleNamespace(size=size, devices=devices) for size in (1, 2))
+    qwen = dataclasses.replace(
+        CONFIG,
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_layers=24,
+        num_heads=14,
+        num_kv_heads=2,
+        head_dim=64,
+    )
+    assert qwen.matmul_weights == 493_961_216
+    few, many = 3000 * 16384, 3200 * 16384
+    assert worth_unrolling(one, qwen, many) and not worth_unrolling(one, qwen, few)
+    assert not worth_unrolling(two, qwen, many) and not worth_unrolling(single_device_mesh(), qwen, many)
 
 
 def test_temporary_memory_falls_with_the_ring_s_size():

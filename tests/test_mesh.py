@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtune.config import MeshSection
 from jaxtune.errors import MeshError
 from jaxtune.leaves import dim_of
-from jaxtune.mesh import (
-    axes_sharding,
-    check_batch,
-    check_model,
-    is_one_gpu,
-    make_mesh,
-    rules_of,
-    shards_of,
-    single_device_mesh,
-    spec,
-)
+from jaxtune.mesh import axes_sharding, check_batch, check_model, make_mesh, rules_of, shards_of, spec
 from jaxtune.models.config import ModelConfig
 from jaxtune.parallel.layout import check_sharded
 from tests.programs import FULL, HIDDEN, LAYERS, LORA, ROWS, TIME, VOCAB, Stepper
@@ -45,12 +34,6 @@ def one_device(request):
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_cpus_are_no_gpu():
-    assert not is_one_gpu(single_device_mesh())
-    gpu = SimpleNamespace(size=1, devices=np.array([SimpleNamespace(platform="gpu")]))
-    assert is_one_gpu(gpu) and not is_one_gpu(SimpleNamespace(size=2, devices=gpu.devices))
-
-
 def test_ten_losses_equal_one_device_s(one_device, sizes):
     tune, expected = one_device
     np.testing.assert_allclose(start(tune, sizes).run(10), expected, rtol=1e-5)

@@ -177,6 +177,7 @@ def specification(case: Case, home: Path, options: argparse.Namespace, on_gpu: b
         "model": {"path": model} | ({"quantize": "nf4"} if case.method == "qlora" else {}),
         "tune": tune,
         "train": {"output_dir": str(home / "run"), **batches},
+        "memory": {"unroll": on_gpu},  # as a run of more steps has it
         "checkpoint": {"resume": "never"},
         "log": {"every": 1},
     }

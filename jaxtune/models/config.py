@@ -46,3 +46,9 @@ class ModelConfig:
     windows: tuple[int | None, ...] = ()  # by layer: how many positions back a token sees, itself counted; None: all
     init_std: float = 0.02
     hf: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)  # the config.json it came from
+
+    @property
+    def matmul_weights(self) -> int:
+        """Numbers that multiply every token: the layers' matrices and the head."""
+        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return self.hidden_size * (self.num_layers * (attention + 3 * self.intermediate_size) + self.vocab_size)

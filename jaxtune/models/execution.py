@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jaxtune.config import Config, MemorySection
 from jaxtune.models import kernels
+from jaxtune.models.config import ModelConfig
 from jaxtune.models.tiled import SAVED
 
 HOST = "pinned_host"  # jax's name for the host's memory that a device reads from
+LONG = 1e17  # operations of a run: five minutes of an H100, whose tenth is what compiling without a loop takes longer
 WEIGHT = "weight"  # checkpoint name of a weight as a layer uses it: gathered, fetched or cast, and never kept
 
 
@@ -45,10 +48,10 @@ class Execution:
         attention: str = "xla",
         *,
         one_document: bool = False,
-        one_gpu: bool = False,
+        unroll: bool = False,
     ) -> "Execution":
-        """As a configuration asks for it. attention: which kernel its `memory.attention` comes to on the devices, which
-        are `one_gpu` or not."""
+        """As a configuration asks for it. attention, unroll: what its `memory.attention` and `memory.unroll: auto` come
+        to on the devices."""
         mesh, memory = config.mesh, config.memory
         remat = memory.remat if isinstance(memory.remat, str) else tuple(memory.remat)
         if isinstance(remat, tuple) and mesh.context != 1:
@@ -65,7 +68,7 @@ class Execution:
             sum_dtype=compute_dtype if memory.gradients == "compute" else None,
             float8=config.precision.matmul == "float8",
             attention=attention,
-            unroll=one_gpu if memory.unroll == "auto" else memory.unroll,
+            unroll=unroll if memory.unroll == "auto" else memory.unroll,
             one_document=one_document,
         )
 
@@ -104,3 +107,9 @@ class Execution:
 
 
 USUAL = Execution()
+
+
+def worth_unrolling(mesh: Mesh, model: ModelConfig, tokens: int) -> bool:
+    """What `memory.unroll: auto` comes to. tokens: of a whole run."""
+    one_gpu = mesh.size == 1 and mesh.devices.flat[0].platform == "gpu"
+    return one_gpu and 4 * model.matmul_weights * tokens >= LONG

@@ -14,7 +14,7 @@ from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
 from jaxtune.attention_kernel import choose, ring_of
 from jaxtune.config import Config
 from jaxtune.loss import chunk_of
-from jaxtune.mesh import batch_shards, check_time, is_one_gpu
+from jaxtune.mesh import batch_shards, check_time
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.execution import Execution
 from jaxtune.parallel.checks import check_fit
@@ -118,12 +118,7 @@ def make_step(config: Config, model: ModelConfig, mesh: Mesh) -> Step:
         mesh,
         init="shapes",
         dtype=config.precision.params,
-        execution=Execution.of(
-            config,
-            compute_dtype(config.precision.compute),
-            _attention(config, mesh, model),
-            one_gpu=is_one_gpu(mesh),
-        ),
+        execution=Execution.of(config, compute_dtype(config.precision.compute), _attention(config, mesh, model)),
     )
     built = program.build(config, assembled.model, mesh, assembled.params, assembled.mask, TOTAL_STEPS)
     return Step(config, assembled, mesh, built)

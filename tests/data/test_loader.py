@@ -12,7 +12,6 @@ from jaxtune.config import DataSection, EvalSection, TrainSection
 from jaxtune.data import Batch, Data, Dataset, build_data
 from jaxtune.data.dataset import KEPT
 from jaxtune.data.examples import join
-from jaxtune.data.mixing import Sources
 from jaxtune.errors import ConfigError, DataError
 from tests.data.templates import MARKED, tokenizer, word_tokenizer
 from tests.peer import CHATML
@@ -33,29 +32,6 @@ def examples(count: int = 40, longest: int = 20):
 
 def dataset(given=None, **settings) -> Dataset:
     return Dataset(given or examples(), **{"time": 32, "batch_size": 4, **settings})
-
-
-def of_lengths(*lengths):
-    return join([(np.arange(n, dtype=np.int32), np.arange(n) > 0) for n in lengths])
-
-
-@pytest.mark.parametrize(
-    ("lengths", "settings", "expected"),
-    [
-        ((32, 32, 32), {}, True),
-        ((32, 5, 28), {}, True),  # the two shortest are 33 together
-        ((32, 5, 27), {}, False),
-        ((30, 5, 27), {"virtual": range(99, 100)}, True),  # one more each
-        ((5, 5, 5), {"packing": False}, True),
-        ((5,), {}, True),
-        ((16, 32), {"sources": Sources(("a",), (2,), (1.0,))}, False),  # which may come twice in an epoch
-    ],
-)
-def test_it_is_known_whether_a_row_may_hold_two_examples(lengths, settings, expected):
-    made = dataset(of_lengths(*lengths), steps=20, **settings)
-    assert made.one_each == expected
-    most = max(segments.max() for *_, segments in rows_of(made.batches()))
-    assert (most == 1) == expected or "sources" in settings
 
 
 def rows_of(batches) -> list[tuple[np.ndarray, ...]]:

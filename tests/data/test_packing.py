@@ -8,7 +8,9 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from jaxtune.data import packing
+from jaxtune.data import Dataset, packing
+from jaxtune.data.examples import join
+from jaxtune.data.mixing import Sources
 from jaxtune.data.packing import plan_epoch, shuffled
 
 RANDOM = np.random.default_rng(0)
@@ -185,3 +187,26 @@ def test_shuffled_is_fair():
 def test_shuffled_reads_its_whole_key():
     keys = [(1, 2), (2, 1), (12,), ("1", 2), ("a", 1), ("b", 1)]
     assert len({tuple(shuffled(50, *key)) for key in keys}) == len(keys)
+
+
+def of_lengths(*lengths):
+    return join([(np.arange(n, dtype=np.int32), np.arange(n) > 0) for n in lengths])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "settings", "expected"),
+    [
+        ((32, 32, 32), {}, True),
+        ((32, 5, 28), {}, True),  # the two shortest are 33 together
+        ((32, 5, 27), {}, False),
+        ((30, 5, 27), {"virtual": range(99, 100)}, True),  # one more each
+        ((5, 5, 5), {"packing": False}, True),
+        ((5,), {}, True),
+        ((16, 32), {"sources": Sources(("a",), (2,), (1.0,))}, False),  # which may come twice in an epoch
+    ],
+)
+def test_it_is_known_whether_a_row_may_hold_two_examples(lengths, settings, expected):
+    made = Dataset(of_lengths(*lengths), time=32, batch_size=4, steps=20, **settings)
+    assert made.one_each == expected
+    most = max(batch.segments.max() for batch in made.batches())
+    assert (most == 1) == expected or "sources" in settings
