@@ -127,7 +127,7 @@ class Dataset:
         lengths = np.sort(self.examples.lengths)[:2] + len(self.virtual)
         if self.sources is not None and self.sources.weights is not None:
             lengths = lengths[[0, 0]]  # an example may come twice in an epoch
-        return not self.packing or len(lengths) < 2 or int(lengths.sum()) > self.shape[-1]
+        return not self.packing or len(lengths) < 2 or int(lengths.sum()) - self.shared > self.shape[-1]
 
     def first_rows(self, count: int, packs: bool) -> "Dataset":
         """A data set of the same examples (of a stream, those of its first block), whose first batch is their first

@@ -190,7 +190,7 @@ def test_shuffled_reads_its_whole_key():
 
 
 def of_lengths(*lengths):
-    return join([(np.arange(n, dtype=np.int32), np.arange(n) > 0) for n in lengths])
+    return join([(np.arange(n, dtype=np.int32), np.arange(n) >= max(1, n - 4)) for n in lengths])
 
 
 @pytest.mark.parametrize(
@@ -202,6 +202,7 @@ def of_lengths(*lengths):
         ((30, 5, 27), {"virtual": range(99, 100)}, True),  # one more each
         ((5, 5, 5), {"packing": False}, True),
         ((5,), {}, True),
+        ((20, 20), {"share_prefix": True}, False),  # of which 16 stand there once
         ((16, 32), {"sources": Sources(("a",), (2,), (1.0,))}, False),  # which may come twice in an epoch
     ],
 )
