@@ -34,7 +34,7 @@ def settle(config: Config, model: ModelConfig, mesh: Mesh, one_document: bool = 
         return kernel
     if kernel == "tiles":
         return kernel
-    problem = _problem(kernel, model, dtype, config.data.share_prefix, one_document)
+    problem = _problem(kernel, model, dtype, config.data.share_prefix, one_document and not any(model.windows))
     if problem is None:
         say(f"Attention: {NAMES[kernel]}, which agrees with plain XLA on packed rows, forward and backward")
         return kernel

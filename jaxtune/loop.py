@@ -148,7 +148,7 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
                 compute_dtype(config.precision.compute),
                 kernel,
                 one_document=data.one_each,
-                unroll=worth_unrolling(mesh, source.config, data.train.steps * math.prod(data.train.shape)),
+                unroll=worth_unrolling(config, mesh, source.config, data.train.steps * math.prod(data.train.shape)),
             ),
             progress=progress,
         )

@@ -33,7 +33,9 @@ def chunk_of(vocab_size: int) -> int:
     if jax.default_backend() == "cpu":
         return CHUNK
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    logits = LOGITS * max(1, memory // MEMORY)  # in so large steps that all processes take the same
+    logits = LOGITS * max(
+        1, memory // MEMORY
+    )  # in so large steps that all processes with the same kind of device take the same
     return max(CHUNK, min(CHUNK_ELSEWHERE, logits // (4 * vocab_size) // 128 * 128))
 
 
@@ -69,14 +71,16 @@ def _token_losses_fwd(logits, targets):
     inside = (own >= 0) & (own < logits.shape[-1])
     picked = jnp.take_along_axis(wide, jnp.where(inside, own, 0)[..., None], axis=-1)[..., 0]
     top = local.largest(jnp.max(wide, axis=-1), "tensor")
-    log_sum = top + jnp.log(local.total(jnp.sum(jnp.exp(wide - top[..., None]), axis=-1), "tensor"))
-    return log_sum - local.total(jnp.where(inside, picked, 0.0), "tensor"), (logits, own, log_sum)
+    total = local.total(jnp.sum(jnp.exp(wide - top[..., None]), axis=-1), "tensor")
+    at_target = local.total(jnp.where(inside, picked, 0.0), "tensor")
+    return top + jnp.log(total) - at_target, (logits, own, top, total)
 
 
 def _token_losses_bwd(residuals, g):
-    logits, own, log_sum = residuals
+    logits, own, top, total = residuals
     is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == own[..., None]
-    difference = jnp.exp(logits.astype(jnp.float32) - log_sum[..., None]) - is_target
+    # Not exp(logits - log of the sum), which rounds with the size of the logits.
+    difference = jnp.exp(logits.astype(jnp.float32) - top[..., None]) / total[..., None] - is_target
     return (difference * local.total(g, "tensor")[..., None]).astype(logits.dtype), None
 
 

@@ -51,6 +51,7 @@ def remedies(config: Config) -> list[str]:
     rows = train.batch_size // train.micro_batches
     able = {
         f"train.micro_batches: {train.micro_batches * 2} (now {train.micro_batches}; the batch stays)": rows % 2 == 0,
+        "memory.unroll: false": memory.unroll is True,
         "memory.remat: full (a layer's activations are computed again)": memory.remat != "full",
         "memory.offload: [optimizer] (its moments lie in the host's memory)": "optimizer" not in memory.offload,
         "memory.offload: [params, ...] (so do the weights)": "params" not in memory.offload,

@@ -234,8 +234,12 @@ def test_unrolling_is_worth_it_in_a_long_run_on_one_gpu():
     )
     assert qwen.matmul_weights == 493_961_216
     few, many = 3000 * 16384, 3200 * 16384
-    assert worth_unrolling(one, qwen, many) and not worth_unrolling(one, qwen, few)
-    assert not worth_unrolling(two, qwen, many) and not worth_unrolling(single_device_mesh(), qwen, many)
+    tree = {"model": {"path": "-"}, "data": {"path": "-"}}
+    usual = make_config(tree)
+    assert worth_unrolling(usual, one, qwen, many) and not worth_unrolling(usual, one, qwen, few)
+    assert not any(worth_unrolling(usual, mesh, qwen, many) for mesh in (two, single_device_mesh()))
+    for memory in ({"remat": "block"}, {"remat": "full"}, {"offload": ["optimizer"]}):
+        assert not worth_unrolling(make_config({**tree, "memory": memory}), one, qwen, many)
 
 
 def test_temporary_memory_falls_with_the_ring_s_size():

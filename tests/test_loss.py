@@ -85,6 +85,17 @@ def test_huge_logits_do_not_overflow():
     np.testing.assert_allclose(token_losses(logits, jnp.array([0, 1])), [0.0, 0.0])
 
 
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_the_gradient_is_as_exact_for_large_logits_as_for_small_ones(offset):
+    logits = np.random.default_rng(0).normal(offset, 1, (4, 1000)).astype(np.float32)
+    targets = np.array([0, 1, 500, 999])
+    found = jax.grad(lambda x: token_losses(x, targets).sum())(logits)
+    wide = logits.astype(np.float64)
+    shares = np.exp(wide - wide.max(-1, keepdims=True))
+    wanted = shares / shares.sum(-1, keepdims=True) - (np.arange(1000) == targets[:, None])
+    np.testing.assert_allclose(found, wanted, atol=5e-7)
+
+
 def test_a_frozen_head_has_no_weight_gradient_and_the_whole_logits_never_exist(inputs):
     hidden, head, targets, weights = inputs
     grad = jax.jit(jax.grad(lambda h, w: cross_entropy(h, w, targets, weights)))

@@ -124,10 +124,13 @@ class Dataset:
     @cached_property
     def one_each(self) -> bool:
         """No row holds two examples: they are not packed, or no two of them fit into a row."""
-        lengths = np.sort(self.examples.lengths)[:2] + len(self.virtual)
+        lengths = self.examples.lengths
         if self.sources is not None and self.sources.weights is not None:
-            lengths = lengths[[0, 0]]  # an example may come twice in an epoch
-        return not self.packing or len(lengths) < 2 or int(lengths.sum()) - self.shared > self.shape[-1]
+            lengths = np.repeat(lengths.min(), 2)  # an example may come twice in an epoch
+        if not self.packing or len(lengths) < 2:
+            return True
+        both = np.partition(lengths, 1)[:2].sum() + 2 * len(self.virtual) - self.shared
+        return bool(both > self.shape[-1])
 
     def first_rows(self, count: int, packs: bool) -> "Dataset":
         """A data set of the same examples (of a stream, those of its first block), whose first batch is their first

@@ -48,7 +48,12 @@ class ModelConfig:
     hf: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)  # the config.json it came from
 
     @property
+    def layer_weights(self) -> int:
+        """Numbers of a layer's matrices."""
+        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return self.hidden_size * (attention + 3 * self.intermediate_size)
+
+    @property
     def matmul_weights(self) -> int:
         """Numbers that multiply every token: the layers' matrices and the head."""
-        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
-        return self.hidden_size * (self.num_layers * (attention + 3 * self.intermediate_size) + self.vocab_size)
+        return self.num_layers * self.layer_weights + self.vocab_size * self.hidden_size

@@ -12,7 +12,7 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.models.tiled import SAVED
 
 HOST = "pinned_host"  # jax's name for the host's memory that a device reads from
-LONG = 1e17  # operations of a run: five minutes of an H100, whose tenth is what compiling without a loop takes longer
+LONG = 1e17  # operations of a run, of which compiling without a loop wins back on an H100 what it takes longer
 WEIGHT = "weight"  # checkpoint name of a weight as a layer uses it: gathered, fetched or cast, and never kept
 
 
@@ -24,8 +24,8 @@ class Execution:
     attention and MLP the sequence is split over the tensor axis (Korthikanti et al. 2022, arXiv 2205.05198).
     remat: none | dots | block | full, or the names that a layer keeps. sum_dtype: that gradients are summed up in;
     None: the weights' own. float8: the layers' linear maps multiply in it. attention: of whole sequences, a name
-    in kernels.NAMES. unroll: no loop over the layers that train. one_document: no row of a batch has
-    two documents, so that attention may go by order alone.
+    in kernels.NAMES. unroll: no loop over the layers that train. one_document: no row of a batch
+    has two, and attention may go by order alone.
     """
 
     weights_split: bool = True
@@ -109,7 +109,12 @@ class Execution:
 USUAL = Execution()
 
 
-def worth_unrolling(mesh: Mesh, model: ModelConfig, tokens: int) -> bool:
-    """What `memory.unroll: auto` comes to. tokens: of a whole run."""
-    one_gpu = mesh.size == 1 and mesh.devices.flat[0].platform == "gpu"
-    return one_gpu and 4 * model.matmul_weights * tokens >= LONG
+def worth_unrolling(config: Config, mesh: Mesh, model: ModelConfig, tokens: int) -> bool:
+    """What `memory.unroll: auto` comes to. tokens: of a whole run.
+
+    Not where memory is short: without a loop, the compiler makes some of what remat block and full leave to the
+    backward pass earlier than it is needed.
+    """
+    platform, memory = mesh.devices.flat[0].platform, config.memory
+    is_roomy = memory.remat not in ("block", "full") and not memory.offload
+    return mesh.size == 1 and platform == "gpu" and is_roomy and 4 * model.matmul_weights * tokens >= LONG

@@ -61,8 +61,8 @@ def cudnn_attention(
     implementation: str = "cudnn",
 ) -> jax.Array:
     """Segments and window go in as a mask [B, 1, T, T], which all heads share; that it is causal is said besides, for
-    then nothing above the diagonal is computed. With one document a row and no window there is no mask, to read which
-    takes a third of the time.
+    then nothing above the diagonal is computed. With one document a row and no window there is no mask,
+    whose reading takes a third of the time.
 
     implementation: of jax.nn.dot_product_attention; `xla` computes the same call anywhere.
     """

@@ -245,9 +245,7 @@ def _working(facts: Facts, shares: Shares) -> float:
 
 
 def _layer_numbers(facts: Facts) -> float:
-    model = facts.model
-    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    return model.hidden_size * (heads + 3 * model.intermediate_size)
+    return facts.model.layer_weights
 
 
 def _sent(facts: Facts, shares: Shares, held: Held) -> dict[str, float]:

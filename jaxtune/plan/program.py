@@ -16,7 +16,7 @@ from jaxtune.config import Config
 from jaxtune.loss import chunk_of
 from jaxtune.mesh import batch_shards, check_time
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.execution import Execution
+from jaxtune.models.execution import Execution, worth_unrolling
 from jaxtune.parallel.checks import check_fit
 from jaxtune.parallel.schedule import Schedule, bubble, make_schedule
 from jaxtune.plan.flops import model_flops
@@ -118,10 +118,18 @@ def make_step(config: Config, model: ModelConfig, mesh: Mesh) -> Step:
         mesh,
         init="shapes",
         dtype=config.precision.params,
-        execution=Execution.of(config, compute_dtype(config.precision.compute), _attention(config, mesh, model)),
+        execution=_execution(config, mesh, model),
     )
     built = program.build(config, assembled.model, mesh, assembled.params, assembled.mask, TOTAL_STEPS)
     return Step(config, assembled, mesh, built)
+
+
+def _execution(config: Config, mesh: Mesh, model: ModelConfig) -> Execution:
+    """A run's. How long the run is, is known where it says its steps."""
+    train, kernel = config.train, _attention(config, mesh, model)
+    tokens = (train.steps or 0) * train.batch_size * config.data.max_length
+    unroll = worth_unrolling(config, mesh, model, tokens)
+    return Execution.of(config, compute_dtype(config.precision.compute), kernel, unroll=unroll)
 
 
 def _attention(config: Config, mesh: Mesh, model: ModelConfig) -> str:
