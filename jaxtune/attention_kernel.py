@@ -20,8 +20,8 @@ from jaxtune.models.trial import trial
 def settle(config: Config, model: ModelConfig, mesh: Mesh, one_document: bool = False) -> str:
     """What `memory.attention` comes to on these devices: xla, tiles, cudnn or splash, the same in every process.
 
-    one_document: no row of the data has two.
-    Tiles are not tried: they are XLA's own operations, which the tests compare.
+    Tiles are not tried: they are XLA's own operations, which the tests compare. one_document: no row of the data has
+    two.
 
     Raises:
         ConfigError: a kernel was asked for by name, and cannot be taken, or does not agree with plain XLA here.

@@ -33,9 +33,7 @@ def chunk_of(vocab_size: int) -> int:
     if jax.default_backend() == "cpu":
         return CHUNK
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    logits = LOGITS * max(
-        1, memory // MEMORY
-    )  # in so large steps that all processes with the same kind of device take the same
+    logits = LOGITS * max(1, memory // MEMORY)  # the same in all processes that have the same kind of device
     return max(CHUNK, min(CHUNK_ELSEWHERE, logits // (4 * vocab_size) // 128 * 128))
 
 

@@ -24,8 +24,8 @@ class Execution:
     attention and MLP the sequence is split over the tensor axis (Korthikanti et al. 2022, arXiv 2205.05198).
     remat: none | dots | block | full, or the names that a layer keeps. sum_dtype: that gradients are summed up in;
     None: the weights' own. float8: the layers' linear maps multiply in it. attention: of whole sequences, a name
-    in kernels.NAMES. unroll: no loop over the layers that train. one_document: no row of a batch
-    has two, and attention may go by order alone.
+    in kernels.NAMES. unroll: no loop over the layers. one_document: no row of a batch has two, and
+    attention may go by order alone.
     """
 
     weights_split: bool = True
