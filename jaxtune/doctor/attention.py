@@ -49,7 +49,8 @@ def fused(kernel: str) -> str:
     here = jax.default_backend()
     if PLATFORMS.get(here) != kernel:
         raise NotHere(f"{NAMES[kernel]} is not for a {here}")
-    largest = trial.trial(kernel, HEADS, KV_HEADS, FUSED_DIM, jnp.bfloat16, share_prefix=kernel != "splash")
+    shape, is_splash = (HEADS, KV_HEADS, FUSED_DIM), kernel == "splash"
+    largest = trial.trial(kernel, *shape, jnp.bfloat16, share_prefix=not is_splash, one_document=True)
     return f"plain XLA's numbers to {largest:.1e} of the largest, forward and backward, packed and unpacked"
 
 
