@@ -237,15 +237,11 @@ def _working(facts: Facts, shares: Shares) -> float:
     model, each, tensor = facts.model, facts.compute_bytes, shares.sizes["tensor"]
     block = 3 * shares.scores / 4 * 4 / each  # float32, of a quarter of the queries at once
     layer = 2 * shares.tokens * (shares.whole_layer + block) * each
-    gathered = 3 * _layer_numbers(facts) / tensor * each * (shares.config.mesh.zero == 3)
+    gathered = 3 * model.layer_weights / tensor * each * (shares.config.mesh.zero == 3)
     head = model.vocab_size * model.hidden_size / tensor * (each + 4)
     vocab = model.vocab_size // tensor
     loss = 3 * chunk_of(vocab) * vocab * 4 + 3 * shares.tokens * model.hidden_size * each
     return layer + gathered + head + loss
-
-
-def _layer_numbers(facts: Facts) -> float:
-    return facts.model.layer_weights
 
 
 def _sent(facts: Facts, shares: Shares, held: Held) -> dict[str, float]:
