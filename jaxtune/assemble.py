@@ -2,6 +2,7 @@
 export and the Python calls all start from.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -162,3 +163,8 @@ def compute_dtype(asked: str) -> Any:
     if asked != "auto":
         return jnp.dtype(asked)
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def has_bfloat16(device: Any) -> bool:
+    """Whether a device multiplies bfloat16 itself: before Ampere (8.0) XLA has an NVIDIA GPU do it in float32."""
+    return device.platform != "gpu" or re.match(r"[1-7]\.", str(device.compute_capability)) is None

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxtune import attention_kernel, fate, float8, out_of_memory, processes, restack, tune
-from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
+from jaxtune.assemble import Assembled, Source, assemble, compute_dtype, has_bfloat16
 from jaxtune.checkpoint import Checkpointer, by_path
 from jaxtune.config import Config
 from jaxtune.console import console, loading_bar, say, stage, warn
@@ -161,8 +161,8 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
         )
     if program.pipeline is not None:
         say(f"The pipeline's schedule leaves a stage waiting for {bubble(program.pipeline.schedule):.0%} of a step")
-    if config.precision.matmul == "float8" and not float8.has_units(mesh.devices.flat[0]):
-        warn(f"{mesh.devices.flat[0].device_kind} has no float8 units: its matmuls are computed in wider types, slower")
+    for note in wider(config, mesh.devices.flat[0]):
+        warn(note)
     check_sharded(program.state["trainable"], program.homes["trainable"])
     program.state["trainable"] = owned(program.state["trainable"])
     first = program.put(data.train.batch(1, rows=()).arrays())  # any will do
@@ -170,6 +170,17 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
         compiled, needs = _compile(program.train_step, program.state, program.frozen, first, _number(1))
         ask = None if data.eval is None else _compile_eval(program, data.eval)
     return Job(config, data, assembled, program, program.state, compiled, needs, ask)
+
+
+def wider(config: Config, device: Any) -> Iterator[str]:
+    """What is asked to be multiplied in a type that the device computes in a wider one."""
+    if compute_dtype(config.precision.compute) == jnp.bfloat16 and not has_bfloat16(device):
+        yield (
+            f"{device.device_kind} has no bfloat16 units: its matmuls are computed in float32, which spares memory and "
+            "no time; precision.compute: float16 uses the units that it has, and scales the loss"
+        )
+    if config.precision.matmul == "float8" and not float8.has_units(device):
+        yield f"{device.device_kind} has no float8 units: its matmuls are computed in wider types, slower"
 
 
 def resume(job: Job, run: Run, checkpoints: Checkpointer) -> int:

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from jaxtune import float8, train
+from jaxtune.assemble import has_bfloat16
 from jaxtune.config import PrecisionSection, make_config
 from jaxtune.float8 import E4M3, E5M2, Float8, Watch, attach, delayed_scales, has_units, quantize, remember, scale_of
+from jaxtune.loop import wider
 from jaxtune.models.decoder import Model
 from jaxtune.ops import linear
 from jaxtune.tune.low_rank import LowRank
@@ -300,6 +302,23 @@ def test_float8_without_float8_units_is_said(tiny_model, tmp_path, capsys):
 def test_devices_that_multiply_float8(platform, kind, capability, expected):
     device = type("Device", (), {"platform": platform, "device_kind": kind, "compute_capability": capability})
     assert has_units(device) == expected
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "expected"),
+    [
+        ("gpu", "7.5", False),
+        ("gpu", "8.0", True),
+        ("gpu", "12.0", True),
+        ("gpu", "gfx90a", True),
+        ("tpu", None, True),
+    ],
+)
+def test_a_gpu_before_ampere_is_told_of_float16(platform, capability, expected):
+    device = type("Device", (), {"platform": platform, "device_kind": "it", "compute_capability": capability})
+    config = make_config({"model": {"path": "m"}, "data": {"path": "d"}, "precision": {"compute": "bfloat16"}})
+    assert has_bfloat16(device) == expected
+    assert ["precision.compute: float16 uses" in text for text in wider(config, device)] == [True] * (not expected)
 
 
 def test_settings_that_would_do_nothing_are_refused():
