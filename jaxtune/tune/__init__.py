@@ -22,13 +22,13 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.models.hooks import NO_HOOKS, Hooks
 from jaxtune.models.weights import HOOKS, Path, Tree, Weight, map_tree
 from jaxtune.section import TuneSection, adapter_of
-from jaxtune.tune.adalora import ADALORA
+from jaxtune.tune.adalora import ADALORA, AdaloraSection
 from jaxtune.tune.bottleneck import HOULSBY, PARALLEL, PFEIFFER
 from jaxtune.tune.dora import DORA
 from jaxtune.tune.full import FREEZE, FULL
 from jaxtune.tune.ia3 import IA3
 from jaxtune.tune.loftq import LOFTQ
-from jaxtune.tune.loha import LOHA
+from jaxtune.tune.loha import LOHA, LohaSection
 from jaxtune.tune.lokr import LOKR
 from jaxtune.tune.lora import LORA, Ranked
 from jaxtune.tune.method import EMBEDDING, HEAD, Course, Method, ShardingOf, declared, get_path, is_abstract
@@ -138,7 +138,7 @@ def check(section: TuneSection, config: ModelConfig) -> list[str]:
     """
     section = resolve(section)
     config, _ = layout(section, config)
-    if not isinstance(section, Ranked):
+    if not isinstance(section, (Ranked, AdaloraSection, LohaSection)):
         return []
     sites = make_plan(section, _declare(config, hooks(section, config))).sites.values()
     wide = [
@@ -148,8 +148,9 @@ def check(section: TuneSection, config: ModelConfig) -> list[str]:
     ]
     if not wide:
         return []
+    named = "tune.init_r" if isinstance(section, AdaloraSection) else "tune.rank or rank_pattern"
     return [
-        f"tune.rank or rank_pattern: a rank above both sides of a weight ({'; '.join(wide)}): the adapter is larger "
+        f"{named}: a rank above both sides of a weight ({'; '.join(wide)}): the adapter is larger "
         "than the weight itself, and can do no more than full tuning"
     ]
 

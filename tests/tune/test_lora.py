@@ -43,6 +43,11 @@ def test_a_rank_above_both_sides_of_a_weight_is_told():
     (note,) = tune.check(wide, QWEN2_5_0_5B)
     assert "a rank above both sides of a weight (897 on k_proj, of 896 and 128): the adapter is larger" in note
     assert tune.check(tune_section(rank=8), QWEN2_5_0_5B) == []
+    for method, key, named in (("loha", "rank", "tune.rank or rank_pattern"), ("adalora", "init_r", "tune.init_r")):
+        square = {"method": method, "targets": ["q_proj"]}
+        assert tune.check(tune_section(**square, **{key: 896}), QWEN2_5_0_5B) == []
+        (note,) = tune.check(tune_section(**square, **{key: 897}), QWEN2_5_0_5B)
+        assert note.startswith(f"{named}: a rank above both sides of a weight (897 on q_proj, of 896 and 896): ")
     with pytest.raises(AdapterError, match=r'"qproj".*did you mean "q_proj"'):
         tune.check(tune_section(targets=["qproj"]), QWEN2_5_0_5B)
 
