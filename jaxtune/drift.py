@@ -5,7 +5,7 @@ Nothing is decided here about directories; rundir.py asks.
 
 import hashlib
 import json
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,7 @@ RULES = {
 
 # What becomes of rows of which "error" lets none pass: whoever goes on from there had none.
 UNUSED_SO_FAR = {"on_bad_line", "too_long"}
+ORDERED = ("rank_pattern", "alpha_pattern")  # of tune: the first entry that matches a module decides
 ABSENT = "absent"  # an entry that a mapping does not have
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 SETTINGS = {"config.json", "quantize_config.json", "adapter_config.json"}  # others are of tokenizers and of generating
@@ -136,11 +137,18 @@ class Change:
 
 
 def changes(old: Config, new: Config) -> list[Change]:
-    """Every field that differs, a mapping's entries one by one."""
+    """Every field that differs, a mapping's entries one by one; and the order of entries, where it decides."""
     before, after = (dict(_fields(config.model_dump())) for config in (old, new))
     keys = [*before, *(key for key in after if key not in before)]
     pairs = ((key, before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys)
-    return [Change(key, old, new) for key, old, new in pairs if old != new]
+    return [Change(key, old, new) for key, old, new in pairs if old != new] + list(_moved(old, new))
+
+
+def _moved(old: Config, new: Config) -> Iterator[Change]:
+    for name in ORDERED:
+        before, after = (list(getattr(config.tune, name, ())) for config in (old, new))
+        if before != after and sorted(before) == sorted(after):
+            yield Change(f"tune.{name}, in order", before, after)
 
 
 def _fields(tree: dict[Any, Any], prefix: str = ""):

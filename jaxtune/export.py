@@ -13,6 +13,7 @@ import numpy as np
 from jaxtune import tune
 from jaxtune.api import LoadedModel
 from jaxtune.assemble import FULL, Assembled, Source
+from jaxtune.config import ModelSection
 from jaxtune.console import stage
 from jaxtune.errors import ConfigError, DataError, ModelError
 from jaxtune.hf_write import write_model
@@ -42,18 +43,17 @@ def result_directory(run_dir: Path, section: TuneSection) -> Path:
 
 
 def write_result(
-    run_dir: Path, section: TuneSection, assembled: Assembled, params: Tree, dtype: str, base_model: str
+    run_dir: Path, section: TuneSection, assembled: Assembled, params: Tree, dtype: str, base: ModelSection
 ) -> Path:
     """Write what training ends with, and give its directory: `adapter/` (PEFT) or `model/` (Hugging Face).
 
     section: of the configuration, resolved or not. params: the whole tree as trained, `combine(trainable, frozen)`.
-    dtype: of the model's files, `precision.params`; an adapter is float32. base_model: `model.path`, for PEFT.
+    dtype: of the model's files, `precision.params`; an adapter is float32. base: what PEFT is told of the base model.
     Every process calls this. Each directory appears whole, under its name, at the end; one from before is replaced.
     """
     directory = result_directory(run_dir, section)
     if tune.has_adapter(section):
-        words = assembled.source.tokenizer if assembled.source.adds_words else None
-        save_adapter(directory, section, assembled.model.weights, params, base_model, words)
+        _write_adapter(directory, section, assembled, params, base)
     else:
         _write_model(directory, assembled, merged(params), dtype)  # a base may be quantised
     return directory
@@ -200,11 +200,17 @@ def _write(directory: Path, opened: Opened, format: str, dtype: str, target: Ont
         return probe, _write_quantized(directory, assembled, merged(assembled.params), dtype, target).logits(probe)
     expected = LoadedModel(opened).logits(probe)
     if format == "peft":
-        base, words = opened.run.model.path, assembled.source.tokenizer if assembled.source.adds_words else None
-        save_adapter(directory, opened.section, model.weights, assembled.params, base, words)
+        _write_adapter(directory, opened.section, assembled, assembled.params, opened.run.model)
     else:
         _write_model(directory, assembled, merged(assembled.params), dtype)
     return probe, expected
+
+
+def _write_adapter(
+    directory: Path, section: TuneSection, assembled: Assembled, params: Tree, base: ModelSection
+) -> None:
+    words = assembled.source.tokenizer if assembled.source.adds_words else None
+    save_adapter(directory, section, assembled.model.weights, params, base.path, words, base.revision)
 
 
 def _write_model(directory: Path, assembled: Assembled, params: Tree, dtype: str) -> None:

@@ -322,8 +322,7 @@ def finish(job: Job, run: Run) -> None:
     """Write what training ends with."""
     config = job.config
     params = job.program.params(job.state)
-    dtype, base = config.precision.params, config.model.path
-    directory = write_result(run.directory, config.tune, job.assembled, params, dtype, base)
+    directory = write_result(run.directory, config.tune, job.assembled, params, config.precision.params, config.model)
     run.finish()
     say(f"Wrote {directory}")
 

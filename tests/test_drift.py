@@ -50,6 +50,11 @@ def test_equal_configurations_have_no_changes():
         ({"data": {"path": ["a", "ü"]}}, 'data.path: was d.json, now ["a", "ü"]', REFUSE),
         ({"data": {"columns": {"output": "answer"}}}, "data.columns.output: was output, now answer", REFUSE),
         ({"tune": {"rank_pattern": {"q_proj": 4}}}, "tune.rank_pattern.q_proj: was absent, now 4", REFUSE),
+        (
+            {"tune": {"alpha_pattern": {"k_proj": 2, "q_proj": 1}}},
+            'tune.alpha_pattern, in order: was ["q_proj", "k_proj"], now ["k_proj", "q_proj"]',
+            REFUSE,
+        ),
         ({"optim": {"lr": 2e-4}}, "optim.lr: was 0.0001, now 0.0002", LOG),
         ({"train": {"steps": 50}}, "train.steps: was null, now 50", LOG),
         ({"mesh": {"data": 2}}, "mesh.data: was 1, now 2", ALLOW),
@@ -57,7 +62,8 @@ def test_equal_configurations_have_no_changes():
     ],
 )
 def test_a_change_is_told_as_a_line_and_has_its_fields_rule(sections, line, rule):
-    (change,) = changes(config(), config(**sections))
+    was = {"tune": {"alpha_pattern": {"q_proj": 1, "k_proj": 2}}} if "alpha_pattern" in str(sections) else {}
+    (change,) = changes(config(**was), config(**sections))
     assert (str(change), change.rule) == (line, rule)
 
 

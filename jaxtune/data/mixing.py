@@ -32,13 +32,16 @@ class Interleaving:
     def places(self, start: int, stop: int) -> np.ndarray:
         """The sources of the places from `start` up to `stop`: int16."""
         self._extend(min(stop, self._period))
+        if stop <= self._period:  # which may be a larger number than an int64 holds
+            return self._known[start:stop]
         return self._known[np.arange(start, stop) % self._period]
 
     def before(self, place: int) -> np.ndarray:
         """How many of the places before this one each source has: int64 [sources]."""
         whole, rest = divmod(place, self._period)
         self._extend(rest)
-        return whole * np.array(self._each) + np.bincount(self._known[:rest], minlength=len(self._each))
+        periods = np.array([whole * each for each in self._each])
+        return periods + np.bincount(self._known[:rest], minlength=len(self._each))
 
     def _extend(self, stop: int) -> None:
         known = len(self._known)

@@ -49,7 +49,7 @@ class AdaloraSection(Targeted):
 
     @model_validator(mode="after")
     def _check_schedule(self) -> "AdaloraSection":
-        if self.target_r > self.init_r:
+        if self.target_r > self.init_r and self.adapter is None:  # PEFT lets it be, and leaves all of them
             raise ValueError(f"target_r {self.target_r} is above init_r {self.init_r}; ranks can only shrink")
         return self
 
@@ -147,7 +147,7 @@ def course(section: AdaloraSection, weights: Tree, steps: int) -> Course:
     ranks = [len(section.triplets(m)) for s in make_plan(section, weights).sites.values() for m in _adapted(s)]
     end = total - section.tfinal
     table = budgets(sum(ranks), section.target_r * len(ranks), section.tinit, end)
-    return Course(partial(penalty, section.orth_reg_weight), kept, partial(allocated, section, table))
+    return Course(partial(penalty, section.orth_reg_weight, len(ranks)), kept, partial(allocated, section, table))
 
 
 def budgets(first: int, last: int, start: int, end: int) -> np.ndarray:
@@ -156,16 +156,21 @@ def budgets(first: int, last: int, start: int, end: int) -> np.ndarray:
     return np.array([int((first - last) * share**3 + last) for share in left], np.int32)
 
 
-def penalty(weight: float, trainable: Tree) -> jax.Array:
-    """weight times the mean, over every A and B, of |A A^T - 1| and |B^T B - 1| (Frobenius)."""
-    norms, lives = [], []
+def penalty(weight: float, modules: int, trainable: Tree) -> jax.Array:
+    """weight times the mean, over A and B of all modules, of |A A^T - 1| and |B^T B - 1| (Frobenius).
+
+    modules: how many have an adapter. One of which no triplet is left adds 0, and counts. The 1 is as large as the
+    triplets that a module has.
+    """
+    norms = []
     for one in _leaves(trainable):
-        for form, part in (("...ir,...is->...rs", one.a), ("...ro,...so->...rs", one.b)):
+        for form, part, side in (("...ir,...is->...rs", one.a, -2), ("...ro,...so->...rs", one.b, -1)):
             gram = jnp.einsum(form, part, part, precision=jax.lax.Precision.HIGHEST)
-            there = jnp.any(part != 0, axis=(-2, -1))
-            lives.append(jnp.sum(there))
-            norms.append(jnp.sum(there * jnp.sqrt(jnp.sum(jnp.square(gram - jnp.eye(gram.shape[-1])), axis=(-2, -1)))))
-    return weight * sum(norms) / sum(lives)
+            lives = jnp.any(part != 0, axis=side)
+            squares = jnp.sum(jnp.square(gram - jnp.eye(gram.shape[-1]) * lives[..., None]), axis=(-2, -1))
+            there = jnp.any(lives, axis=-1)
+            norms.append(jnp.sum(there * jnp.sqrt(jnp.where(there, squares, 1.0))))  # the root's gradient at 0 is nan
+    return weight * sum(norms) / (2 * modules)
 
 
 def kept(trainable: Tree) -> Tree:
@@ -191,11 +196,9 @@ def allocated(
     change = smooth(section.beta2, state["change"], distance)
 
     scores = [_scores(*three) for three in zip(*map(_leaves, (importance, change, trainable)), strict=True)]
-    rising = jnp.sort(jnp.concatenate([score.reshape(-1) for score in scores]))
     dropped = int(table[0]) - jnp.asarray(table)[jnp.minimum(step, end)]
-    threshold = jnp.where(dropped > 0, rising[jnp.maximum(dropped - 1, 0)], -1.0)
     is_due = ((step > section.tinit) & moves & (step % section.deltaT == 0)) | (step == end)
-    fresh = iter([score[..., None] > threshold for score in scores])
+    fresh = iter([place[..., None] >= dropped for place in _places(scores)])
     mask = _of_leaves(lambda one: replace(one, e=jnp.where(is_due, next(fresh), one.e)), state["mask"])
     masks = iter([one.e for one in _leaves(mask)])
     masked = lambda one: replace(one, e=jnp.where((is_due | (step > end)) & ~next(masks), 0, one.e))  # noqa: E731
@@ -207,6 +210,15 @@ def _scores(importance: Triplets, change: Triplets, trained: Triplets) -> jax.Ar
     a, b, e = (getattr(importance, part) * getattr(change, part) for part in ("a", "b", "e"))
     score = e[..., 0] + (jnp.mean(a, axis=-2) + jnp.mean(b, axis=-1))
     return jnp.where(jnp.any(trained.a != 0, axis=-2), score, jnp.inf)
+
+
+def _places(scores: list[jax.Array]) -> list[jax.Array]:
+    """Of each score how many of all stand before it, from the lowest up: no two have the same place, so that as many
+    triplets as the budget says are left where many matter equally, as all do while E is 0."""
+    order = jnp.argsort(jnp.concatenate([score.reshape(-1) for score in scores]))
+    places = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(len(order), dtype=jnp.int32))
+    ends = np.cumsum([score.size for score in scores])
+    return [part.reshape(score.shape) for part, score in zip(jnp.split(places, ends[:-1]), scores, strict=True)]
 
 
 def _is_leaf(value: Any) -> bool:
@@ -236,10 +248,12 @@ SETTINGS = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "bias": "bias",
-    **{name: name for name in ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2")},
-    **{name: name for name in ("orth_reg_weight", "total_step", "rank_pattern")},
+    **{name: name for name in ("init_r", "target_r", "beta1", "beta2", "orth_reg_weight", "rank_pattern")},
     **TARGET_SETTINGS,
 }
+
+
+SCHEDULE = ("tinit", "tfinal", "deltaT")  # of the run that wrote an adapter, as is total_step: the next has its own
 
 
 def write(section: AdaloraSection, weights: Tree) -> dict[str, Any]:
@@ -248,8 +262,9 @@ def write(section: AdaloraSection, weights: Tree) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "rank_pattern": section.rank_pattern or None,
-        # PEFT wants a number; of what has been trained it says nothing.
-        "total_step": section.total_step or section.tinit + section.tfinal + 1,
+        **{name: getattr(section, name) for name in SCHEDULE},
+        # PEFT wants a number, and its allocator a step before the last one; of what has been trained it says nothing.
+        "total_step": section.total_step or section.tinit + section.tfinal + 2,
     }
 
 
@@ -257,7 +272,7 @@ FILES = Files(  # peft 0.21, `AdaLoraConfig`; its r does nothing
     "ADALORA",
     SETTINGS,
     {"init_r": 12, "alpha": 8, **TARGET_DEFAULTS},
-    harmless=HARMLESS | {"init_lora_weights", "r"},
+    harmless=HARMLESS | {"init_lora_weights", "r", "total_step", *SCHEDULE},
     write=write,
 )
 ADALORA = replace(site_method(AdaloraSection, Kind(parts, start, leaf, tensors), FILES), course=course)

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path as FilePath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field
 
 from jaxtune import ops
 from jaxtune.errors import AdapterError, ConfigError
@@ -47,7 +48,7 @@ class Bottleneck(Adapting):
     dropout: Fraction = 0.0  # on what is added
     init_weights: Literal["bert", "mam_adapter", "houlsby"] = "bert"  # mam_adapter: what is added starts at zero
     leave_out: list[NonNegative] = []  # layers without adapters, counted from 0
-    name: str = "default"  # of the adapter in its files
+    name: Annotated[str, Field(pattern=r"^[^.{}]+$")] = "default"  # of the adapter in its files
 
 
 class HoulsbySection(Bottleneck):

@@ -101,7 +101,7 @@ def combine(
             for adapter, weight in zip(adapters, weights, strict=True)
             if module in adapter.factors
         ]
-        _check_shapes(module, [term.factors for term in terms])
+        _check_shapes(module, [term.factors for term in terms], way)
         thin = _thinning(way, density, sign, zlib.crc32(module.encode()) + seed)
         a, b = _padded(_factors(way, terms, thin, size), size)
         names = ("lora_embedding_A", "lora_embedding_B") if _is_table(module) else ("lora_A.weight", "lora_B.weight")
@@ -135,17 +135,22 @@ def _rank_of(adapters: list[Adapter], way: str, rank: int | None) -> int:
         return sum(ranks)
     if way.endswith("svd"):
         return rank or max(ranks)
-    if len(set(ranks)) > 1:
-        raise AdapterError(
-            f"way {way} adds up A and B themselves, so the ranks must agree; found {ranks}: take svd or cat"
-        )
+    _check_ranks(ranks, way)
     return ranks[0]
 
 
-def _check_shapes(module: str, factors: list[Factors]) -> None:
+def _check_ranks(ranks: list[int], way: str, where: str = "") -> None:
+    if way != "cat" and not way.endswith("svd") and len(set(ranks)) > 1:
+        raise AdapterError(
+            f"{where}way {way} adds up A and B themselves, so the ranks must agree; found {ranks}: take svd or cat"
+        )
+
+
+def _check_shapes(module: str, factors: list[Factors], way: str) -> None:
     shapes = {(a.shape[1], b.shape[0]) for a, b in factors}
     if len(shapes) > 1:
         raise AdapterError(f"{module}: the adapters are of models of other sizes: {sorted(shapes)}")
+    _check_ranks([a.shape[0] for a, _ in factors], way, f"{module}: ")
 
 
 def _is_table(module: str) -> bool:

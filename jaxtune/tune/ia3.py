@@ -3,7 +3,6 @@
 The worked example of CONTRIBUTING.md: all of a method that is not shared is in its one file.
 """
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,6 +16,7 @@ from jaxtune.leaves import Axes, Leaf
 from jaxtune.models.weights import Tree
 from jaxtune.parallel import local
 from jaxtune.section import Targeted
+from jaxtune.tune import names
 from jaxtune.tune.names import module_of
 from jaxtune.tune.peft_files import TARGET_DEFAULTS, TARGET_SETTINGS, Files
 from jaxtune.tune.plan import Part, Site, make_plan
@@ -31,10 +31,7 @@ class IA3Section(Targeted):
     feedforward_modules: list[str] | str = ["down_proj"]  # those of the targets whose input is scaled
 
     def is_feedforward(self, module: str) -> bool:
-        listed = self.feedforward_modules
-        if isinstance(listed, str):
-            return re.fullmatch(listed, module) is not None
-        return module.endswith(tuple(listed))
+        return names.is_feedforward(module, self.feedforward_modules)
 
 
 @jax.tree_util.register_dataclass

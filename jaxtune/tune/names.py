@@ -101,6 +101,13 @@ def is_saved(name: str, modules_to_save: Iterable[str]) -> bool:
     return any(name.endswith(entry) for entry in modules_to_save)
 
 
+def is_feedforward(name: str, listed: list[str] | str) -> bool:
+    """PEFT's rule for the modules of which IA3 scales the input: here a list has ends, whatever stands before."""
+    if isinstance(listed, str):
+        return re.fullmatch(listed, name) is not None
+    return name.endswith(tuple(listed))
+
+
 def in_saved(name: str, modules_to_save: Iterable[str]) -> bool:
     """PEFT's rule for what a target never touches: a module of modules_to_save, or one inside it."""
     return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in modules_to_save)

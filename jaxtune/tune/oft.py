@@ -52,6 +52,8 @@ class OftSection(Targeted):
             )
         if self.oft_block_size == 1:
             raise ValueError("oft_block_size 1: one number alone cannot be turned; allowed are 2 or more, or 0")
+        if self.adapter is not None:  # PEFT stores what does nothing, too
+            return self
         if not self.use_cayley_neumann and self.num_cayley_neumann_terms != 5:
             raise ValueError("num_cayley_neumann_terms would do nothing without use_cayley_neumann")
         if self.block_share and self.module_dropout:

@@ -97,7 +97,8 @@ def read_config(directory: Path) -> TuneSection:
     except ValidationError as error:
         ours = {option: key for key, option in files.settings.items()}
         lines = [
-            f"{ours.get(str(e['loc'][0]), e['loc'])}: {e['msg']}; found {e['input']!r:.80}" for e in error.errors()
+            f"{ours.get(str(e['loc'][0]), e['loc'])}: {e['msg']}; found {e['input']!r:.80}" if e["loc"] else e["msg"]
+            for e in error.errors()  # one without a place is of several settings together
         ]
         raise AdapterError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
 
@@ -105,6 +106,7 @@ def read_config(directory: Path) -> TuneSection:
 def _method_of(tree: dict[str, Any], where: Path) -> "tuple[str, Method]":
     """The method that an adapter_config.json is of: of several that it could be, the one that asks for most."""
     stored = {name: method for name, method in _methods().items() if method.files is not None}
+    tree = {**tree, "peft_type": str(tree["peft_type"])} if tree.get("peft_type") is not None else tree
     claims = {name: method.files.claims(tree, where.parent) for name, method in stored.items() if method.files}
     name = max(claims, key=lambda name: claims[name])
     if not claims[name]:
@@ -147,11 +149,13 @@ def _is_on(key: str, value: Any) -> bool:
     return key not in OFF_AT_ZERO or value != 0
 
 
-def to_peft(section: TuneSection, weights: Tree, base_model_name: str | None) -> dict[str, Any]:
-    """The contents of `adapter_config.json` for a resolved section."""
+def to_peft(
+    section: TuneSection, weights: Tree, base_model_name: str | None, revision: str | None = None
+) -> dict[str, Any]:
+    """The contents of `adapter_config.json` for a resolved section. revision: of a base model on the hub."""
     files = _files(section)
     tree = {
-        **(_header(files.peft_type, base_model_name) if files.peft_type else {}),
+        **(_header(files.peft_type, base_model_name, revision) if files.peft_type else {}),
         **{theirs: _ordered(getattr(section, ours)) for theirs, ours in files.settings.items()},
         **files.write(section, weights),
         **files.fixed,
@@ -170,13 +174,13 @@ def to_peft(section: TuneSection, weights: Tree, base_model_name: str | None) ->
     return files.around(dict(sorted(tree.items())), section, weights, base_model_name)
 
 
-def _header(peft_type: str, base_model_name: str | None) -> dict[str, Any]:
+def _header(peft_type: str, base_model_name: str | None, revision: str | None) -> dict[str, Any]:
     """What every adapter_config.json of PEFT has."""
     return {
         "auto_mapping": None,
         "base_model_name_or_path": base_model_name,
         "inference_mode": True,
         "peft_type": peft_type,
-        "revision": None,
+        "revision": revision,
         "task_type": "CAUSAL_LM",
     }

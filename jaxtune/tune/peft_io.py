@@ -43,10 +43,12 @@ def save_adapter(
     params: Tree,
     base_model_name: str | None = None,
     tokenizer: Any = None,
+    revision: str | None = None,
 ) -> None:
     """Write the adapter in `params` as a PEFT directory: float32, the same bytes for the same numbers.
 
-    tokenizer: written beside it, where the adapter's tokens are not all the base model's.
+    tokenizer: written beside it, where the adapter's tokens are not all the base model's. revision: of a base model
+    on the hub.
 
     Every process calls this; the first one writes, under a temporary name that is renamed at the end. An
     adapter that is there already is replaced.
@@ -63,7 +65,8 @@ def save_adapter(
         made = {name: _to_host(array) for name, array in derived.tensors(section, params).items()}
         tensors = {files.tensors_name: made, derived.file: tensors[files.tensors_name]}
     if processes.is_first():
-        write_adapter(Path(directory), section, weights, tensors, base_model_name, _tokenizer_files(tokenizer))
+        words = _tokenizer_files(tokenizer)
+        write_adapter(Path(directory), section, weights, tensors, base_model_name, words, revision)
     processes.barrier("adapter saved")
 
 
@@ -74,13 +77,14 @@ def write_adapter(
     tensors: dict[str, dict[str, np.ndarray]],
     base_model_name: str | None,
     others: Mapping[str, bytes] = MappingProxyType({}),
+    revision: str | None = None,
 ) -> None:
     """Write the settings and, by their files' names, tensors and other contents; what was there is replaced at the end.
 
     Raises:
         AdapterError: the directory holds other things.
     """
-    config = json.dumps(to_peft(section, weights, base_model_name), indent=2, ensure_ascii=False)
+    config = json.dumps(to_peft(section, weights, base_model_name, revision), indent=2, ensure_ascii=False)
     files = {CONFIG_NAME: f"{config}\n".encode()}
     for name, arrays in tensors.items():
         # The library writes an array's memory as it lies, another tensor's where rows are not one after another.

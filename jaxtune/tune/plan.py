@@ -21,6 +21,9 @@ class Part(NamedTuple):
     axes: tuple[str | None, ...]
 
 
+INPUTS = "feedforward_modules"  # IA3's option: the targets whose input is scaled
+
+
 @dataclass(frozen=True)
 class Site:
     """The adapters on one weight: one entry in `ranks` and `scales` for each layer, or one where it has no layers.
@@ -128,7 +131,7 @@ def _targets(section: Targeted, modules: Modules) -> set[str]:
         and names.in_layers(name, section.targets, section.layers)
     }
     if section.adapter is None and section.exclude is not None:
-        _check_exclude(section.exclude, named)
+        check_exclude(section.exclude, named)
     if not found:
         why = "all of them are excluded, saved whole, or in other layers" if named else "no module has such a name"
         hint = "" if named else _hint(section.targets, modules)
@@ -168,9 +171,11 @@ def _hint(targets: list[str] | str, modules: Modules) -> str:
 
 def _check_patterns(section: Targeted) -> None:
     """Every regex compiles."""
+    inputs = getattr(section, INPUTS, None)
     regexes = {
         "targets": [section.targets] if isinstance(section.targets, str) else [],
         "exclude": [section.exclude] if isinstance(section.exclude, str) else [],
+        INPUTS: [inputs] if isinstance(inputs, str) else [],
         "rank_pattern": list(getattr(section, "rank_pattern", ())),
         "alpha_pattern": list(getattr(section, "alpha_pattern", ())),
         "modules_to_save": section.modules_to_save,
@@ -228,6 +233,7 @@ def _check_effects(section: Targeted, modules: Modules, targets: set[str], biase
                 raise AdapterError(
                     f'tune.{option}: "{pattern}" decides for no target{hint or ";"} remove or correct it'
                 )
+    _check_inputs(section, targets)
     bias = getattr(section, "bias", "none")
     if bias != "none" and not biases:
         whose = "the model" if bias == "all" else "a target"
@@ -236,7 +242,21 @@ def _check_effects(section: Targeted, modules: Modules, targets: set[str], biase
         raise AdapterError("tune.dropout acts on linear maps only, and the only target is the embedding; set it to 0")
 
 
-def _check_exclude(exclude: list[str] | str, targeted: list[str]) -> None:
+def _check_inputs(section: Targeted, targets: set[str]) -> None:
+    """Each of IA3's feedforward_modules, or the regex, is a target; those that nobody wrote down may be none."""
+    given = getattr(section, INPUTS, None)
+    if given is None or given == type(section).model_fields[INPUTS].default:
+        return
+    for listed in [given] if isinstance(given, str) else [[entry] for entry in given]:
+        if not any(names.is_feedforward(target, listed) for target in targets):
+            entry = listed if isinstance(listed, str) else listed[0]
+            hint = names.suggestion(entry, targets)
+            raise AdapterError(
+                f'tune.{INPUTS}: "{entry}" is no target{hint or ";"} a list has names, a text is a regular expression'
+            )
+
+
+def check_exclude(exclude: list[str] | str, targeted: list[str]) -> None:
     """Each exclusion takes a target away."""
     if not exclude:
         raise AdapterError("tune.exclude is empty and would exclude nothing; remove it")

@@ -9,7 +9,7 @@ from jaxtune.tune import names
 from jaxtune.tune.method import Method, ShardingOf, all_keys, declared
 from jaxtune.tune.names import Modules, module_of
 from jaxtune.tune.peft_files import PREFIX, Entry, Files, whole_entries
-from jaxtune.tune.plan import Plan, saved_keys
+from jaxtune.tune.plan import Plan, check_exclude, saved_keys
 from jaxtune.tune.sites import widened
 
 
@@ -41,9 +41,14 @@ def target_norms(section: LayerNormSection, weights: Tree) -> set[str]:
         AdapterError: a name matches nothing, or something that is no norm.
     """
     norms, modules = _norms(weights), Modules.of(weights)
-    for option, given in (("targets", section.targets), ("exclude", section.exclude)):
-        _check_names(option, given, norms, modules)
+    _check_names(section.targets, norms, modules)
+    if isinstance(section.exclude, str):
+        names.compiled(section.exclude, "tune.exclude")
+    for entry in section.modules_to_save:
+        names.compiled(entry, "tune.modules_to_save")
     found = [name for name in modules.all if names.is_named(name, section.targets)]
+    if section.exclude is not None and section.adapter is None:
+        check_exclude(section.exclude, found)
     found = [name for name in found if not (section.exclude and names.is_named(name, section.exclude))]
     found = [name for name in found if not names.in_saved(name, section.modules_to_save)]
     others = [name for name in found if name not in norms]
@@ -53,16 +58,16 @@ def target_norms(section: LayerNormSection, weights: Tree) -> set[str]:
     return {norms[name] for name in found}
 
 
-def _check_names(option: str, given: list[str] | str | None, norms: dict[str, str], modules: Modules) -> None:
+def _check_names(given: list[str] | str, norms: dict[str, str], modules: Modules) -> None:
     """Each name, or the regex, matches a module."""
     if isinstance(given, str):
-        names.compiled(given, f"tune.{option}")
-    for listed in [given] if isinstance(given, str) else [[entry] for entry in given or ()]:
+        names.compiled(given, "tune.targets")
+    for listed in [given] if isinstance(given, str) else [[entry] for entry in given]:
         if not any(names.is_named(name, listed) for name in modules.all):
             entry = listed if isinstance(listed, str) else listed[0]
             hint = names.suggestion(entry, norms)
             raise AdapterError(
-                f'tune.{option}: "{entry}" is the name of no module{hint or "."} '
+                f'tune.targets: "{entry}" is the name of no module{hint or "."} '
                 f"Norms are {listing(names.last_names(norms))}; a text is a regex over the whole name"
             )
 

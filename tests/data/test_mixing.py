@@ -18,6 +18,7 @@ from tests.data.test_loader import examples
 RANDOM = np.random.default_rng(0)
 MANY = [round(float(weight), 3) + 0.001 for weight in RANDOM.random(30) ** 4]
 WEIGHTS = [[1, 1], [0.7, 0.2, 0.1], [5, 1], [1, 1e-4], [0.123456789, 0.3333333, 2], [1, 2, 3, 4, 5, 6, 7], MANY]
+WEIGHTS.append([0.9987654321098765, 0.0012345678901234567])  # they repeat after more places than an int64 counts
 
 
 def counts_after_each_place(weights, places: int) -> np.ndarray:

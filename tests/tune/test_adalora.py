@@ -3,14 +3,18 @@
 Files and merging are compared with peft in test_peft_methods.py, meshes with one device in test_method_meshes.py.
 """
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from jaxtune.config import tune_section
 from jaxtune.errors import ConfigError
+from jaxtune.leaves import partition
 from jaxtune.tune import course
-from jaxtune.tune.adalora import budgets
+from jaxtune.tune.adalora import _places, budgets
+from jaxtune.tune.peft_config import CONFIG_NAME
 from jaxtune.tune.peft_io import save_adapter
 from tests.programs import Stepper
 from tests.tune.support import difference, logits, peer_logits, tuned
@@ -79,7 +83,9 @@ def test_the_budget_falls_with_the_third_power():
 
 
 def test_an_adapter_with_triplets_taken_out_is_read(tmp_path):
-    """As peft saves one after training; a module may have none left."""
+    """As peft saves one after training, with its penalty; a module may have none left."""
+    import torch
+
     _, model = started(tmp_path)
     peer_run(model)
     config = model.peft_config["default"]
@@ -88,10 +94,39 @@ def test_an_adapter_with_triplets_taken_out_is_read(tmp_path):
     model.get_submodule(f"base_model.model.{name.partition('.lora_E')[0]}").lora_E["default"].data.zero_()
     model.save_pretrained(tmp_path / "trained")
     made = tuned(tune_section(method="adalora", adapter=str(tmp_path / "trained")), **QWEN2)
+    tokens, peer = torch.tensor(batch(1)[0]), loaded(tmp_path / "trained", QWEN2, is_trainable=True).eval()
+    with torch.no_grad():
+        plain, whole = (one(input_ids=tokens, labels=tokens).loss.item() for one in (peer.base_model.model, peer))
+    trains, _ = partition(made.params, made.mask)
+    ours = course(made.section, made.model.weights, STEPS)
+    assert float(ours.penalty(trains)) == pytest.approx(whole - plain, rel=1e-4)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.grad(ours.penalty)(trains)))
     expected = peer_logits(model.eval())
     assert difference(logits(made.model, made.params), expected) < 1e-4
     save_adapter(tmp_path / "again", made.section, made.model.weights, made.params)
     assert difference(peer_logits(loaded(tmp_path / "again", QWEN2).eval()), expected) < 1e-4
+
+
+def test_a_run_that_starts_from_an_adapter_has_a_schedule_of_its_own(tmp_path):
+    """The adapter's, of a run that is over, would be past its end at the first step, or longer than this run."""
+    started(tmp_path, total_step=None, tinit=1, tfinal=1)
+    where = tmp_path / "start" / CONFIG_NAME
+    stored = json.loads(where.read_text())
+    assert [stored[name] for name in ("tinit", "tfinal", "deltaT", "total_step")] == [1, 1, 1, 4]
+    for total in (1, 1000):
+        where.write_text(json.dumps({**stored, "total_step": total}))
+        made = tuned(tune_section(method="adalora", adapter=str(tmp_path / "start"), tinit=2), **QWEN2)
+        assert (made.section.tinit, made.section.tfinal, made.section.total_step) == (2, 0, None)
+        stack = our_run(made)[1]["trainable"]["stacks"]["0"]
+        left = stack["attention"]["q_proj"]["weight"].e, stack["mlp"]["down_proj"]["weight"].e
+        assert sum(map(np.count_nonzero, left)) == 2 * 6
+
+
+def test_triplets_that_matter_equally_are_not_all_taken_out():
+    scores = [np.zeros((2, 3)), np.array([[0.0, 2.0, np.inf]])]
+    places = [place.tolist() for place in _places(scores)]
+    assert sorted(number for place in places for row in place for number in row) == list(range(9))
+    assert places[1][0][1:] == [7, 8]
 
 
 def test_a_resumed_run_goes_on_bit_for_bit():

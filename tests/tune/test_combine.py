@@ -149,11 +149,17 @@ def test_an_option_that_is_wrong_or_would_do_nothing_is_named(tmp_path, adapters
 def test_adapters_that_cannot_be_added_up_are_refused(tmp_path, adapters):
     for name, options in {
         "rank": {"rank": 2},
+        "pattern": {"rank": 4, "rank_pattern": {"q_proj": 2}},
         "saved": {"modules_to_save": ["norm"]},
         "ia3": {"method": "ia3"},
     }.items():
         one = tuned(tune_section(**options))
         save_adapter(tmp_path / name, one.section, one.model.weights, one.params)
-    for name, words in {"rank": "ranks must agree", "saved": "train whole", "ia3": "only plain LoRA"}.items():
+    for name, words in {
+        "rank": "ranks must agree",
+        "pattern": r"q_proj: way linear .* found \[4, 2\]",
+        "saved": "train whole",
+        "ia3": "only plain LoRA",
+    }.items():
         with pytest.raises(AdapterError, match=words):
             combine([adapters[0], tmp_path / name], [1, 1], tmp_path / "one", "linear")

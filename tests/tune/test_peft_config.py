@@ -9,6 +9,7 @@ from jaxtune import tune
 from jaxtune.config import tune_section
 from jaxtune.errors import AdapterError, ConfigError
 from jaxtune.tune.peft_config import is_resolved, read_config, resolve, to_peft
+from jaxtune.tune.peft_io import save_adapter
 from tests.tune.support import tuned
 
 OURS = {
@@ -132,6 +133,35 @@ def test_an_option_without_effect_on_the_adapter_is_accepted(tmp_path, changes):
     assert read_config(written(tmp_path, **changes)).targets == ["q_proj"]
 
 
+def test_what_does_nothing_may_stand_in_a_peft_s_file_and_what_cannot_be_is_told(tmp_path):
+    """PEFT's own defaults, with init_r lowered, are a target_r above it."""
+    from peft import AdaLoraConfig, OFTConfig
+
+    on = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+    blocks = {"r": 0, "oft_block_size": 8, **on}
+    for number, config in enumerate(
+        [
+            AdaLoraConfig(init_r=4, total_step=10, **on),
+            OFTConfig(use_cayley_neumann=False, num_cayley_neumann_terms=7, **blocks),
+            OFTConfig(block_share=True, module_dropout=0.1, **blocks),
+        ]
+    ):
+        config.save_pretrained(tmp_path / str(number))
+        made = tuned(tune_section(method=config.peft_type.value.lower(), adapter=str(tmp_path / str(number))))
+        assert made.section.targets == ["q_proj"]
+    OFTConfig(**{**blocks, "r": 0}).save_pretrained(tmp_path / "none")
+    file = tmp_path / "none" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "oft_block_size": 0}))
+    assert "oft_block_size 0 and rank 0" in refused(tmp_path / "none")
+
+
+def test_a_base_model_s_revision_is_written(tmp_path):
+    made = tuned(tune_section())
+    save_adapter(tmp_path / "a", made.section, made.model.weights, made.params, "org/model", revision="abc123")
+    stored = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (stored["base_model_name_or_path"], stored["revision"]) == ("org/model", "abc123")
+
+
 @pytest.mark.parametrize("init", ["pissa_niter_4", "olora", "corda", "lora_ga", "mica", 1.5])
 def test_an_adapter_that_changed_its_base_is_refused(tmp_path, init):
     message = refused(written(tmp_path, init_lora_weights=init))
@@ -143,6 +173,7 @@ def test_an_adapter_that_changed_its_base_is_refused(tmp_path, init):
     [
         ({"peft_type": "POLY"}, ["peft_type 'POLY'", "LORA"]),
         ({"peft_type": None}, ["peft_type None"]),
+        ({"peft_type": []}, ["peft_type '[]'"]),
         ({"r": 0}, ["r:", "greater than 0", "found 0"]),
         ({"r": "8"}, ["r:", "found '8'"]),
         ({"lora_alpha": -1}, ["lora_alpha:"]),

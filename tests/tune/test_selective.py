@@ -103,6 +103,8 @@ def test_layers_that_an_adapter_leaves_alone_stay_as_they_were_in_one_stack(tmp_
         ({"targets": ["input_layernrom"]}, "did you mean"),
         ({"targets": ["q_proj"]}, "no norm; norms are norm, input_layernorm"),
         ({"exclude": ["input_layernorm", "post_attention_layernorm", "norm"]}, "leaves no norm"),
+        ({"exclude": ["q_proj"]}, 'tune.exclude: "q_proj" excludes no target'),
+        ({"modules_to_save": ["("]}, 'tune.modules_to_save: "[(]" is not a regular expression'),
         ({"exclude": ["layernorm"]}, "tune.exclude"),
         ({"targets": "["}, "regular expression"),
     ],
