@@ -109,7 +109,6 @@ RULES = {
 
 # What becomes of rows of which "error" lets none pass: whoever goes on from there had none.
 UNUSED_SO_FAR = {"on_bad_line", "too_long"}
-ORDERED = ("rank_pattern", "alpha_pattern")  # of tune: the first entry that matches a module decides
 ABSENT = "absent"  # an entry that a mapping does not have
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 SETTINGS = {"config.json", "quantize_config.json", "adapter_config.json"}  # others are of tokenizers and of generating
@@ -145,7 +144,7 @@ def changes(old: Config, new: Config) -> list[Change]:
 
 
 def _moved(old: Config, new: Config) -> Iterator[Change]:
-    for name in ORDERED:
+    for name in getattr(new.tune, "PATTERNS", ()):
         before, after = (list(getattr(config.tune, name, ())) for config in (old, new))
         if before != after and sorted(before) == sorted(after):
             yield Change(f"tune.{name}, in order", before, after)

@@ -175,9 +175,11 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
 def wider(config: Config, device: Any) -> Iterator[str]:
     """What is asked to be multiplied in a type that the device computes in a wider one."""
     if compute_dtype(config.precision.compute) == jnp.bfloat16 and not has_bfloat16(device):
+        has_float16 = str(device.compute_capability).startswith("7.")  # since Volta
+        hint = "; precision.compute: float16 uses the units that it has, and scales the loss" if has_float16 else ""
         yield (
             f"{device.device_kind} has no bfloat16 units: its matmuls are computed in float32, which spares memory and "
-            "no time; precision.compute: float16 uses the units that it has, and scales the loss"
+            f"no time{hint}"
         )
     if config.precision.matmul == "float8" and not float8.has_units(device):
         yield f"{device.device_kind} has no float8 units: its matmuls are computed in wider types, slower"

@@ -37,6 +37,7 @@ class Targeted(Adapting):
     """Options of a method that sits on some of the model's linear maps, chosen by name."""
 
     TABLE: ClassVar[bool] = False  # whether it can sit on the embedding
+    PATTERNS: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")  # whose first that matches a module decides
 
     targets: list[str] | str = ["q_proj", "v_proj"]  # names, one regex, or all-linear
     exclude: list[str] | str | None = None  # names or one regex

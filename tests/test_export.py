@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxtune
-from jaxtune import export
+from jaxtune import assemble, export
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.export import export_run, probe_tokens
 from tests.runs import LORA, sections, unfinish
@@ -48,6 +48,17 @@ def peer_logits(directory, base=None):
         model = PeftModel.from_pretrained(model, directory)
     with torch.no_grad():
         return model(torch.tensor(TOKENS)).logits.numpy()
+
+
+def test_peft_is_told_which_revision_of_the_base_an_adapter_is_of(tiny_model, tmp_path, monkeypatch):
+    """By training and by the export; PEFT would take the newest."""
+    found = tiny_model("qwen2", tie_word_embeddings=True)
+    monkeypatch.setattr(assemble, "resolve_model", lambda path, revision=None, weights=True: found)
+    jaxtune.train(sections("org/model", tmp_path, steps=1, model={"revision": "abc123"}))
+    export_run(tmp_path / "run", tmp_path / "exported", "peft")
+    for directory in (tmp_path / "run" / "adapter", tmp_path / "exported"):
+        stored = json.loads((directory / "adapter_config.json").read_text())
+        assert (stored["base_model_name_or_path"], stored["revision"]) == ("org/model", "abc123")
 
 
 def assert_close(ours, theirs, share=1e-4):

@@ -32,6 +32,8 @@ DEVIATION = 0.02  # of the first values of A and B
 class AdaloraSection(Targeted):
     """Low-rank matrices whose ranks are shared out in training, by what they matter (arXiv 2303.10512)."""
 
+    PATTERNS: ClassVar[tuple[str, ...]] = ()  # its rank_pattern has whole names
+
     method: Literal["adalora"] = "adalora"
     init_r: Positive = 12  # rank of every adapter at first
     target_r: Positive = 8  # what is left of it on average
@@ -49,7 +51,7 @@ class AdaloraSection(Targeted):
 
     @model_validator(mode="after")
     def _check_schedule(self) -> "AdaloraSection":
-        if self.target_r > self.init_r and self.adapter is None:  # PEFT lets it be, and leaves all of them
+        if self.target_r > self.init_r and self.adapter is None:  # PEFT loads it; all of them are left then
             raise ValueError(f"target_r {self.target_r} is above init_r {self.init_r}; ranks can only shrink")
         return self
 
@@ -168,8 +170,8 @@ def penalty(weight: float, modules: int, trainable: Tree) -> jax.Array:
             gram = jnp.einsum(form, part, part, precision=jax.lax.Precision.HIGHEST)
             lives = jnp.any(part != 0, axis=side)
             squares = jnp.sum(jnp.square(gram - jnp.eye(gram.shape[-1]) * lives[..., None]), axis=(-2, -1))
-            there = jnp.any(lives, axis=-1)
-            norms.append(jnp.sum(there * jnp.sqrt(jnp.where(there, squares, 1.0))))  # the root's gradient at 0 is nan
+            differs = squares > 0  # the root's gradient at 0 is nan
+            norms.append(jnp.sum(jnp.where(differs, jnp.sqrt(jnp.where(differs, squares, 1.0)), 0.0)))
     return weight * sum(norms) / (2 * modules)
 
 
@@ -214,9 +216,8 @@ def _scores(importance: Triplets, change: Triplets, trained: Triplets) -> jax.Ar
 
 def _places(scores: list[jax.Array]) -> list[jax.Array]:
     """Of each score how many of all stand before it, from the lowest up: no two have the same place, so that as many
-    triplets as the budget says are left where many matter equally, as all do while E is 0."""
-    order = jnp.argsort(jnp.concatenate([score.reshape(-1) for score in scores]))
-    places = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(len(order), dtype=jnp.int32))
+    triplets as the budget says are left where many matter equally, as all do while E is 0: the last ones in memory."""
+    places = jnp.argsort(jnp.argsort(jnp.concatenate([score.reshape(-1) for score in scores])))
     ends = np.cumsum([score.size for score in scores])
     return [part.reshape(score.shape) for part, score in zip(jnp.split(places, ends[:-1]), scores, strict=True)]
 

@@ -3,6 +3,7 @@
 The worked example of CONTRIBUTING.md: all of a method that is not shared is in its one file.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,9 +18,9 @@ from jaxtune.models.weights import Tree
 from jaxtune.parallel import local
 from jaxtune.section import Targeted
 from jaxtune.tune import names
-from jaxtune.tune.names import module_of
+from jaxtune.tune.names import Modules, module_of
 from jaxtune.tune.peft_files import TARGET_DEFAULTS, TARGET_SETTINGS, Files
-from jaxtune.tune.plan import Part, Site, make_plan
+from jaxtune.tune.plan import Part, Site, is_all_linear, make_plan
 from jaxtune.tune.sites import Kind, Start, Tensor, site_method
 
 
@@ -119,13 +120,16 @@ def read(tree: dict[str, Any], where: Path) -> dict[str, Any]:
 
 
 def write(section: IA3Section, weights: Tree) -> dict[str, Any]:
-    """PEFT wants the feed-forward modules to be some of the targets, in the same words."""
-    named = section.feedforward_modules
+    """PEFT wants listed feed-forward modules to be some of the listed targets, in the same words, and takes a regex."""
+    named, targets = section.feedforward_modules, section.targets
+    modules = [module_of(key) for key in make_plan(section, weights).adapted]
     if section.layers is not None:
-        modules = [module_of(key) for key in make_plan(section, weights).adapted]
         named = sorted(module for module in modules if section.is_feedforward(module))
-    elif isinstance(named, list) and isinstance(section.targets, list):
-        named = [name for name in named if name in section.targets]
+    elif isinstance(named, list):
+        named = [end for end in named if any(names.is_feedforward(module, [end]) for module in modules)]
+        listed = names.last_names(Modules.of(weights).linears) if is_all_linear(targets) else targets
+        if isinstance(listed, list) and not set(named) <= set(listed):
+            named = f".*({'|'.join(map(re.escape, named))})"
     return {"fan_in_fan_out": False, "feedforward_modules": named}
 
 

@@ -176,8 +176,7 @@ def _check_patterns(section: Targeted) -> None:
         "targets": [section.targets] if isinstance(section.targets, str) else [],
         "exclude": [section.exclude] if isinstance(section.exclude, str) else [],
         INPUTS: [inputs] if isinstance(inputs, str) else [],
-        "rank_pattern": list(getattr(section, "rank_pattern", ())),
-        "alpha_pattern": list(getattr(section, "alpha_pattern", ())),
+        **{option: list(getattr(section, option, ())) for option in section.PATTERNS},
         "modules_to_save": section.modules_to_save,
     }
     for option, patterns in regexes.items():
@@ -224,7 +223,7 @@ def _check_effects(section: Targeted, modules: Modules, targets: set[str], biase
     """A setting that changes nothing is an error; in an adapter from elsewhere it is what PEFT ignored too."""
     if section.adapter is not None:
         return
-    for option in ("rank_pattern", "alpha_pattern"):
+    for option in section.PATTERNS:
         patterns = getattr(section, option, {})
         used = {names.pattern_of(name, patterns) for name in targets}
         for pattern in patterns:

@@ -4,8 +4,10 @@ Files and merging are compared with peft in test_peft_methods.py, meshes with on
 """
 
 import json
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ from jaxtune.config import tune_section
 from jaxtune.errors import ConfigError
 from jaxtune.leaves import partition
 from jaxtune.tune import course
-from jaxtune.tune.adalora import _places, budgets
+from jaxtune.tune.adalora import Triplets, _places, budgets, penalty
 from jaxtune.tune.peft_config import CONFIG_NAME
 from jaxtune.tune.peft_io import save_adapter
 from tests.programs import Stepper
@@ -123,6 +125,23 @@ def test_a_run_that_starts_from_an_adapter_has_a_schedule_of_its_own(tmp_path):
 
 
 def test_triplets_that_matter_equally_are_not_all_taken_out():
+    made = tuned(section(tinit=0, tfinal=0, total_step=2), **QWEN2)
+    trains, _ = partition(made.params, made.mask)
+    ours = course(made.section, made.model.weights, 2)
+    is_e = lambda path: path[-1] == jax.tree_util.GetAttrKey("e")  # noqa: E731
+    trains = jax.tree_util.tree_map_with_path(lambda path, x: x * 0 + 1 if is_e(path) else x, trains)
+    _, left = ours.after(ours.kept(trains), trains, jax.tree.map(jnp.zeros_like, trains), jnp.int32(2))
+    found = jax.tree_util.tree_leaves_with_path(left)
+    assert sum(int(np.count_nonzero(x)) for path, x in found if is_e(path)) == 12 < 24
+
+
+def test_the_penalty_of_what_is_orthogonal_has_a_gradient():
+    one = Triplets(None, a=jnp.eye(4)[:, :1], b=jnp.eye(4)[:1], scale=jnp.ones(()), e=jnp.ones((1, 1)))
+    value, slope = jax.value_and_grad(partial(penalty, 0.5, 1))({"weight": one})
+    assert value == 0 and all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
+
+
+def test_places_are_those_of_all():
     scores = [np.zeros((2, 3)), np.array([[0.0, 2.0, np.inf]])]
     places = [place.tolist() for place in _places(scores)]
     assert sorted(number for place in places for row in place for number in row) == list(range(9))

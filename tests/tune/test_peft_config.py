@@ -9,7 +9,6 @@ from jaxtune import tune
 from jaxtune.config import tune_section
 from jaxtune.errors import AdapterError, ConfigError
 from jaxtune.tune.peft_config import is_resolved, read_config, resolve, to_peft
-from jaxtune.tune.peft_io import save_adapter
 from tests.tune.support import tuned
 
 OURS = {
@@ -152,13 +151,6 @@ def test_what_does_nothing_may_stand_in_a_peft_s_file_and_what_cannot_be_is_told
     file = tmp_path / "none" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "oft_block_size": 0}))
     assert "oft_block_size 0 and rank 0" in refused(tmp_path / "none")
-
-
-def test_a_base_model_s_revision_is_written(tmp_path):
-    made = tuned(tune_section())
-    save_adapter(tmp_path / "a", made.section, made.model.weights, made.params, "org/model", revision="abc123")
-    stored = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert (stored["base_model_name_or_path"], stored["revision"]) == ("org/model", "abc123")
 
 
 @pytest.mark.parametrize("init", ["pissa_niter_4", "olora", "corda", "lora_ga", "mica", 1.5])
