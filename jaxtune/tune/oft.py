@@ -158,7 +158,7 @@ def check(section: OftSection, site: Site, sharding_of: ShardingOf | None) -> No
         allowed = sorted({size // n for n in fitting}) if section.rank else fitting
         raise AdapterError(f"tune.{option} {asked} does not fit the {size} inputs of {where}; {_of(allowed)} would")
     blocks = size // block
-    if section.module_dropout and int(section.module_dropout * blocks) == 0:
+    if section.adapter is None and section.module_dropout and int(section.module_dropout * blocks) == 0:
         raise AdapterError(
             f"tune.module_dropout {section.module_dropout} of the {blocks} blocks of {where} is less than one; "
             f"it takes {1 / blocks:.4g} or more, or 0"

@@ -14,7 +14,7 @@ from jaxtune.errors import AdapterError, ConfigError, MeshError
 from jaxtune.ops import Noise
 from jaxtune.tune.oft import Turned, block_size, read_oft, rotations
 from tests.programs import Stepper
-from tests.tune.support import logits, tuned
+from tests.tune.support import difference, logits, peer_logits, peer_model, tuned
 
 random = np.random.default_rng(0)
 SKEW = jnp.array(random.normal(size=(3, 6)) * 0.1, jnp.float32)  # 3 blocks of 4
@@ -163,3 +163,18 @@ def test_newer_files_and_exact_ones_are_read(tmp_path):
         "rank": 4,
         "oft_block_size": 0,
     }
+
+
+def test_what_does_nothing_in_an_adapter_of_peft_s_is_let_be(tmp_path):
+    """peft stores a dropout that turns no block off, for there is one block, or too few for it."""
+    from peft import OFTConfig, get_peft_model
+
+    for number, options in enumerate([{"block_share": True, "module_dropout": 0.1}, {"module_dropout": 0.1}]):
+        config = OFTConfig(task_type="CAUSAL_LM", r=0, oft_block_size=8, target_modules=["q_proj"], **options)
+        model = get_peft_model(peer_model(), config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(0, 0.1)
+        model.save_pretrained(tmp_path / str(number))
+        made = tuned(tune_section(method="oft", adapter=str(tmp_path / str(number))))
+        assert difference(logits(made.model, made.params), peer_logits(model.eval())) < 1e-4
