@@ -17,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxtune.errors import AdapterError, ConfigError, listing
+from jaxtune.files import read_json
 from jaxtune.tune.lora import LoraSection
-from jaxtune.tune.peft_config import read_config
+from jaxtune.tune.peft_config import CONFIG_NAME, read_config
 from jaxtune.tune.peft_files import PREFIX
 from jaxtune.tune.peft_io import write_adapter
 from jaxtune.tune.peft_tensors import TENSORS_NAME, AdapterFile, open_adapter
@@ -37,6 +38,7 @@ class Adapter:
 
     section: LoraSection
     factors: dict[str, Factors]
+    base: tuple[str | None, str | None]  # the base model's name and revision, as far as the file tells
 
     @classmethod
     def read(cls, directory: Path) -> "Adapter":
@@ -56,7 +58,10 @@ class Adapter:
         half = [module for module, pair in found.items() if pair.keys() != {"A", "B"}]
         if half:
             raise AdapterError(f"{file.path}: A or B is missing of {listing(half)}")
-        return cls(section, {module: (pair["A"], pair["B"]) for module, pair in found.items()})
+        told = read_json(directory / CONFIG_NAME, AdapterError)
+        keys = "base_model_name_or_path", "revision"
+        name, revision = (told[key] if isinstance(told.get(key), str) else None for key in keys)
+        return cls(section, {module: (pair["A"], pair["B"]) for module, pair in found.items()}, (name, revision))
 
     @property
     def rank(self) -> int:
@@ -107,7 +112,9 @@ def combine(
         names = ("lora_embedding_A", "lora_embedding_B") if _is_table(module) else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{PREFIX}{module}.{name}": part for name, part in zip(names, (a, b), strict=True)}
     section = LoraSection(rank=size, alpha=size, targets=modules)
-    write_adapter(Path(out), section, {}, {TENSORS_NAME: tensors}, None)
+    bases = {adapter.base for adapter in adapters}
+    base, revision = bases.pop() if len(bases) == 1 else (None, None)
+    write_adapter(Path(out), section, {}, {TENSORS_NAME: tensors}, base, revision=revision)
     return section
 
 

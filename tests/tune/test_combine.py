@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,17 @@ def test_cat_has_the_logits_of_the_sum(tmp_path, adapters):
     assert difference(logits(made.model, made.params), peer_logits(theirs)) < 1e-4
     config = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (12, 12, False)
+
+
+@pytest.mark.parametrize(("second", "expected"), [("org/base", "org/base"), ("org/other", None)])
+def test_the_base_model_is_named_where_all_have_the_same(tmp_path, adapters, second, expected):
+    for name, base in (("a", "org/base"), ("b", second)):
+        shutil.copytree(adapters[0], tmp_path / name)
+        file = tmp_path / name / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": base, "revision": "v1"}))
+    combine([tmp_path / "a", tmp_path / "b"], [1, 1], tmp_path / "both", "linear")
+    stored = json.loads((tmp_path / "both" / "adapter_config.json").read_text())
+    assert (stored["base_model_name_or_path"], stored["revision"]) == (expected, expected and "v1")
 
 
 @pytest.mark.parametrize(
