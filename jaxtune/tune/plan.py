@@ -15,13 +15,12 @@ from jaxtune.tune import names
 from jaxtune.tune.method import EMBEDDING, all_keys, declared
 from jaxtune.tune.names import Modules, module_of
 
+INPUTS = "feedforward_modules"  # IA3's option: the targets whose input is scaled
+
 
 class Part(NamedTuple):
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-
-
-INPUTS = "feedforward_modules"  # IA3's option: the targets whose input is scaled
 
 
 @dataclass(frozen=True)
