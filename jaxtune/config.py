@@ -303,7 +303,7 @@ def make_config(tree: dict, where: str = "config", overrides: list[str] | tuple[
     except ValidationError as error:
         # Any method will do while the other sections are looked at.
         tune, wrong = make_tune({}), [{**item, "loc": ("tune", *item["loc"])} for item in error.errors()]
-        method = tree["tune"].get("method", "lora")
+        method = _method(tree["tune"])
     except ConfigError as error:
         raise ConfigError(f"{source_of(('tune', 'method'), where, overrides)}: {error}") from None
     try:
@@ -316,15 +316,16 @@ def make_config(tree: dict, where: str = "config", overrides: list[str] | tuple[
 
 
 def tune_section(**options: Any) -> TuneSection:
-    """The section of a tuning method, lora where `method` is not among the options."""
+    """As make_tune."""
     return make_tune(options)
 
 
 def make_tune(options: Any) -> TuneSection:
-    """The section of the tuning method that `options` name; without a name, of lora.
+    """The section of the tuning method that `options` name; without a name, of the adapter's, or of lora.
 
     Raises:
         ConfigError: there is no such method.
+        AdapterError: no method is named, and the adapter is none that we know.
         ValidationError: an option is not one of the method's, or has a wrong value.
     """
     if isinstance(options, TuneSection):
@@ -333,12 +334,22 @@ def make_tune(options: Any) -> TuneSection:
         raise ConfigError(f"tune: expected a section with a method, found {shown(options)}")
     from jaxtune.tune import METHODS
 
-    method = options.get("method", "lora")
+    method = _method(options)
     if not isinstance(method, str) or method not in METHODS:
         other = METHOD_NAMES.get(f"{method}".lower())
         hint = f"; write {other}." if other else nearest(f"{method}", METHODS) or "."
         raise ConfigError(f"tune.method: no method {shown(method)}{hint} Allowed are {', '.join(METHODS)}")
     return METHODS[method].section.model_validate({**options, "method": method})
+
+
+def _method(options: dict) -> Any:
+    """What the options say of the method, or the adapter that they start from; that there is none, is said later."""
+    from jaxtune.tune.peft_config import CONFIG_NAME, method_of
+
+    adapter = options.get("adapter")
+    if "method" in options or not isinstance(adapter, str) or not (Path(adapter) / CONFIG_NAME).is_file():
+        return options.get("method", "lora")
+    return method_of(Path(adapter))
 
 
 def _apply_override(tree: dict, override: str) -> None:

@@ -30,7 +30,7 @@ class TuneSection(Section):
 class Adapting(TuneSection):
     """An option of every method that ends in an adapter."""
 
-    adapter: str | None = None  # a PEFT directory to start from; its settings win
+    adapter: str | None = None  # a PEFT directory to start from; its settings win, and so does its method
 
 
 class Targeted(Adapting):

@@ -102,15 +102,15 @@ class Step:
 
 
 def make_step(config: Config, model: ModelConfig, mesh: Mesh) -> Step:
-    """From settings alone: no weight, tokenizer or data is read. Rows are data.max_length long.
+    """From settings alone: no weight, tokenizer or data is read, and of an adapter to start from its settings and the
+    names and shapes of its tensors. Rows are data.max_length long.
 
     Raises:
         MeshError, AdapterError: as a run of this configuration would.
     """
     check_fit(config, mesh, model)
     check_time(mesh, config.mesh, config.data.max_length)
-    # An adapter to start from has given its settings; its numbers are not read.
-    section = tune.resolve(config.tune).model_copy(update={"adapter": None})
+    section = tune.resolve(config.tune)
     config = config.model_copy(update={"tune": section})
     assembled = assemble(
         Source(Path(config.model.path), model, None, scheme_of(config.model, model, config.model.path)),

@@ -103,6 +103,15 @@ def read_config(directory: Path) -> TuneSection:
         raise AdapterError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
 
 
+def method_of(directory: Path) -> str:
+    """The name of the method whose adapter lies in a directory.
+
+    Raises:
+        AdapterError: no such file, or one of a method that we do not have.
+    """
+    return _method_of(_read_json(directory), directory / CONFIG_NAME)[0]
+
+
 def _method_of(tree: dict[str, Any], where: Path) -> "tuple[str, Method]":
     """The method that an adapter_config.json is of: of several that it could be, the one that asks for most."""
     stored = {name: method for name, method in _methods().items() if method.files is not None}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxtune import tune
-from jaxtune.config import tune_section
+from jaxtune.config import make_config, tune_section
 from jaxtune.errors import AdapterError, ConfigError
 from jaxtune.tune.peft_config import is_resolved, read_config, resolve, to_peft
 from tests.tune.support import tuned
@@ -206,6 +206,17 @@ def test_the_adapter_s_settings_win(tmp_path):
     resolved = resolve(section)
     assert (resolved.rank, resolved.alpha, resolved.targets) == (3, 5, ["q_proj"])
     assert is_resolved(resolved) and resolve(resolved) == resolved
+
+
+def test_a_method_that_is_not_named_is_the_adapter_s(tmp_path):
+    adapter = str(written(tmp_path, use_dora=True))
+    assert tune_section(adapter=adapter).method == resolve(tune_section(adapter=adapter)).method == "dora"
+    with pytest.raises(ConfigError, match=r"tune.method: 'lora', the adapter has 'dora'"):
+        resolve(tune_section(adapter=adapter, method="lora"))
+    tree = {"model": {"path": "-"}, "data": {"path": "-"}, "tune": {"adapter": adapter, "vera_r": 4}}
+    with pytest.raises(ConfigError, match=r"tune.vera_r: unknown key"):
+        make_config(tree)
+    assert tune_section(adapter=str(tmp_path / "none")).method == "lora"
 
 
 def test_a_setting_that_agrees_with_the_adapter_s_may_stand_beside_it(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -158,6 +159,18 @@ def test_a_plan_knows_of_new_tokens_without_a_tokenizer():
     step = make_step(config, model_config(), single_device_mesh())
     table = step.assembled.params["embed"]["weight"]
     assert (table.base.shape, table.rows_NE.shape, table.ids) == ((VOCAB + 3, 32), (3, 32), (48, 49, 50))
+
+
+def test_a_plan_takes_an_adapter_as_a_run_does(tmp_path):
+    """With ids that are past the base's vocabulary, whose tokens lie beside it."""
+    made = tuned(tokens_section(new_tokens=NEW))
+    save_adapter(tmp_path, made.section, made.model.weights, made.params)
+    tree = {"model": {"path": "-"}, "data": {"path": "-", "max_length": 64}, "train": {"batch_size": 2}}
+    config = make_config({**tree, "tune": {"adapter": str(tmp_path)}, "mesh": {"fsdp": 1}})
+    table = make_step(config, model_config(), single_device_mesh()).assembled.params["embed"]["weight"]
+    assert (table.rows_NE.shape, table.ids) == ((3, 32), (48, 49, 50))
+    with pytest.raises(AdapterError, match=r"hidden|shape"):
+        make_step(config, replace(model_config(), hidden_size=64), single_device_mesh())
 
 
 def test_a_run_with_new_tokens_from_its_start_to_its_exports(tiny_model, tmp_path):
