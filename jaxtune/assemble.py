@@ -2,7 +2,6 @@
 export and the Python calls all start from.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -156,15 +155,3 @@ def adapted(base: Assembled, section: TuneSection) -> Assembled:
     where = axes_sharding(base.mesh, config, *base.model.execution.places)
     params, mask = tune.apply(section, base.params, model.weights, 0, where, tokenizer)
     return replace(base, model=model, params=params, mask=mask, source=replace(base.source, tokenizer=tokenizer))
-
-
-def compute_dtype(asked: str) -> Any:
-    """`auto`: bfloat16 where the device gains from it; a CPU does not."""
-    if asked != "auto":
-        return jnp.dtype(asked)
-    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
-
-
-def has_bfloat16(device: Any) -> bool:
-    """Whether a device multiplies bfloat16 itself: before Ampere (8.0) XLA has an NVIDIA GPU do it in float32."""
-    return device.platform != "gpu" or re.match(r"[1-7]\.", str(device.compute_capability)) is None

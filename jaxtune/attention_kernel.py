@@ -8,13 +8,13 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxtune import processes
-from jaxtune.assemble import compute_dtype
 from jaxtune.config import Config
 from jaxtune.console import say, warn
 from jaxtune.errors import ConfigError
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.kernels import NAMES, PLATFORMS, obstacle
 from jaxtune.models.trial import trial
+from jaxtune.number_types import compute_dtype
 
 
 def settle(config: Config, model: ModelConfig, mesh: Mesh, one_document: bool = False) -> str:

@@ -179,13 +179,3 @@ def remember(histories: Tree, sizes: Tree) -> Tree:
     """The histories after a step: its sizes [L, 3], of all devices and micro-batches, in place of the oldest."""
     push = lambda history, size: jnp.concatenate([size[..., None], history[..., :-1]], axis=-1)  # noqa: E731
     return jax.tree.map(push, histories, sizes)
-
-
-def has_units(device: Any) -> bool:
-    """Whether a device multiplies float8 natively: the others compute in wider types, and slower than without it."""
-    if device.platform == "tpu":
-        return "v7" in device.device_kind.lower()
-    if device.platform != "gpu":
-        return False
-    capability = str(device.compute_capability)  # NVIDIA's "8.9" is Ada's; AMD's "gfx942" is the MI300's
-    return capability >= "gfx94" if capability.startswith("gfx") else float(capability) >= 8.9

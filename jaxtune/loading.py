@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from pydantic import ValidationError
 
 from jaxtune import checkpoint, restack, tune
-from jaxtune.assemble import FULL, Assembled, Source, assemble, compute_dtype
+from jaxtune.assemble import FULL, Assembled, Source, assemble
 from jaxtune.config import Config, MeshSection, ModelSection, load_config
 from jaxtune.console import warn
 from jaxtune.drift import is_print_of
@@ -23,6 +23,7 @@ from jaxtune.files import read_json
 from jaxtune.leaves import Leaf, combine, fields_of, partition
 from jaxtune.mesh import complete, make_mesh, single_device_mesh
 from jaxtune.models.weights import Tree, Weight, map_tree
+from jaxtune.number_types import compute_dtype
 from jaxtune.rundir import CHECKPOINTS, CONFIG, RECORD
 from jaxtune.section import TuneSection
 from jaxtune.tune.peft_config import CONFIG_NAME, read_config

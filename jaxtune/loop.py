@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxtune import attention_kernel, fate, float8, out_of_memory, processes, restack, tune
-from jaxtune.assemble import Assembled, Source, assemble, compute_dtype, has_bfloat16
+from jaxtune import attention_kernel, fate, out_of_memory, processes, restack, tune
+from jaxtune.assemble import Assembled, Source, assemble
 from jaxtune.checkpoint import Checkpointer, by_path
 from jaxtune.config import Config
 from jaxtune.console import console, loading_bar, say, stage, warn
@@ -27,6 +27,7 @@ from jaxtune.metrics import Recorder, Silent, read_rows
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.execution import Execution, worth_unrolling
 from jaxtune.models.weights import Tree
+from jaxtune.number_types import compute_dtype, wider
 from jaxtune.optim import make_schedule
 from jaxtune.parallel.checks import check_fit
 from jaxtune.parallel.layout import check_sharded
@@ -161,7 +162,7 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
         )
     if program.pipeline is not None:
         say(f"The pipeline's schedule leaves a stage waiting for {bubble(program.pipeline.schedule):.0%} of a step")
-    for note in wider(config, mesh.devices.flat[0]):
+    for note in wider(config.precision, mesh.devices.flat[0]):
         warn(note)
     check_sharded(program.state["trainable"], program.homes["trainable"])
     program.state["trainable"] = owned(program.state["trainable"])
@@ -170,19 +171,6 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
         compiled, needs = _compile(program.train_step, program.state, program.frozen, first, _number(1))
         ask = None if data.eval is None else _compile_eval(program, data.eval)
     return Job(config, data, assembled, program, program.state, compiled, needs, ask)
-
-
-def wider(config: Config, device: Any) -> Iterator[str]:
-    """What is asked to be multiplied in a type that the device computes in a wider one."""
-    if compute_dtype(config.precision.compute) == jnp.bfloat16 and not has_bfloat16(device):
-        has_float16 = str(device.compute_capability).startswith("7.")  # since Volta
-        hint = "; precision.compute: float16 uses the units that it has, and scales the loss" if has_float16 else ""
-        yield (
-            f"{device.device_kind} has no bfloat16 units: its matmuls are computed in float32, which spares memory and "
-            f"no time{hint}"
-        )
-    if config.precision.matmul == "float8" and not float8.has_units(device):
-        yield f"{device.device_kind} has no float8 units: its matmuls are computed in wider types, slower"
 
 
 def resume(job: Job, run: Run, checkpoints: Checkpointer) -> int:

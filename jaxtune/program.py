@@ -9,13 +9,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxtune import tune
-from jaxtune.assemble import compute_dtype
 from jaxtune.config import Config
 from jaxtune.float8 import NOTHING, Watch
 from jaxtune.leaves import combine, partition
 from jaxtune.mesh import BATCH
 from jaxtune.models.decoder import Model
 from jaxtune.models.weights import Tree
+from jaxtune.number_types import compute_dtype
 from jaxtune.optim import make_optimizer, make_schedule
 from jaxtune.parallel.layout import Layout, partitions
 from jaxtune.parallel.pipeline import Pipeline

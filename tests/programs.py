@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune import tune
-from jaxtune.assemble import compute_dtype
 from jaxtune.config import make_config
 from jaxtune.kept import compiled_anew
 from jaxtune.mesh import axes_sharding, check_model, make_mesh, shardings
@@ -15,6 +14,7 @@ from jaxtune.models.config import ModelConfig, Rope
 from jaxtune.models.decoder import Model
 from jaxtune.models.execution import Execution
 from jaxtune.models.weights import Weight, initial_value, leaves_with_path, map_tree
+from jaxtune.number_types import compute_dtype
 from jaxtune.program import build
 from jaxtune.tune.method import get_path
 

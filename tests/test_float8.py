@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from jaxtune import float8, train
-from jaxtune.assemble import has_bfloat16
 from jaxtune.config import PrecisionSection, make_config
-from jaxtune.float8 import E4M3, E5M2, Float8, Watch, attach, delayed_scales, has_units, quantize, remember, scale_of
-from jaxtune.loop import wider
+from jaxtune.float8 import E4M3, E5M2, Float8, Watch, attach, delayed_scales, quantize, remember, scale_of
 from jaxtune.models.decoder import Model
+from jaxtune.number_types import has_bfloat16, has_float8, wider
 from jaxtune.ops import linear
 from jaxtune.tune.low_rank import LowRank
 from tests.programs import CONFIG, LORA, Stepper
@@ -301,7 +300,7 @@ def test_float8_without_float8_units_is_said(tiny_model, tmp_path, capsys):
 )
 def test_devices_that_multiply_float8(platform, kind, capability, expected):
     device = type("Device", (), {"platform": platform, "device_kind": kind, "compute_capability": capability})
-    assert has_units(device) == expected
+    assert has_float8(device) == expected
 
 
 @pytest.mark.parametrize(
@@ -319,7 +318,7 @@ def test_a_gpu_before_ampere_is_told_of_float16(platform, capability, expected):
     device = type("Device", (), {"platform": platform, "device_kind": "it", "compute_capability": capability})
     config = make_config({"model": {"path": "m"}, "data": {"path": "d"}, "precision": {"compute": "bfloat16"}})
     assert has_bfloat16(device) == expected
-    told = [("no bfloat16 units" in text, "float16 uses the units" in text) for text in wider(config, device)]
+    told = [("no bfloat16 units" in text, "float16 uses the units" in text) for text in wider(config.precision, device)]
     assert told == [(True, capability == "7.5")] * (not expected)
 
 

@@ -33,7 +33,6 @@ import numpy as np  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
 from jaxtune import tune  # noqa: E402
-from jaxtune.assemble import compute_dtype  # noqa: E402
 from jaxtune.huge_pages import start_anew  # noqa: E402
 from jaxtune.leaves import combine, partition  # noqa: E402
 from jaxtune.loss import cross_entropy  # noqa: E402
@@ -44,6 +43,7 @@ from jaxtune.models.families import parse_config  # noqa: E402
 from jaxtune.models.kernels import PLATFORMS, attend, keeps  # noqa: E402
 from jaxtune.models.tiled import BLOCK  # noqa: E402
 from jaxtune.models.weights import init_params, map_tree  # noqa: E402
+from jaxtune.number_types import compute_dtype  # noqa: E402
 from jaxtune.ops import Noise  # noqa: E402
 from jaxtune.tune.lora import LoraSection  # noqa: E402
 from tools.bench import LORA, SHAPE  # noqa: E402

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxtune.assemble import compute_dtype
 from jaxtune.config import Config
 from jaxtune.loss import chunk_of
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.execution import Execution
+from jaxtune.number_types import compute_dtype
 from jaxtune.parallel.layout import Layout
 from jaxtune.parallel.schedule import make_schedule
 from jaxtune.plan.program import Step

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxtune import program, tune
-from jaxtune.assemble import Assembled, Source, assemble, compute_dtype
+from jaxtune.assemble import Assembled, Source, assemble
 from jaxtune.attention_kernel import choose, ring_of
 from jaxtune.config import Config
 from jaxtune.loss import chunk_of
 from jaxtune.mesh import batch_shards, check_time
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.execution import Execution, worth_unrolling
+from jaxtune.number_types import compute_dtype
 from jaxtune.parallel.checks import check_fit
 from jaxtune.parallel.schedule import Schedule, bubble, make_schedule
 from jaxtune.plan.flops import model_flops

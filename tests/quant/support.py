@@ -7,11 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxtune.assemble import Source, assemble, compute_dtype
+from jaxtune.assemble import Source, assemble
 from jaxtune.config import make_config
 from jaxtune.mesh import make_mesh
 from jaxtune.models.config import ModelConfig, Rope
 from jaxtune.models.execution import Execution
+from jaxtune.number_types import compute_dtype
 from jaxtune.parallel.checks import check_fit
 from jaxtune.program import build
 from jaxtune.quant.scheme import scheme_of
