@@ -6,13 +6,12 @@ File formats are peft_io.py's and hf_write.py's; merging is tune/merge.py's.
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jaxtune import tune
 from jaxtune.api import LoadedModel
-from jaxtune.assemble import FULL, Assembled, Source
+from jaxtune.assemble import FULL, Assembled
 from jaxtune.config import ModelSection
 from jaxtune.console import stage
 from jaxtune.errors import ConfigError, DataError, ModelError
@@ -26,7 +25,6 @@ from jaxtune.onto import ALLOWED, Onto, choose
 from jaxtune.quant.again import write_quantized
 from jaxtune.sample_loss import Sample, mean_loss, sample_of
 from jaxtune.section import TuneSection
-from jaxtune.tokenizer import load_tokenizer
 from jaxtune.tune.merge import merged
 from jaxtune.tune.peft_io import save_adapter
 
@@ -215,14 +213,14 @@ def _write_adapter(
 
 def _write_model(directory: Path, assembled: Assembled, params: Tree, dtype: str) -> None:
     model, source = assembled.model, assembled.source
-    tokenizer = _own_tokenizer(source)
-    write_model(directory, params, _own_weights(assembled), model.config, source.path, dtype, tokenizer=tokenizer)
+    weights = _own_weights(assembled)
+    write_model(directory, params, weights, model.config, source.path, dtype, tokenizer=source.tokenizer)
 
 
 def _write_quantized(directory: Path, assembled: Assembled, params: Tree, dtype: str, target: Onto) -> LoadedModel:
     """Write, and give the model that what was written stands for."""
     config, source, weights = assembled.model.config, assembled.source, _own_weights(assembled)
-    how = dtype, target.makers, target.settings, _own_tokenizer(source)
+    how = dtype, target.makers, target.settings, source.tokenizer
     values = write_quantized(directory, params, weights, config, source.path, *how)
     plain = replace(assembled, model=Model.create(config, assembled.model.stacks), params=values)
     return LoadedModel(Opened(plain, FULL, np.dtype("float32")))
@@ -231,16 +229,6 @@ def _write_quantized(directory: Path, assembled: Assembled, params: Tree, dtype:
 def _own_weights(assembled: Assembled) -> Tree:
     """The declarations without a tuning method's."""
     return {name: part for name, part in assembled.model.weights.items() if name != HOOKS}
-
-
-def _own_tokenizer(source: Source) -> Any:
-    """The tokenizer, where it is not just that which lies with the model and goes along as it is."""
-    try:
-        plain = load_tokenizer(source.path)
-    except ModelError:  # there is none
-        return source.tokenizer
-    mine, theirs = ((t.backend_tokenizer.to_str(), t.chat_template) for t in (source.tokenizer, plain))
-    return None if mine == theirs else source.tokenizer
 
 
 def _compare(out: Path, expected: np.ndarray, found: np.ndarray, tolerance: float, step: int | None) -> Exported:

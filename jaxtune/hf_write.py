@@ -25,12 +25,14 @@ from jaxtune.models.families import QUANTIZE_CONFIG, to_hf
 from jaxtune.models.weights import Path as WeightPath
 from jaxtune.models.weights import Tree, leaves_with_path
 from jaxtune.safetensors_io import INDEX, SINGLE
+from jaxtune.tokenizer import load_tokenizer, stop_ids, token_ids
 
 MARK = "written_by"  # in the metadata of each safetensors file, to know our own directories again
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
+MORE_TEMPLATES = "additional_chat_templates"  # transformers' directory for those beside the default one
 GENERATION = "generation_config.json"
 
 
@@ -49,7 +51,7 @@ def write_model(
 
     params: arrays in the structure of `weights`; adapters already merged.
     source: the directory or .gguf that the model came from; its tokenizer and generation config go along.
-    tokenizer: written in place of the source's own.
+    tokenizer: in place of the source's own; what ends its replies is told to the generation config.
     max_shard_bytes: of one file; no more than that is copied to the host at once. In a run of several
         processes all of them call this; the first writes.
 
@@ -67,7 +69,7 @@ def write_model(
         if first:
             write_json(partial / "config.json", config_json(config, jnp.dtype(dtype).name))
             _write_tokenizer(partial, source, tokenizer)
-            _write_generation(partial, source, config)
+            _write_generation(partial, source, config, tokenizer)
             _put_in_place(partial, directory)
         processes.barrier("model saved")
     except (OSError, SafetensorError) as problem:
@@ -84,7 +86,7 @@ def new_directory(
     """A directory under a temporary name, for a model's weights. Without an error it then gets `hf` as its config.json,
     the source's tokenizer and generation config, and its name. For one process.
 
-    num_bytes: that the disk must have free. tokenizer: written in place of the source's own.
+    num_bytes: that the disk must have free. tokenizer: as write_model's.
 
     Raises:
         ModelError: as `write_model`.
@@ -96,7 +98,7 @@ def new_directory(
         yield partial
         write_json(partial / "config.json", hf)
         _write_tokenizer(partial, source, tokenizer)
-        _write_generation(partial, source, config)
+        _write_generation(partial, source, config, tokenizer)
         _put_in_place(partial, directory)
     except (OSError, SafetensorError) as problem:
         raise ModelError(f"{directory}: cannot be written: {' '.join(str(problem).split())}") from None
@@ -111,7 +113,7 @@ def check_target(directory: Path) -> None:
     if not directory.is_dir() or directory.is_symlink():
         raise ModelError(f"{directory}: is in the way; give another directory, or remove it")
     names = {entry.name for entry in directory.iterdir()}
-    ours = {"config.json", INDEX, GENERATION, QUANTIZE_CONFIG, *TOKENIZER_FILES}
+    ours = {"config.json", INDEX, GENERATION, QUANTIZE_CONFIG, MORE_TEMPLATES, *TOKENIZER_FILES}
     files = {name for name in names if name.endswith(".safetensors")}
     strangers = sorted(names - ours - files) or sorted(n for n in files if not _is_marked(directory / n))
     if strangers or (names and not files):
@@ -206,25 +208,43 @@ def _to_host(array: jax.Array, place: int | None, dtype: np.dtype) -> np.ndarray
 
 
 def _write_tokenizer(directory: Path, source: Path, tokenizer: Any) -> None:
-    if tokenizer is None and source.suffix != ".gguf":
-        for name in TOKENIZER_FILES:
-            if (source / name).exists():
-                shutil.copyfile(inside(source, name, ModelError, str(source)), directory / name)
+    is_plain = source.suffix != ".gguf" and not (source / MORE_TEMPLATES).exists()
+    if not is_plain or (tokenizer is not None and not _lies_with(source, tokenizer)):
+        (tokenizer or load_tokenizer(source)).save_pretrained(directory)
         return
-    if tokenizer is None:
-        from jaxtune.tokenizer import load_tokenizer
-
-        tokenizer = load_tokenizer(source)
-    tokenizer.save_pretrained(directory)
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(inside(source, name, ModelError, str(source)), directory / name)
 
 
-def _write_generation(directory: Path, source: Path, config: ModelConfig) -> None:
-    """The source's generation config, or one made of the token ids that its config has."""
+def _lies_with(source: Path, tokenizer: Any) -> bool:
+    """Whether the source's own files are this tokenizer, and can go along as they are."""
+    try:
+        plain = load_tokenizer(source)
+    except ModelError:  # there is none
+        return False
+    mine, theirs = (
+        (t.backend_tokenizer.to_str(), t.chat_template, t.special_tokens_map, t.padding_side, t.model_max_length)
+        for t in (tokenizer, plain)
+    )
+    return mine == theirs
+
+
+def _write_generation(directory: Path, source: Path, config: ModelConfig, tokenizer: Any) -> None:
+    """The source's generation config, or one made of the token ids that its config has.
+
+    transformers stops at its eos_token_id alone, so what ends a reply of this tokenizer is put behind what stands
+    there: a base model's end of text is not the end of a turn that was taught.
+    """
     if (source / GENERATION).exists():
         found = read_json(inside(source, GENERATION, ModelError, str(source)), ModelError)
     else:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         found = {name: config.hf[name] for name in names if config.hf.get(name) is not None}
+    if tokenizer is not None:
+        before = token_ids(found.get("eos_token_id"))
+        ends = [*before, *(number for number in stop_ids(tokenizer, source) if number not in before)]
+        found["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     write_json(directory / GENERATION, found)
 
 
@@ -252,7 +272,7 @@ def _make_room(directory: Path, partial: Path, need: int) -> None:
 def _put_in_place(partial: Path, directory: Path) -> None:
     """Rename, after everything is on the disk; what was there before goes only then."""
     allowed = 0o666 & ~_umask()
-    for file in [*partial.iterdir(), partial]:
+    for file in [*partial.rglob("*"), partial]:
         if file.is_file():
             file.chmod(allowed)  # safetensors writes for the owner alone
         descriptor = os.open(file, os.O_RDONLY)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from jaxtune.errors import ModelError, listing, nearest
 
-# Weights as safetensors and settings as text: nothing in a snapshot can run. Sub-directories hold other formats.
+# Weights as safetensors and settings as text: nothing in a snapshot can run. Sub-directories hold
+# other formats, and more chat templates.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "tokenizer.model.v*"]
-IGNORED = ["*/*", "consolidated*"]
+IGNORED = ["*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 

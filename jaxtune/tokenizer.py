@@ -114,12 +114,17 @@ def stop_ids(tokenizer: Any, path: Path | None = None) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
+def token_ids(found: Any) -> list[Any]:
+    """What Hugging Face's settings say of a special token, which may be an id, a list of them or nothing, as a list."""
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
 def _generation_ids(path: Path | None) -> list[int]:
     if path is None or not (path / "generation_config.json").exists():
         return []
     file = inside(path, "generation_config.json", ModelError, str(path))
     found = read_json(file, ModelError).get("eos_token_id")
-    ids = found if isinstance(found, list) else [] if found is None else [found]
+    ids = token_ids(found)
     if not all(type(i) is int and i >= 0 for i in ids):
         raise ModelError(f"{file}: eos_token_id is {found!r:.200}; expected a token id or a list of them")
     return ids

@@ -139,6 +139,41 @@ def test_a_given_tokenizer_takes_the_place_of_the_sources(tiny_model, tmp_path):
     assert AutoTokenizer.from_pretrained(written).chat_template == "{{ 'mine' }}"
 
 
+def test_a_tokenizer_that_differs_from_the_sources_in_its_end_alone_takes_its_place(tiny_model, tmp_path):
+    source = tiny_model("qwen2")
+    tokenizer = AutoTokenizer.from_pretrained(source, eos_token="<|im_start|>")
+    written = rewrite(source, tmp_path / "out", tokenizer=tokenizer)
+    assert AutoTokenizer.from_pretrained(written).eos_token == "<|im_start|>"
+    assert (written / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"), [(0, [0, 2]), ([0, 1], [0, 1, 2]), (2, 2), ([2, 0], [2, 0]), (None, 2)], ids=str
+)
+def test_transformers_stops_where_the_template_s_turn_ends(tiny_model, tmp_path, stored, expected):
+    source = shutil.copytree(tiny_model("qwen2"), tmp_path / "source")
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": stored, "temperature": 0.5}))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    assert tokenizer.convert_ids_to_tokens([2]) == ["<|im_end|>"] and "<|im_end|>" in tokenizer.chat_template
+    written = rewrite(source, tmp_path / "out", tokenizer=tokenizer)
+    found = GenerationConfig.from_pretrained(written)
+    assert (found.eos_token_id, found.temperature) == (expected, 0.5)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_all_chat_templates_go_along(tiny_model, tmp_path, own):
+    source = shutil.copytree(tiny_model("qwen2"), tmp_path / "source")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("{{ 'rag' }}")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    assert tokenizer.chat_template.keys() == {"default", "rag"}
+    if own:
+        tokenizer.chat_template["rag"] = "{{ 'mine' }}"
+    for _ in range(2):  # over itself too
+        written = rewrite(source, tmp_path / "out", tokenizer=tokenizer)
+    assert AutoTokenizer.from_pretrained(written).chat_template == tokenizer.chat_template
+
+
 def test_a_source_without_a_generation_config_gets_one_of_its_token_ids(tiny_model, tmp_path):
     source = shutil.copytree(tiny_model("qwen2"), tmp_path / "source")
     (source / "generation_config.json").unlink()

@@ -99,13 +99,15 @@ def test_what_is_fetched_can_run_no_code_and_is_not_fetched_twice(weights, monke
         *("model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"),
         *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "README.md"),
         *("pytorch_model.bin", "x.pt", "modeling_x.py", "consolidated.safetensors", "onnx/config.json", "a.gguf"),
+        *("4bit/model.safetensors", "original/params.json", "original/tokenizer.model"),
     ]
+    more = "additional_chat_templates/rag.jinja"
     kept = list(
         huggingface_hub.utils.filter_repo_objects(
-            repository, allow_patterns=options["allow_patterns"], ignore_patterns=options["ignore_patterns"]
+            [*repository, more], allow_patterns=options["allow_patterns"], ignore_patterns=options["ignore_patterns"]
         )
     )
-    assert kept == repository[0 if weights else 2 : 9]
+    assert kept == [*repository[0 if weights else 2 : 9], more]
 
 
 def test_a_repository_without_a_config_is_refused(tmp_path, monkeypatch):

@@ -96,7 +96,8 @@ def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
     if tokenizer is None:
         return {}
     with tempfile.TemporaryDirectory() as directory:
-        tokenizer.save_pretrained(directory)
+        several = isinstance(tokenizer.chat_template, dict)  # they would be files of a directory of their own
+        tokenizer.save_pretrained(directory, save_jinja_files=not several)
         return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
 
 

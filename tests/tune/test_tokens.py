@@ -90,6 +90,18 @@ def tokenizer_copy():
     return deepcopy(tokenizer())
 
 
+def test_a_tokenizer_with_several_templates_lies_beside_the_adapter_with_all_of_them(tmp_path):
+    from transformers import AutoTokenizer
+
+    words = tokenizer_copy()
+    words.chat_template = {"default": words.chat_template, "rag": "{{ 'rag' }}"}
+    words, section = tune.words(tokens_section(new_tokens=NEW), words)
+    made = tuned(section)
+    for _ in range(2):  # over itself too
+        save_adapter(tmp_path / "a", section, made.model.weights, made.params, tokenizer=words)
+    assert AutoTokenizer.from_pretrained(tmp_path / "a").chat_template == words.chat_template
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
