@@ -1,5 +1,6 @@
 """One object of a data file, and the errors that its columns give. What the columns mean is for formats and turns."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,19 @@ class Cells:
             bad = value[error.start].encode("unicode_escape").decode()
             raise DataError(f"{self.where}: {what} holds {bad}, half of a surrogate pair, which is no text") from None
         return value
+
+    def as_json(self, value: Any, what: str) -> Any:
+        """A value that a template can write down as JSON: a table's dates and bytes are none."""
+        try:
+            text = json.dumps(value, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DataError(f"{self.where}: {what} is nothing that JSON has: {error}; found {value!r:.60}") from None
+        self.string(text, what)
+        return value
+
+    def identity(self, value: Any, what: str) -> str:
+        """The text of an id, which some write as a number."""
+        return str(value) if type(value) is int else self.string(value, what)
 
     def given(self, value: Any) -> Any:
         """A value as the row has it: of a table's structs without the keys that are null."""

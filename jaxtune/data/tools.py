@@ -23,7 +23,7 @@ def read_tools(record: Cells) -> list[Tool] | None:
     tools = [found] if isinstance(found, dict) else found or []
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise DataError(f"{record.where}: {what}: expected a list of functions, or its JSON text; found {found!r:.60}")
-    return [tool if tool.get("type") == "function" else _function(tool) for tool in tools] or None
+    return [_tool(record, record.as_json(tool, what), what) for tool in tools] or None
 
 
 def read_calls(record: Cells, calls: Any, what: str) -> list[Tool]:
@@ -43,6 +43,16 @@ def read_call_text(record: Cells, text: str, what: str) -> tuple[str, list[Tool]
     return thought + end, read_calls(record, found if isinstance(found, list) else [found], what)
 
 
+def _tool(record: Cells, tool: dict[str, Any], what: str) -> Tool:
+    """In OpenAI's form, of which `type` may be missing, or the function alone may be there."""
+    if tool.get("type") == "function":
+        return tool
+    function = tool.get("function", tool)
+    if tool.get("type") is not None or not (isinstance(function, dict) and isinstance(function.get("name"), str)):
+        raise DataError(f"{record.where}: {what}: expected functions with names; found {tool!r:.60}")
+    return _function(function)
+
+
 def _call(record: Cells, call: Any, what: str) -> Tool:
     found = call.get("function", call) if isinstance(call, dict) else None
     if not (isinstance(found, dict) and isinstance(found.get("name"), str) and "arguments" in found):
@@ -52,8 +62,9 @@ def _call(record: Cells, call: Any, what: str) -> Tool:
         arguments = _parse(record, arguments, f"{what}: arguments") if arguments.strip() else {}
     if not isinstance(arguments, dict):
         raise DataError(f"{record.where}: {what}: arguments is {kind(arguments)}; expected an object, or its JSON text")
-    identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    return {**identity, **_function({"name": found["name"], "arguments": arguments})}
+    identity = {} if call.get("id") is None else {"id": record.identity(call["id"], f"{what}.id")}
+    function = record.as_json({"name": found["name"], "arguments": arguments}, what)
+    return {**identity, **_function(function)}
 
 
 def _function(function: dict[str, Any]) -> Tool:

@@ -93,7 +93,8 @@ def _turn(record: Cells, turn: Any, speech: Speech, number: int) -> Message:
     if calls:
         result["tool_calls"] = calls
     if role == "tool":
-        result |= {key: turn[key] for key in _OF_TOOLS if isinstance(turn.get(key), str)}
+        said = [key for key in _OF_TOOLS if turn.get(key) is not None]
+        result |= {key: record.identity(turn[key], f"{what}.{key}") for key in said}
     result |= _train(record, turn, role, what)
     _count_extras(record, turn, speech, role)
     return result

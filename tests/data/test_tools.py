@@ -1,6 +1,8 @@
 """Tools: what a row offers and calls becomes what chat templates read, in whichever way it is written down."""
 
 import json
+from datetime import date
+from decimal import Decimal
 
 import pyarrow as pa
 import pytest
@@ -61,7 +63,10 @@ def talk(**assistant) -> dict:
 
 @pytest.mark.parametrize(
     "tools",
-    [[TIDES], json.dumps([TIDES]), [function(TIDES)], json.dumps([function(TIDES)]), json.dumps(TIDES), TIDES],
+    [
+        *([TIDES], json.dumps([TIDES]), [function(TIDES)], json.dumps([function(TIDES)]), json.dumps(TIDES), TIDES),
+        *([{"function": TIDES}], [{"type": None, "function": TIDES}]),
+    ],
 )
 def test_tools_are_functions_in_openais_form(read, tools):
     assert read({**talk(content="Soon."), "tools": tools}).tools == [function(TIDES)]
@@ -81,7 +86,10 @@ def test_every_format_of_conversations_reads_tools(read):
     assert read({"text": "a", "tools": [TIDES]}, "text").tools is None
 
 
-@pytest.mark.parametrize("tools", ["{", 3, ["tides"], '"tides"'])
+WRONG_TOOLS = ["{", 3, ["tides"], '"tides"', [{"type": "code_interpreter"}], [{"function": {"parameters": {}}}], [{}]]
+
+
+@pytest.mark.parametrize("tools", WRONG_TOOLS, ids=str)
 def test_tools_of_a_wrong_shape_are_refused(read, tools):
     assert refused(read, {**talk(content="a"), "tools": tools}).startswith('a.jsonl:1: column "tools": ')
 
@@ -108,6 +116,28 @@ def test_what_a_tool_replies_keeps_its_name_and_its_call(read):
     reply = {"role": "tool", "content": "04:12", "tool_call_id": "call_1", "name": "tides"}
     assert read({"messages": [reply]}).messages == [reply]
     assert read({"messages": [{**reply, "role": "function"}]}).messages == [reply]
+
+
+def test_a_number_is_an_id_too(read):
+    called = read(talk(tool_calls=[function(CALL, id=1)], content="")).messages[1]
+    assert called["tool_calls"] == [function(CALL, id="1")]
+    reply = {"role": "tool", "content": "04:12", "tool_call_id": 1}
+    assert read({"messages": [reply]}).messages == [{**reply, "tool_call_id": "1"}]
+    assert "messages[0].tool_call_id is a list" in refused(read, {"messages": [{**reply, "tool_call_id": [1]}]})
+
+
+def test_half_of_a_character_in_a_call_or_a_tool_is_refused(read):
+    broken = {"name": "tides", "arguments": {"port": "nice \ud83d"}}
+    assert r"tool_calls[0] holds \ud83d, half of a surrogate" in refused(read, talk(tool_calls=[broken]))
+    tool = {**TIDES, "description": "\ud83d"}
+    assert r'column "tools" holds \ud83d, half of a surrogate' in refused(read, {**talk(content="a"), "tools": [tool]})
+
+
+@pytest.mark.parametrize("found", [date(2024, 1, 2), Decimal("1.5"), b"x"], ids=str)
+def test_what_json_has_not_is_refused_in_a_tables_call(read_table, found):
+    called = {"name": "tides", "arguments": {"day": found}}
+    with pytest.raises(DataError, match=r"a\.parquet \(row 1\): messages\[1\]\.tool_calls\[0\] is nothing that JSON has: "):
+        read_table([talk(content="", tool_calls=[called])])
 
 
 @pytest.mark.parametrize("said", [CALL, [CALL], [CALL, CALL]])
