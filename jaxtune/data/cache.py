@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Set
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,10 @@ def cached(task: Tokenising, directory: str | None) -> Entry:
     home = home_of(directory)
     place = home / key_of(task, digests)
     with _told(home):
-        found = _open(place)
+        found = _open(place, task)
         if found is None:
             with _locked(place, task):
-                found = _open(place) or _build(place, task, lines)
+                found = _open(place, task) or _build(place, task, lines)
         if found is None:
             raise DataError(f"data.cache {home}: what was written there cannot be read back; is the disk sound?")
     if before != [file_state(path) for path in task.source.paths]:
@@ -140,53 +140,71 @@ def _digests(paths: list[str]) -> tuple[list[str], int | None]:
     return digests, lines if all(path.endswith(".jsonl") for path in paths) else None
 
 
-def _open(place: Path) -> Entry | None:
+def _open(place: Path, task: Tokenising) -> Entry | None:
     """The entry, if it is there and its files have the sizes that they were written with."""
     if not place.exists():
         return None
     found = damages(place, 0, read=False)
     try:
         if not found:
-            entry = _read(place)
+            entry = _read(place, task.source.paths)
             os.utime(place)  # so that entries which nobody needs can be told by their age
             return entry
     except (CheckpointError, KeyError, TypeError, ValueError) as error:
         found = [str(error)]
     except PermissionError:  # somebody else's
-        return _read(place)
+        return _read(place, task.source.paths)
     warn(f"{place}: damaged ({listing(found, 3)}); it is made again")
     return None
 
 
-def _read(place: Path) -> Entry:
+def _read(place: Path, paths: list[str]) -> Entry:
+    """paths: of the files, which may have had other names when the entry was made."""
     counts = read_json(place / COUNTS, CheckpointError)
     kinds = (TOKENS, counts["kind"]), (SUPERVISED, "?"), (STARTS, "<i8")
     arrays: list[np.ndarray] = [np.memmap(place / name, kind, "r").view(np.ndarray) for name, kind in kinds]
+    moved = partial(_moved, list(zip(counts["paths"], paths, strict=True)))
     rows = Rows(**{**counts["rows"], "unused": Counter(counts["rows"]["unused"])})
+    rows.empty_first, rows.odd_first = moved(rows.empty_first), moved(rows.odd_first)
+    rows.bad_first = [moved(text) for text in rows.bad_first]
     return Entry(Examples(*arrays), rows, Lengths.of(counts["lengths"]), counts["notes"])
+
+
+def _moved(names: list[tuple[str, str]], text: str) -> str:
+    """What begins with a file's name, with the one that it has now. names: (before, now) of each."""
+    for before, now in names:
+        if text.startswith((f"{before}:", f"{before} (row ")):
+            return now + text[len(before) :]
+    return text
 
 
 def _build(place: Path, task: Tokenising, lines: int | None) -> Entry | None:
     """Make the entry, whole or not at all."""
     _discard(place)
-    partial = _beside(place)
+    made = _beside(place)
     try:
         kind = "<u2" if vocabulary_size(task.tokenizer) <= 1 << 16 else "<i4"
-        _write(partial, task.examples(lines), kind)
+        _write(made, task.examples(lines), kind)
         rows = {item.name: getattr(task.rows, item.name) for item in fields(Rows) if item.name != "rows"}
-        counts = {"kind": kind, "rows": rows, "lengths": asdict(task.lengths), "notes": task.notes()}
-        (partial / COUNTS).write_text(json.dumps(counts), encoding="utf-8")
-        write_manifest(partial, 0, {})
-        _move(partial, place)
+        counts = {
+            "kind": kind,
+            "paths": task.source.paths,
+            "rows": rows,
+            "lengths": asdict(task.lengths),
+            "notes": task.notes(),
+        }
+        (made / COUNTS).write_text(json.dumps(counts), encoding="utf-8")
+        write_manifest(made, 0, {})
+        _move(made, place)
         sync(place.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return _open(place)
+        shutil.rmtree(made, ignore_errors=True)
+    return _open(place, task)
 
 
-def _move(partial: Path, place: Path) -> None:
+def _move(made: Path, place: Path) -> None:
     try:
-        partial.rename(place)
+        made.rename(place)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise  # else: without locks another process has been quicker

@@ -136,7 +136,9 @@ def test_half_of_a_character_in_a_call_or_a_tool_is_refused(read):
 @pytest.mark.parametrize("found", [date(2024, 1, 2), Decimal("1.5"), b"x"], ids=str)
 def test_what_json_has_not_is_refused_in_a_tables_call(read_table, found):
     called = {"name": "tides", "arguments": {"day": found}}
-    with pytest.raises(DataError, match=r"a\.parquet \(row 1\): messages\[1\]\.tool_calls\[0\] is nothing that JSON has: "):
+    with pytest.raises(
+        DataError, match=r"a\.parquet \(row 1\): messages\[1\]\.tool_calls\[0\] is nothing that JSON has: "
+    ):
         read_table([talk(content="", tool_calls=[called])])
 
 
