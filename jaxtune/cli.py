@@ -12,6 +12,7 @@ JAX takes seconds to import, so the commands import what they need when they run
 
 import contextlib
 import functools
+import io
 import os
 import sys
 import unicodedata
@@ -405,4 +406,7 @@ def _leave(message: str, code: int) -> NoReturn:
 
 def main(arguments: list[str] | None = None) -> None:
     """Do as the command line says. arguments: in its place."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a locale or half a character has no bytes for is escaped
+            stream.reconfigure(errors="backslashreplace")
     app(arguments, prog_name="jaxtune")

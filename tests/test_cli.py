@@ -348,3 +348,16 @@ def test_a_reader_that_leaves_early_is_no_failure_to_report(tiny_model):
     assert process.wait(timeout=120) == 1
     assert b"Traceback" not in said
     assert b"BrokenPipe" not in said
+
+
+def test_what_a_terminal_has_no_bytes_for_is_escaped(tiny_model, tmp_path):
+    row = '{"instruction": "a", "output": "\u5b6b", "half \\ud83d": 1}\n'
+    (tmp_path / "data.jsonl").write_text(row, encoding="utf-8")
+    tree = {"model": {"path": str(tiny_model("qwen2"))}, "data": {"path": "data.jsonl", "format": "alpaca"}}
+    write_config(tmp_path / "c.yaml", tree)
+    command = [sys.executable, "-m", "jaxtune", "preview", "--config", "c.yaml"]
+    environment = {**child_environment(), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb'"half \ud83d" (in 1 rows)' in done.stdout
+    assert rb"\u5b6b" in done.stdout
