@@ -18,6 +18,7 @@ from jaxtune.parallel.layout import check_sharded
 from tests.programs import FULL, HIDDEN, LAYERS, LORA, ROWS, TIME, VOCAB, Stepper
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4)]
+OFTEN = {(2, 2, 2), (1, 8, 1)}  # in every run of the suite, which has more meshes in test_parallel_table.py
 
 
 def mesh_of(data, fsdp, tensor):
@@ -33,7 +34,9 @@ def one_device(request):
     return request.param, start(request.param, (1, 1, 1)).run(10)
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param(sizes, marks=[] if sizes in OFTEN else pytest.mark.thorough) for sizes in MESHES], ids=str
+)
 def test_ten_losses_equal_one_device_s(one_device, sizes):
     tune, expected = one_device
     np.testing.assert_allclose(start(tune, sizes).run(10), expected, rtol=1e-5)

@@ -20,7 +20,7 @@ REFUSED = {
     *(("loftq", base) for base in ("float32", "bfloat16", "gptq")),  # nothing is quantised as it is loaded
     *(("pissa", base) for base in QUANTIZED),  # it takes singular values away from the weights
 }
-MEASURED = {"lora-nf4-8": 0.01, "ia3-float32-1": 0.01}  # cell: how far the page may be from it
+MEASURED = {"lora-nf4-8": 0.01}  # cell: how far the page may be from it
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def steps_of(config: Path) -> int:
     return ledger.read_bytes().count(b"\n") if ledger.exists() else 0
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.thorough), 8])
 def test_killed_in_one_process_it_goes_on_with_the_same_batches(job, expected, tmp_path, devices):
     config = job(tmp_path / "home")
     for steps in (1, EVERY + 2):

@@ -38,6 +38,7 @@ CONFIGS = {
         "precision": {"params": "bfloat16"},
     },
 }
+SELDOM = {"fsdp", "hybrid", "zero-1"}  # others have all that is in them
 
 
 @pytest.fixture
@@ -59,7 +60,9 @@ def compiled_by_the_run(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name not in SELDOM else pytest.mark.thorough) for name in CONFIGS]
+)
 def test_a_plan_has_the_bytes_that_the_run_compiles(name, tiny_model, tmp_path, monkeypatch, compiled_by_the_run):
     settings = make_config(sections(tiny_model(), tmp_path, **CONFIGS[name]))
     devices = jax.devices()[: math.prod(settings.mesh.sizes.values())]
