@@ -15,6 +15,7 @@ from jaxtune.assemble import FULL, Assembled
 from jaxtune.config import ModelSection
 from jaxtune.console import stage
 from jaxtune.errors import ConfigError, DataError, ModelError
+from jaxtune.files import check_new
 from jaxtune.hf_write import write_model
 from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, open_run, record_of, require_run
 from jaxtune.mesh import single_device_mesh
@@ -185,8 +186,7 @@ def _check_request(out: Path, format: str, dtype: str, onto: str | None, base: s
         raise ConfigError(f"dtype {dtype} is of a merged model; an adapter is float32")
     if format == "peft" and (onto or base):
         raise ConfigError(f"{f'onto {onto}' if onto else f'base {base}'}: is of a merged model; take the format hf")
-    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise ModelError(f"{out}: is there already; give a new directory, or remove it")
+    check_new(out, ModelError)
 
 
 def _write(directory: Path, opened: Opened, format: str, dtype: str, target: Onto) -> tuple[np.ndarray, np.ndarray]:

@@ -46,6 +46,12 @@ def inside(directory: Path, name: str, error: type[UserError], where: str) -> Pa
     return path
 
 
+def check_new(directory: Path, error: type[UserError]) -> None:
+    """Whether there is nothing yet where a directory is to be made; an empty one will do."""
+    if directory.is_symlink() or (directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))):
+        raise error(f"{directory}: is there already; give a new directory, or remove it")
+
+
 def try_lock(handle: int) -> bool | None:
     """Whether the lock on an open file was got, for as long as it is open; None: its file system has no locks."""
     try:

@@ -103,7 +103,8 @@ def _check_head_dim(path: Path, own: dict[str, Any], hf: dict[str, Any]) -> None
 def _rope_scaling(file: GGUF, own: dict[str, Any], hf: dict[str, Any]) -> dict[str, Any] | None:
     scaling = {key.removeprefix("rope.scaling."): v for key, v in own.items() if key.startswith("rope.scaling.")}
     scaling.pop("finetuned", None)
-    kind = scaling.pop("type", "none")
+    # As llama.cpp has it: without a type a factor is linear's, and 0 and 1 are none.
+    kind = scaling.pop("type", "linear" if scaling.get("factor", 1) not in (0, 1) else "none")
     if "rope.scale_linear" in own and own["rope.scale_linear"] != 1:
         kind, scaling = "linear", {"factor": own["rope.scale_linear"]}
     if ROPE_FACTORS in file.tensors:
@@ -111,7 +112,9 @@ def _rope_scaling(file: GGUF, own: dict[str, Any], hf: dict[str, Any]) -> dict[s
     names = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
     names |= {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"} if kind == "yarn" else {}
     unknown = set(scaling) - set(names)
-    if kind not in ("none", "linear", "yarn") or (unknown and kind != "none"):
+    if kind == "none":
+        unknown = {key for key in unknown & {"attn_factor"} if scaling[key] != 1}  # the others do nothing then
+    if kind not in ("none", "linear", "yarn") or unknown:
         found = f"{kind} with {listing(sorted(scaling)) or 'nothing'}"
         raise ModelError(f"{file.path}: rope.scaling is {found}; supported: none, linear, yarn with {listing(names)}")
     if kind == "none":
@@ -127,7 +130,10 @@ def _llama3(file: GGUF, hf: dict[str, Any]) -> dict[str, Any]:
     The file has only the factors. The published models share three of the four settings, and the fourth is
     the largest factor; what they give must be the file's own numbers.
     """
-    factors = file.read_rows(ROPE_FACTORS, 0, file.tensors[ROPE_FACTORS].shape[0])
+    shape = file.tensors[ROPE_FACTORS].shape
+    factors = file.read_rows(ROPE_FACTORS, 0, shape[0])
+    if len(shape) != 1 or not np.isfinite(factors).all() or not (factors > 0).all():
+        raise ModelError(f"{file.path}: {ROPE_FACTORS} is no row of factors above 0; the file is damaged")
     factor, original = float(factors.max()), 8192
     rope = Rope("llama3", hf.get("rope_theta", 10000.0), factor, original, low_freq_factor=1.0, high_freq_factor=4.0)
     head_dim = 2 * len(factors)

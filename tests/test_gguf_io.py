@@ -169,6 +169,9 @@ ROPES = {
         },
     ),
     "none": ({"rope_type": "default"}, {"rope.scaling.type": "none"}),
+    "none, with a factor": ({"rope_type": "default"}, {"rope.scaling.type": "none", "rope.scaling.factor": 4.0}),
+    "no type": ({"rope_type": "linear", "factor": 4.0}, {"rope.scaling.factor": 4.0}),
+    "no type, and no factor to speak of": ({"rope_type": "default"}, {"rope.scaling.factor": 0.0}),
 }
 
 
@@ -194,6 +197,15 @@ def test_llama3_is_found_again_from_the_factors_in_the_file(tiny_model, tmp_path
     assert "rope_freqs.weight" not in open_source(path).shapes
 
 
+@pytest.mark.parametrize("factors", [np.ones((8, 1)), np.zeros(8), np.full(8, np.nan)], ids=["2-d", "0", "nan"])
+@pytest.mark.filterwarnings("error")
+def test_damaged_rope_factors_are_told(tiny_model, tmp_path, factors):
+    path = write_gguf(
+        tmp_path / "m.gguf", tiny_model("llama"), tensors={"rope_freqs.weight": factors.astype("float32")}
+    )
+    assert "rope_freqs.weight is no row of factors above 0" in refusal(path)
+
+
 def test_other_rope_factors_are_refused(tiny_model, tmp_path):
     tensors = {"rope_freqs.weight": np.linspace(1, 4, 8, dtype=np.float32)}
     path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), tensors=tensors)
@@ -210,6 +222,7 @@ def test_other_rope_factors_are_refused(tiny_model, tmp_path):
         ({"rope.dimension_count": 8}, "rope.dimension_count is 8, the head size 16"),
         ({"rope.scaling.type": "longrope"}, "supported: none, linear, yarn"),
         ({"rope.scaling.type": "yarn", "rope.scaling.attn_factor": 0.5}, "yarn with attn_factor"),
+        ({"rope.scaling.attn_factor": 0.5}, "none with attn_factor"),
         ({"block_count": None}, "num_hidden_layers is missing"),
         ({"attention.head_count": 0}, "num_attention_heads is 0"),
         ({"split.count": 3}, "one of 3 parts"),

@@ -279,16 +279,21 @@ def check(counts: Lengths, section: DataSection, virtual: int) -> None:
         DataError: of refuse_long, or no token at all is supervised.
     """
     refuse_long(counts, section, virtual)
-    limit = _limit(section, virtual)
     if counts.dropped == counts.rows:
-        reasons = {
-            "have no assistant turn that is learnt": counts.dropped_silent,
-            f"are longer than {limit}": counts.dropped_long,
-            f"have nothing supervised within {limit}": counts.dropped_cut,
-        }
-        why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
-        todo = "; raise data.max_length" if counts.dropped_long or counts.dropped_cut else ""
-        raise DataError(f"no supervised token in {counts.rows} rows: {why}; there is nothing to learn from{todo}")
+        raise DataError(f"no supervised token in {counts.rows} rows: {nothing_left(counts, section, virtual)}")
+
+
+def nothing_left(counts: Lengths, section: DataSection, virtual: int) -> str:
+    """Why all rows were dropped, and what to do."""
+    limit = _limit(section, virtual)
+    reasons = {
+        "have no assistant turn that is learnt": counts.dropped_silent,
+        f"are longer than {limit}": counts.dropped_long,
+        f"have nothing supervised within {limit}": counts.dropped_cut,
+    }
+    why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+    todo = "; raise data.max_length" if counts.dropped_long or counts.dropped_cut else ""
+    return f"{why}; there is nothing to learn from{todo}"
 
 
 def _limit(section: DataSection, virtual: int) -> str:

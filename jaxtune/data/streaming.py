@@ -24,7 +24,7 @@ import numpy as np
 from jaxtune.config import DataSection
 from jaxtune.data.cache import file_state, home_of, key_of
 from jaxtune.data.dataset import Dataset
-from jaxtune.data.encode import Lengths, chunked, encode_chunk, refuse_bad, refuse_long
+from jaxtune.data.encode import Lengths, chunked, encode_chunk, nothing_left, refuse_bad, refuse_long
 from jaxtune.data.examples import Examples, Many, Pair, join
 from jaxtune.data.formats import Row, Rows, stream_rows
 from jaxtune.data.mixing import Interleaving
@@ -87,6 +87,12 @@ class Reader:
             self.lengths = lengths
             self.notes = template_notes(self._template, self._section, self._tokenizer, (row for _, row in rows))
         return examples
+
+    def nothing_left(self) -> str:
+        """Why the first block is empty, and what to do."""
+        rows, section = self.lengths.rows, self._section
+        why = nothing_left(self.lengths, section, self._virtual)
+        return f"no supervised token in the first {rows} rows: {why}. A larger data.shuffle_buffer looks at more"
 
     def _take(self) -> list[tuple[int, Row]]:
         """The rows of the next block, each with the number of its source."""
@@ -199,7 +205,7 @@ class Stream(Dataset):
         self._blocks: dict[int, tuple[Block, Epoch]] = {}
         first = reader.block(0)
         if not len(first):
-            raise DataError("data.streaming: no supervised token in the first rows; there is nothing to learn from")
+            raise DataError(f"data.streaming: {reader.nothing_left()}")
         super().__init__(first, **order)
         self._index = Index(home / f"{self._hash(index)}.jsonl")
         reader.per_epoch = reader.per_epoch or self._index.per_epoch

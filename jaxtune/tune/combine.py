@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxtune.errors import AdapterError, ConfigError, listing
-from jaxtune.files import read_json
+from jaxtune.files import check_new, read_json
 from jaxtune.tune.lora import LoraSection
 from jaxtune.tune.peft_config import CONFIG_NAME, read_config
 from jaxtune.tune.peft_files import PREFIX
@@ -93,9 +93,11 @@ def combine(
 
     Raises:
         ConfigError: an option is wrong, or does nothing with this way.
-        AdapterError: not plain LoRA adapters, or `linear` and the like with ranks or modules that differ.
+        AdapterError: not plain LoRA adapters, or `linear` and the like with ranks or modules that differ; `out` is
+            there.
     """
     _check_options(directories, weights, way, rank, density, sign)
+    check_new(Path(out), AdapterError)
     adapters = [Adapter.read(Path(directory)) for directory in directories]
     size = _rank_of(adapters, way, rank)
     modules = sorted({module for adapter in adapters for module in adapter.factors})
@@ -108,7 +110,7 @@ def combine(
         ]
         _check_shapes(module, [term.factors for term in terms], way)
         thin = _thinning(way, density, sign, zlib.crc32(module.encode()) + seed)
-        a, b = _padded(_factors(way, terms, thin, size), size)
+        a, b = _padded(_finite(module, lambda: _factors(way, terms, thin, size)), size)  # noqa: B023
         names = ("lora_embedding_A", "lora_embedding_B") if _is_table(module) else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{PREFIX}{module}.{name}": part for name, part in zip(names, (a, b), strict=True)}
     section = LoraSection(rank=size, alpha=size, targets=modules)
@@ -118,6 +120,17 @@ def combine(
     return section
 
 
+def _finite(module: str, make: Callable[[], Factors]) -> Factors:
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = make()
+        if all(np.isfinite(part).all() for part in found):
+            return found
+    except np.linalg.LinAlgError:  # svd says so of what is not finite
+        pass
+    raise AdapterError(f"{module}: what comes out is more than float32 holds; give smaller weights")
+
+
 def _check_options(directories, weights, way, rank, density, sign) -> None:
     if way not in WAYS:
         raise ConfigError(f"way {way!r}; allowed: {', '.join(WAYS)}")
@@ -125,6 +138,8 @@ def _check_options(directories, weights, way, rank, density, sign) -> None:
         raise ConfigError(
             f"{len(directories)} adapters and {len(weights)} weights; give two or more, and a weight each"
         )
+    if not all(map(math.isfinite, weights)):
+        raise ConfigError(f"weights {listing([f'{weight:g}' for weight in weights])}; allowed: finite numbers")
     thins = way.removesuffix("_svd") in THINNING
     if thins != (density is not None):
         raise ConfigError(f"density goes with {', '.join(THINNING)} (and _svd), and they need it; way is {way}")

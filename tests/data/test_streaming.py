@@ -220,6 +220,15 @@ def test_what_needs_to_know_all_rows_and_what_is_not_there_is_refused(stream, se
         stream(**settings)
 
 
+def test_a_first_block_of_which_nothing_is_left_is_told_with_its_reasons(stream, tmp_path):
+    long = json.dumps({"text": "b " * 99}) + "\n"
+    (tmp_path / "a.jsonl").write_text(long * 2 + (tmp_path / "a.jsonl").read_text())
+    told = r"first 2 rows: 2 are longer than data\.max_length 4.*raise data\.max_length\. A larger data\.shuffle_buffer"
+    with pytest.raises(DataError, match=told):
+        stream(too_long="drop", shuffle_buffer=2)
+    assert stream(too_long="drop", shuffle_buffer=3).train.batch(1).tokens.size
+
+
 def test_a_row_that_is_too_long_is_refused_in_whichever_block_it_comes(stream, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*WORDS[:14], "a b c d e"]))
     data = stream(too_long="error")

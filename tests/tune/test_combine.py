@@ -149,6 +149,8 @@ def test_the_base_model_is_named_where_all_have_the_same(tmp_path, adapters, sec
         ({"way": "cat", "rank": 4}, "only with a way that ends in svd"),
         ({"way": "ties", "density": 0.5, "sign": "loudest"}, "total, frequency"),
         ({"weights": [1.0]}, "a weight each"),
+        ({"weights": [float("nan"), 1.0, 1.0]}, "weights nan, 1, 1; allowed: finite numbers"),
+        ({"weights": [1.0, float("inf"), 1.0]}, "finite numbers"),
     ],
 )
 def test_an_option_that_is_wrong_or_would_do_nothing_is_named(tmp_path, adapters, options, words):
@@ -156,6 +158,20 @@ def test_an_option_that_is_wrong_or_would_do_nothing_is_named(tmp_path, adapters
     with pytest.raises(ConfigError, match=words):
         combine(adapters, weights, tmp_path / "one", **options)
     assert not (tmp_path / "one").exists()
+
+
+@pytest.mark.parametrize("way", ["svd", "cat", "linear"])
+def test_weights_that_float32_cannot_hold_are_told(tmp_path, adapters, way):
+    with pytest.raises(AdapterError, match="more than float32 holds; give smaller weights"):
+        combine(adapters, [1e200, 1.0, 1.0], tmp_path / "one", way)
+    assert not (tmp_path / "one").exists()
+
+
+def test_an_adapter_that_is_there_is_not_written_over(tmp_path, adapters):
+    before = (Path(adapters[0]) / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(AdapterError, match="is there already; give a new directory"):
+        combine(adapters, WEIGHTS, adapters[0], "cat")
+    assert (Path(adapters[0]) / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_adapters_that_cannot_be_added_up_are_refused(tmp_path, adapters):
