@@ -343,13 +343,17 @@ def make_tune(options: Any) -> TuneSection:
 
 
 def _method(options: dict) -> Any:
-    """What the options say of the method, or the adapter that they start from; that there is none, is said later."""
+    """The method that the options name, else that of the adapter that they start from. Where no adapter can be read
+    it is lora, and what is wrong is said when the adapter is opened."""
     from jaxtune.tune.peft_config import CONFIG_NAME, method_of
 
     adapter = options.get("adapter")
-    if "method" in options or not isinstance(adapter, str) or not (Path(adapter) / CONFIG_NAME).is_file():
-        return options.get("method", "lora")
-    return method_of(Path(adapter))
+    try:
+        if "method" not in options and isinstance(adapter, str) and (Path(adapter) / CONFIG_NAME).is_file():
+            return method_of(Path(adapter))
+    except OSError:  # a name that is too long, a directory that may not be entered
+        pass
+    return options.get("method", "lora")
 
 
 def _apply_override(tree: dict, override: str) -> None:

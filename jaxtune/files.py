@@ -47,7 +47,11 @@ def inside(directory: Path, name: str, error: type[UserError], where: str) -> Pa
 
 
 def check_new(directory: Path, error: type[UserError]) -> None:
-    """Whether there is nothing yet where a directory is to be made; an empty one will do."""
+    """Refuse what is already there where a directory is to be made; an empty one will do.
+
+    Raises:
+        error: something is there.
+    """
     if directory.is_symlink() or (directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))):
         raise error(f"{directory}: is there already; give a new directory, or remove it")
 

@@ -103,10 +103,10 @@ def _check_head_dim(path: Path, own: dict[str, Any], hf: dict[str, Any]) -> None
 def _rope_scaling(file: GGUF, own: dict[str, Any], hf: dict[str, Any]) -> dict[str, Any] | None:
     scaling = {key.removeprefix("rope.scaling."): v for key, v in own.items() if key.startswith("rope.scaling.")}
     scaling.pop("finetuned", None)
-    # As llama.cpp has it: without a type a factor is linear's, and 0 and 1 are none.
+    # As llama.cpp has it: the older scale_linear counts where there is no factor; without a type it is linear's.
+    if "rope.scale_linear" in own:
+        scaling.setdefault("factor", own["rope.scale_linear"])
     kind = scaling.pop("type", "linear" if scaling.get("factor", 1) not in (0, 1) else "none")
-    if "rope.scale_linear" in own and own["rope.scale_linear"] != 1:
-        kind, scaling = "linear", {"factor": own["rope.scale_linear"]}
     if ROPE_FACTORS in file.tensors:
         return _llama3(file, hf)
     names = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
@@ -131,8 +131,8 @@ def _llama3(file: GGUF, hf: dict[str, Any]) -> dict[str, Any]:
     the largest factor; what they give must be the file's own numbers.
     """
     shape = file.tensors[ROPE_FACTORS].shape
-    factors = file.read_rows(ROPE_FACTORS, 0, shape[0])
-    if len(shape) != 1 or not np.isfinite(factors).all() or not (factors > 0).all():
+    factors = file.read_rows(ROPE_FACTORS, 0, shape[0]) if len(shape) == 1 else np.empty(0)
+    if not factors.size or not np.isfinite(factors).all() or not (factors > 0).all():
         raise ModelError(f"{file.path}: {ROPE_FACTORS} is no row of factors above 0; the file is damaged")
     factor, original = float(factors.max()), 8192
     rope = Rope("llama3", hf.get("rope_theta", 10000.0), factor, original, low_freq_factor=1.0, high_freq_factor=4.0)

@@ -171,6 +171,10 @@ ROPES = {
     "none": ({"rope_type": "default"}, {"rope.scaling.type": "none"}),
     "none, with a factor": ({"rope_type": "default"}, {"rope.scaling.type": "none", "rope.scaling.factor": 4.0}),
     "no type": ({"rope_type": "linear", "factor": 4.0}, {"rope.scaling.factor": 4.0}),
+    "no type, old and new": (
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope.scaling.factor": 4.0, "rope.scale_linear": 2.0},
+    ),
     "no type, and no factor to speak of": ({"rope_type": "default"}, {"rope.scaling.factor": 0.0}),
 }
 

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Set
 from dataclasses import asdict, dataclass, fields
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -161,21 +161,23 @@ def _open(place: Path, task: Tokenising) -> Entry | None:
 def _read(place: Path, paths: list[str]) -> Entry:
     """paths: of the files, which may have had other names when the entry was made."""
     counts = read_json(place / COUNTS, CheckpointError)
+    counts = _moved(list(zip(counts["paths"], paths, strict=True)), counts)
     kinds = (TOKENS, counts["kind"]), (SUPERVISED, "?"), (STARTS, "<i8")
     arrays: list[np.ndarray] = [np.memmap(place / name, kind, "r").view(np.ndarray) for name, kind in kinds]
-    moved = partial(_moved, list(zip(counts["paths"], paths, strict=True)))
     rows = Rows(**{**counts["rows"], "unused": Counter(counts["rows"]["unused"])})
-    rows.empty_first, rows.odd_first = moved(rows.empty_first), moved(rows.odd_first)
-    rows.bad_first = [moved(text) for text in rows.bad_first]
     return Entry(Examples(*arrays), rows, Lengths.of(counts["lengths"]), counts["notes"])
 
 
-def _moved(names: list[tuple[str, str]], text: str) -> str:
-    """What begins with a file's name, with the one that it has now. names: (before, now) of each."""
-    for before, now in names:
-        if text.startswith((f"{before}:", f"{before} (row ")):
-            return now + text[len(before) :]
-    return text
+def _moved(names: list[tuple[str, str]], value: Any) -> Any:
+    """Each text in it that begins with a file's name, with the one that it has now. names: (before, now) of each."""
+    if isinstance(value, dict):
+        return {key: _moved(names, inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_moved(names, inner) for inner in value]
+    for before, now in names if isinstance(value, str) else []:
+        if value.startswith((f"{before}:", f"{before} (row ")):
+            return now + value[len(before) :]
+    return value
 
 
 def _build(place: Path, task: Tokenising, lines: int | None) -> Entry | None:

@@ -93,14 +93,16 @@ class Cells:
     def as_json(self, value: Any, what: str) -> Any:
         """A value that a template can write down as JSON: a table's dates and bytes are none."""
         try:
-            text = json.dumps(value, ensure_ascii=False)
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{self.where}: {what} is nothing that JSON has: {error}; found {value!r:.60}") from None
         self.string(text, what)
         return value
 
     def identity(self, value: Any, what: str) -> str:
-        """The text of an id, which some write as a number."""
+        """The text of an id, which some write as a number, and pandas as 1.0."""
+        if type(value) is float and value.is_integer():
+            value = int(value)
         return str(value) if type(value) is int else self.string(value, what)
 
     def given(self, value: Any) -> Any:

@@ -90,8 +90,9 @@ class Reader:
 
     def nothing_left(self) -> str:
         """Why the first block is empty, and what to do."""
-        rows, section = self.lengths.rows, self._section
-        why = nothing_left(self.lengths, section, self._virtual)
+        rows, why = self.lengths.rows, nothing_left(self.lengths, self._section, self._virtual)
+        if rows < self._size:
+            return f"no supervised token in {rows} rows: {why}"
         return f"no supervised token in the first {rows} rows: {why}. A larger data.shuffle_buffer looks at more"
 
     def _take(self) -> list[tuple[int, Row]]:

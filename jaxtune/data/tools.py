@@ -44,13 +44,13 @@ def read_call_text(record: Cells, text: str, what: str) -> tuple[str, list[Tool]
 
 
 def _tool(record: Cells, tool: dict[str, Any], what: str) -> Tool:
-    """In OpenAI's form, of which `type` may be missing, or the function alone may be there."""
-    if tool.get("type") == "function":
-        return tool
-    function = tool.get("function", tool)
-    if tool.get("type") is not None or not (isinstance(function, dict) and isinstance(function.get("name"), str)):
+    """In OpenAI's form, of which `type` may be missing, or the function alone may be there, with or without `type`."""
+    told = tool.get("type")
+    rest = {key: value for key, value in tool.items() if key != "type"}
+    function = tool.get("function", rest)
+    if told not in (None, "function") or not (isinstance(function, dict) and isinstance(function.get("name"), str)):
         raise DataError(f"{record.where}: {what}: expected functions with names; found {tool!r:.60}")
-    return _function(function)
+    return {"type": "function", **rest} if function is not rest else _function(rest)
 
 
 def _call(record: Cells, call: Any, what: str) -> Tool:

@@ -66,14 +66,15 @@ def no_reading(monkeypatch):
 
 
 def test_a_copy_of_the_data_is_told_of_under_its_own_name(home, no_reading):
-    Path("a.jsonl").write_text(rows(4) + '{"instruction": "a", "output": ""}\n{"instruction": 3}\n')
-    first = build(on_bad_line="skip").sources[0].rows
+    long = json.dumps({"instruction": "a", "output": "b " * 99}) + "\n"
+    Path("a.jsonl").write_text(rows(4) + '{"instruction": "a", "output": ""}\n{"instruction": 3}\n' + long)
+    first = build(on_bad_line="skip", too_long="drop").sources[0].rows
     assert first.bad_first[0].startswith("a.jsonl:6: ") and first.empty_first == "a.jsonl:5"
     shutil.copyfile("a.jsonl", "b.jsonl")
     no_reading()
-    found = build("b.jsonl", on_bad_line="skip").sources[0].rows
-    assert found.bad_first == [text.replace("a.jsonl", "b.jsonl") for text in first.bad_first]
-    assert found.empty_first == "b.jsonl:5"
+    source = build("b.jsonl", on_bad_line="skip", too_long="drop").sources[0]
+    assert source.rows.bad_first == [text.replace("a.jsonl", "b.jsonl") for text in first.bad_first]
+    assert source.rows.empty_first == "b.jsonl:5" and source.lengths.first_long[1] == "b.jsonl:7"
 
 
 def test_a_second_start_reads_no_row_and_says_the_same(home, no_reading, capsys):

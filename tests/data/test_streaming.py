@@ -227,6 +227,9 @@ def test_a_first_block_of_which_nothing_is_left_is_told_with_its_reasons(stream,
     with pytest.raises(DataError, match=told):
         stream(too_long="drop", shuffle_buffer=2)
     assert stream(too_long="drop", shuffle_buffer=3).train.batch(1).tokens.size
+    (tmp_path / "a.jsonl").write_text(long * 2)
+    with pytest.raises(DataError, match=r"token in 2 rows: 2 are longer.*raise data\.max_length$"):
+        stream(too_long="drop", shuffle_buffer=3)
 
 
 def test_a_row_that_is_too_long_is_refused_in_whichever_block_it_comes(stream, tmp_path):

@@ -65,7 +65,7 @@ def talk(**assistant) -> dict:
     "tools",
     [
         *([TIDES], json.dumps([TIDES]), [function(TIDES)], json.dumps([function(TIDES)]), json.dumps(TIDES), TIDES),
-        *([{"function": TIDES}], [{"type": None, "function": TIDES}]),
+        *([{"function": TIDES}], [{"type": None, "function": TIDES}], [{"type": "function", **TIDES}]),
     ],
 )
 def test_tools_are_functions_in_openais_form(read, tools):
@@ -87,6 +87,7 @@ def test_every_format_of_conversations_reads_tools(read):
 
 
 WRONG_TOOLS = ["{", 3, ["tides"], '"tides"', [{"type": "code_interpreter"}], [{"function": {"parameters": {}}}], [{}]]
+WRONG_TOOLS += [[{"type": "function"}], [{"type": "function", "function": "x"}], [function({"parameters": {}})]]
 
 
 @pytest.mark.parametrize("tools", WRONG_TOOLS, ids=str)
@@ -124,6 +125,11 @@ def test_a_number_is_an_id_too(read):
     reply = {"role": "tool", "content": "04:12", "tool_call_id": 1}
     assert read({"messages": [reply]}).messages == [{**reply, "tool_call_id": "1"}]
     assert "messages[0].tool_call_id is a list" in refused(read, {"messages": [{**reply, "tool_call_id": [1]}]})
+
+
+def test_what_is_no_number_is_no_argument(read):
+    called = {"name": "tides", "arguments": {"height": float("nan")}}
+    assert "tool_calls[0] is nothing that JSON has: Out of range float" in refused(read, talk(tool_calls=[called]))
 
 
 def test_half_of_a_character_in_a_call_or_a_tool_is_refused(read):
