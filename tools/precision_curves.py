@@ -51,8 +51,8 @@ Everything is computed and kept in float32 unless the configuration says otherwi
 any GPU or TPU: `auto` takes it. NVIDIA's before Ampere (T4, V100) multiply it in float32, which spares memory and no \
 time; the run says so |
 | `compute: float16` | the same in float16. The loss is multiplied by a scale, which is halved where a gradient \
-overflows (that step is skipped) and doubled after `loss_scale.window` good steps | a GPU without \
-bfloat16 units |
+overflows (that step is skipped) and doubled after `loss_scale.window` good steps | \
+a GPU without bfloat16 units |
 | `matmul: float8` | the layers' linear maps: operands in e4m3, the output's gradient in e5m2, added up in float32; \
 adapters, attention, embedding, head and norms as before | a GPU with float8 units (Ada, Hopper and later) |
 | `float8_scaling: delayed` | a tensor's scale is from the largest number of the last `float8_history` steps, not from \

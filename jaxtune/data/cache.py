@@ -183,10 +183,10 @@ def _moved(names: list[tuple[str, str]], value: Any) -> Any:
 def _build(place: Path, task: Tokenising, lines: int | None) -> Entry | None:
     """Make the entry, whole or not at all."""
     _discard(place)
-    made = _beside(place)
+    partial = _beside(place)
     try:
         kind = "<u2" if vocabulary_size(task.tokenizer) <= 1 << 16 else "<i4"
-        _write(made, task.examples(lines), kind)
+        _write(partial, task.examples(lines), kind)
         rows = {item.name: getattr(task.rows, item.name) for item in fields(Rows) if item.name != "rows"}
         counts = {
             "kind": kind,
@@ -195,18 +195,18 @@ def _build(place: Path, task: Tokenising, lines: int | None) -> Entry | None:
             "lengths": asdict(task.lengths),
             "notes": task.notes(),
         }
-        (made / COUNTS).write_text(json.dumps(counts), encoding="utf-8")
-        write_manifest(made, 0, {})
-        _move(made, place)
+        (partial / COUNTS).write_text(json.dumps(counts), encoding="utf-8")
+        write_manifest(partial, 0, {})
+        _move(partial, place)
         sync(place.parent)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return _open(place, task)
 
 
-def _move(made: Path, place: Path) -> None:
+def _move(partial: Path, place: Path) -> None:
     try:
-        made.rename(place)
+        partial.rename(place)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise  # else: without locks another process has been quicker
