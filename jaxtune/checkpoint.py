@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,17 @@ Arrays = dict[str, Any]  # path, joined by "/" -> array
 
 # What goes wrong inside Orbax is raised here with the path in it; its own report is a traceback in the log.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+_report_unraisable = sys.unraisablehook
+
+
+def _without_late_writes(unraisable: Any) -> None:
+    """The other writes of a save that failed end when nobody waits for them any more, each with a traceback."""
+    if "tensorstore" in sys.modules and str(unraisable.exc_value) == "Event loop is closed":
+        return
+    _report_unraisable(unraisable)
+
+
+sys.unraisablehook = _without_late_writes
 
 
 class Checkpointer:
@@ -190,6 +202,8 @@ class Checkpointer:
             self.wait()
         finally:
             self._orbax.close()
+            if processes.is_first():
+                _clean(self.directory)  # a save that failed may have gone on writing
 
     def latest_valid(self) -> int | None:
         """The newest step whose files are all as they were written; see the function of the same name."""

@@ -314,6 +314,8 @@ elif point == "during the deletion of the old":
 elif point == "file size limit":
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    one = state
+    state = lambda seed: {name: one(seed) for name in "abcdefgh"}  # seven fail when nobody waits for them
 checkpointer.save(3, state(3), {})
 for _ in range(600):
     time.sleep(0.1)
@@ -321,6 +323,7 @@ for _ in range(600):
         checkpointer.check_errors()
     except module.SaveError as error:
         print(error)
+        checkpointer.close()
         sys.exit(error.exit_code)
 """
 
