@@ -112,6 +112,11 @@ def wrapped(leaf: Any, scales: jax.Array | None = None) -> Any:
     return leaf if _is_wrapped(leaf) else rebased(leaf, lambda base: Float8(base, scales))
 
 
+def narrow(params: Tree, weights: Tree) -> Tree:
+    """A layer's parameters, its linear maps wrapped. weights: the declarations."""
+    return map_tree(lambda leaf, weight: wrapped(leaf) if len(weight.shape) == 2 else leaf, params, weights)
+
+
 def unwrapped(leaf: Any) -> Any:
     """A leaf whose base multiplies in its own type again: for what is no token, and has other sizes than they."""
     if isinstance(leaf, Float8):
@@ -145,7 +150,7 @@ class Watch:
         trains = [name for name, stack in mask[STACKS].items() if any(jax.tree.leaves(stack))]
         below = not any(jax.tree.leaves((mask["embed"], mask.get(HOOKS))))
         first = int(trains[0]) if trains and below else 0 if not below else len(mask[STACKS])
-        sites = [(path, weight) for path, weight in leaves_with_path(weights) if path[0] == STACKS]
+        sites = [(path, leaf) for path, leaf in leaves_with_path(weights) if path[0] == STACKS and HOOKS not in path]
         linear = {path: places or len(weight.layers) for path, weight in sites if len(weight.shape) == 2}
         return cls({path: layers for path, layers in linear.items() if int(path[1]) >= first}, steps)
 

@@ -13,6 +13,7 @@ from jaxtune import float8, loss_scale, spikes
 from jaxtune.float8 import NOTHING, Watch
 from jaxtune.loss import cross_entropy
 from jaxtune.models.decoder import Model
+from jaxtune.models.rope import reach
 from jaxtune.models.weights import Path, Tree
 from jaxtune.ops import Noise, split_noise
 from jaxtune.optim import clip, global_norm
@@ -49,8 +50,15 @@ def batch_loss(
 ) -> jax.Array:
     """This device's share of the losses of one micro-batch's supervised tokens, times `scale`: a float32 scalar."""
     body_noise, head_noise = split_noise(noise, 2)
-    hidden, _ = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"], dtype, body_noise)
+    shown = (batch[name] for name in ("tokens", "positions", "segments"))
+    hidden, _ = model.hidden(params, *shown, dtype, body_noise, length=batch.get("length"))
     return cross_entropy(hidden, model.head(params, dtype), batch["targets"], batch["mask"] * scale, head_noise)
+
+
+def _with_length(model: Model, batch: Batch) -> Batch:
+    """With the length that the rotations of all micro-batches are scaled by, where they are: that of the longest."""
+    length = reach(model.config.rope, batch["positions"])
+    return batch if length is None else {**batch, "length": jnp.full(batch["tokens"].shape[0], length)}
 
 
 def token_numbers(micro: Any, rows: int, time: int) -> jax.Array:
@@ -76,6 +84,7 @@ def make_gradients(model: Model, layout: Layout, dtype: Any, seed: int, pipeline
     def gradients(
         trained: list, frozen: list, batch: Batch, step: jax.Array, factor: jax.Array, scales: Tree
     ) -> tuple[jax.Array, list, Tree]:
+        batch = _with_length(model, batch)
         supervised = local.total(jnp.sum(batch["mask"].astype(jnp.float32)), *local.ROWS, "context")
         scale = factor / jnp.maximum(supervised, 1.0)
         key = jax.random.fold_in(jax.random.key(seed), step)
@@ -183,6 +192,7 @@ def make_eval_step(
     """(trainable, frozen, batch) -> (sum of the supervised tokens' losses, their number)."""
 
     def losses(trained: list, frozen: list, batch: Batch) -> jax.Array:
+        batch = _with_length(model, batch)
         if pipeline is not None:
             share = pipeline.losses(trained, frozen, batch, jnp.float32(1))
             return local.total(share, *layout.mesh.axis_names)

@@ -228,6 +228,22 @@ def test_current_scales_are_those_of_whole_tensors_on_any_mesh(alone, sections):
     )  # Adam's first step is each gradient's sign, however small
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "block", "full"])
+def test_what_is_kept_for_the_backward_pass_changes_nothing(alone, remat):
+    (first, second), expected = Stepper(precision=CURRENT, memory={"remat": remat}).run(2), alone["current"][0]
+    np.testing.assert_allclose(first, expected[0], rtol=1e-6)
+    np.testing.assert_allclose(second, expected[1], rtol=1e-3)
+
+
+def test_bottleneck_adapters_stay_in_the_compute_type():
+    section = {"method": "houlsby", "reduction_factor": 2.6}  # 24 wide, as nothing else is
+    stepper = Stepper(tune=section, precision=DELAYED)
+    np.testing.assert_allclose(stepper.run(2), Stepper(tune=section).run(2), rtol=1e-2)
+    narrow = {line.split("f8e4m3fn[")[1].split("]")[0] for line in stepper.hlo.splitlines() if "f8e4m3fn[" in line}
+    assert {"64,64", "128,64"} <= narrow and not any("24" in shape.split(",") for shape in narrow)
+    assert "hooks" not in stepper.state["float8"]["stacks"]["0"]
+
+
 def test_a_skipped_step_leaves_the_histories_and_evaluation_does_not_read_them(lora):
     lora.run(1)
     before = [np.asarray(history) for history in histories(lora)]

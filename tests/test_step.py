@@ -1,5 +1,6 @@
 """A step is the same however its batch is cut or packed, and a bad one changes nothing."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune.models.config import ModelConfig
+from jaxtune.models.config import ModelConfig, Rope
 from tests.programs import Stepper
 
 VOCAB, TIME = 256, 48
@@ -17,10 +18,10 @@ CONFIG = ModelConfig("qwen2", VOCAB, 32, 64, 2, 4, 2, 8, 256, tied=True, qkv_bia
 class Setup:
     """A random model and a plain gradient step on it: the change of the weights is the gradient itself."""
 
-    def __init__(self, section=None, optim=None, seed=0, dtype="float32", **precision):
+    def __init__(self, section=None, optim=None, seed=0, dtype="float32", model=CONFIG, **precision):
         sections = {"train": {"seed": seed}, "precision": {"compute": dtype, **precision}}
         plain = {"name": "sgd", "lr": 1.0, "schedule": "constant", "warmup": 0, "clip_norm": None}
-        stepper = Stepper(CONFIG, std=0.3, tune=section or {"method": "full"}, optim=optim or plain, **sections)
+        stepper = Stepper(model, std=0.3, tune=section or {"method": "full"}, optim=optim or plain, **sections)
         self.model, self.state, self.frozen = stepper.model, stepper.state, stepper.frozen
         self.step, self.eval_step = jax.jit(stepper.program.train_step.__wrapped__), stepper.program.eval_step
 
@@ -77,6 +78,17 @@ def whole_batch():
 @pytest.mark.parametrize("count", [2, 4])
 def test_micro_batches_give_the_same_step(full, whole_batch, count):
     assert_same_step(full.run(micro(whole_batch, count)), full.run(micro(whole_batch, 1)))
+
+
+def test_micro_batches_of_a_dynamic_rope_are_all_scaled_by_the_longest(whole_batch):
+    stretched = Setup(model=replace(CONFIG, max_positions=8, rope=Rope("dynamic", factor=4.0)))
+    cut, whole = (stretched.run(micro(whole_batch, count)) for count in (4, 1))
+    assert_same_step(cut, whole)
+    losses = [
+        stretched.eval_step(stretched.state["trainable"], stretched.frozen, micro(whole_batch, count))
+        for count in (4, 1)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
 def test_packed_rows_give_the_same_step_as_rows_of_their_own(full):

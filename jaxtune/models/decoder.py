@@ -276,13 +276,14 @@ class Model:
         dtype: Any = jnp.float32,
         noise: Noise | None = None,
         cache: Cache | None = None,
+        length: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """The hidden states after the final norm, [B, T, E] in `dtype`, and the cache with this pass in it.
 
-        noise: of dropout; None turns it off. segments: who sees whom (segments.py).
+        noise: of dropout; None turns it off. segments: who sees whom (segments.py). length: as in rope.cos_sin.
         """
         x = self.embed(params, tokens_BT, dtype, noise, cache)
-        context, cache = self.context(params, tokens_BT, positions_BT, segments_BT, cache)
+        context, cache = self.context(params, tokens_BT, positions_BT, segments_BT, cache, length)
         caches = []
         for index, layers in enumerate(self.stacks):
             stack_cache = None if cache is None else (cache.k[index], cache.v[index])
@@ -333,10 +334,11 @@ class Model:
         positions_BT: jax.Array,
         segments_BT: jax.Array,
         cache: Cache | None = None,
+        length: jax.Array | None = None,
     ) -> tuple[Context, Cache | None]:
         """What every layer sees, and the cache with this pass's columns marked as filled."""
         c = self.config
-        cos, sin = cos_sin(c.rope, c.head_dim, c.max_positions, positions_BT)
+        cos, sin = cos_sin(c.rope, c.head_dim, c.max_positions, positions_BT, length)
         shown = Context(
             cos,
             sin,
@@ -368,13 +370,15 @@ class Model:
         numbers: the layers' own, along axis 0 of `params`. has_gaps: some are -1, places without a layer, which change
         nothing.
         """
-        windows = self._windows(numbers)
+        windows, weights = self._windows(numbers), self.weights["stacks"]["0"]
 
         def layer(x, inputs):
             params, number, window, cache = inputs
             used = partial(self._used, dtype=x.dtype, shared=context.shared)
-            params = map_tree(used, params, self.weights["stacks"]["0"])
+            params = map_tree(used, params, weights)
             own, hooked = None if noise is None else noise.fold_in(number), params.pop(HOOKS, {})
+            if self.execution.float8:
+                params = float8.narrow(params, weights)
             return nnx.merge(self.block, nnx.State(params))(x, context, window, cache, own, hooked)
 
         def place(x, inputs):
@@ -446,6 +450,4 @@ class Model:
             return _save(x.astype(wanted), WEIGHT)
 
         used = map_parts(use, leaf, weight.axes, weight.is_table)
-        used = used.with_shared(shared) if shared and isinstance(used, Leaf) else used
-        is_linear = weight.layers is not None and len(weight.shape) == 2
-        return float8.wrapped(used) if run.float8 and is_linear else used
+        return used.with_shared(shared) if shared and isinstance(used, Leaf) else used

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxtune.config import Config, MemorySection
+from jaxtune.float8 import E4M3
 from jaxtune.models import kernels
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.tiled import SAVED
@@ -81,7 +82,7 @@ class Execution:
         """What a layer keeps for its backward pass; the rest is computed again."""
         policies = jax.checkpoint_policies
         if self.remat == "none":
-            return policies.save_anything_except_these_names(WEIGHT)
+            return _keeps_all
         if self.remat == "dots":
             return policies.dots_with_no_batch_dims_saveable
         if isinstance(self.remat, str):
@@ -104,6 +105,17 @@ class Execution:
             return layers
         divisors = [n for n in range(1, layers + 1) if layers % n == 0]
         return min(divisors, key=lambda n: n + layers // n)
+
+
+def _keeps_all(primitive: Any, *avals: Any, **params: Any) -> bool:
+    """A policy: all but weights and numbers in e4m3.
+
+    JAX rounds what a policy keeps to its own type again, and e4m3fn as if its largest number were 240, that of IEEE
+    754's e4m3, and not 448: what lies between would come back as NaN.
+    """
+    if primitive.name == "convert_element_type" and params["new_dtype"] == E4M3:
+        return False
+    return jax.checkpoint_policies.save_anything_except_these_names(WEIGHT)(primitive, *avals, **params)
 
 
 USUAL = Execution()

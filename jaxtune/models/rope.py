@@ -35,16 +35,23 @@ def frequencies(rope: Rope, head_dim: int, max_positions: int, length: Any = Non
     return _yarn(rope, plain, head_dim), attention_factor(rope)
 
 
-def cos_sin(rope: Rope, head_dim: int, max_positions: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def reach(rope: Rope, positions: jax.Array) -> jax.Array | None:
+    """The sequence length that `dynamic` scales by: the largest position plus one, over all rows and devices, as in
+    transformers; padding does not count. None: another kind, which asks for none."""
+    if rope.type != "dynamic":
+        return None
+    return local.largest(jnp.max(positions), *local.ROWS, "context") + 1
+
+
+def cos_sin(
+    rope: Rope, head_dim: int, max_positions: int, positions: jax.Array, length: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """cos and sin, each [..., T, D/2] in float32, of integer positions [..., T].
 
-    The sequence length that `dynamic` scales by is the largest position of the call plus one, over all
-    rows, as in transformers; padding does not count. It is a function of this call alone: transformers
-    keeps a longer length that it has seen before.
+    length: the `reach` of all that is to be scaled alike; None: of these positions alone, where transformers keeps a
+    longer length that it has seen before.
     """
-    length = None
-    if rope.type == "dynamic":
-        length = local.largest(jnp.max(positions), *local.ROWS, "context") + 1
+    length = reach(rope, positions) if length is None else length
     inverse, scale = frequencies(rope, head_dim, max_positions, length)
     inverse = inverse.reshape((1,) * positions.ndim + (-1,))
     angles = positions[..., None].astype(jnp.float32) * inverse
