@@ -65,7 +65,7 @@ def supervised_spans(
     """
     text, turns = answer["text"], answer["turns"]
     # A turn ends before the next one's prompt does.
-    stops = [*(before for _, before, _ in turns[1:]), len(text)]
+    stops = [*(before for _, before, _, _ in turns[1:]), len(text)]
     spans = _marked(where, messages, answer["marks"], section) if "marks" in answer else []
     for place, stop in zip(turns, stops):
         spans.append(_turn(where, text, messages[place[0]], special, section, (*place, stop)))
@@ -103,16 +103,17 @@ def _turn(
     message: Message,
     special: re.Pattern[str],
     section: DataSection,
-    place: tuple[int, int | None, int | None, int | None],
+    place: tuple[int, int | None, int | None, int | None, int | None],
 ) -> Span:
-    """place: the message's index, where it begins, where it ends by its own prefix, and where the next begins."""
-    index, start, through, stop = place
+    """place: the message's index, where it begins, where it ends by its own prefix, where its words are, and where the
+    next begins."""
+    index, start, through, words, stop = place
     end = None
     if start is not None and message["role"] != "assistant":
         end = _end_of_others(text, start, through, message["content"], special)
     elif start is not None:
         whole = section.turn_end == "template"
-        end = through if whole else _turn_end(text, start, through, stop, message, special)
+        end = through if whole else _turn_end(text, start, through, words, stop, message, special)
     if start is None and index == 0 and message["role"] == "assistant":
         raise BadBeginning(where, "the chat template does not tell where its answer begins")
     if start is None or end is None:
@@ -122,29 +123,42 @@ def _turn(
 
 def _end_of_others(text: str, start: int, through: int | None, content: str, special: re.Pattern[str]) -> int:
     """After what is said at `start`, and the special token that follows it, if one does."""
-    end = start + len(content if text.startswith(content, start) else content.strip())
+    end = _end_of_words(text, start, content)
     after = _SPACE.match(text, end).end()  # type: ignore[union-attr]  # it matches the empty string
     end_token = special.match(text, after, len(text) if through is None else through)
     return end_token.end() if end_token else end
 
 
-def _turn_end(
-    text: str, start: int, through: int | None, stop: int | None, message: Message, special: re.Pattern[str]
-) -> int | None:
-    """Where the turn that begins at `start` ends: after the first special token that follows its content.
+def _end_of_words(text: str, start: int, content: str) -> int:
+    """After what is said at `start`, which the template may have trimmed."""
+    return start + len(content if text.startswith(content, start) else content.strip())
 
-    through: the end of the text up to and with this turn, if that is a prefix of the whole; stop: no turn reaches
-    further. Without a special token the turn is all that the template wrote for it, and so it is where tools are
-    called, whose calls may have special tokens of their own. None: it cannot be told.
+
+def _turn_end(
+    text: str,
+    start: int,
+    through: int | None,
+    words: int | None,
+    stop: int | None,
+    message: Message,
+    special: re.Pattern[str],
+) -> int | None:
+    """Where the turn that begins at `start` ends: after the first special token that follows its content, and those
+    of the turn that follow it directly.
+
+    through: the end of the text up to and with this turn, if that is a prefix of the whole; words: where its content
+    is, if it is found; stop: no turn reaches further. Without a special token the turn is all that the template wrote
+    for it, and so it is where tools are called, whose calls may have special tokens of their own. None: it cannot be
+    told.
     """
-    content, region_end = message["content"], stop if through is None else through
+    region_end = stop if through is None else through
     if region_end is None:
         return None
-    said = next((part for part in (content, content.strip()) if text.find(part, start, region_end) >= 0), None)
-    if said is not None and "tool_calls" not in message:
-        end_token = special.search(text, text.find(said, start, region_end) + len(said), region_end)
-        if end_token:
-            return end_token.end()
+    end_token = words is not None and special.search(text, _end_of_words(text, words, message["content"]), region_end)
+    if end_token:
+        # What follows is the next turn's where this one's own text is not known (Llama 3's <|start_header_id|>).
+        more = through is not None and re.compile(f"(?:{special.pattern})+").match(text, end_token.start(), through)
+        return (more or end_token).end()
     if through is None:
         return None
     written = text[start:through].rstrip()

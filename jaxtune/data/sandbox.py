@@ -158,41 +158,59 @@ class Renderer:
         return marks
 
     def _turn(self, messages: list, tools: list | None, index: int, text: str, limit: int) -> list[int | None]:
-        """[message, where it begins, end of the text through it]; None: not to be found in `text`.
+        """[message, where it begins, end of the text through it, where its words are]; None: not to be found in `text`.
 
         An assistant's turn begins after a generation prompt.
         """
         if messages[index]["role"] != "assistant":
-            return [index, *self._said(messages, tools, index, text, limit)]
+            start, end = self._said(messages[: index + 1], tools, index, text, limit)
+            return [index, start, end, start]
         through = text if index + 1 == len(messages) else self.render(messages[: index + 1], tools, False, limit)
         end = len(through) if text.startswith(through) else None
-        if index == 0:
-            return [index, self._first(messages, tools, text, limit), end]
-        prompt = self.render(messages[:index], tools, True, limit)
-        return [index, len(prompt) if text.startswith(prompt) else None, end]
+        if any(said["role"] in ("user", "tool") for said in messages[:index]):
+            start = self._prompted(messages[:index], tools, text, limit)
+        else:
+            start = self._first(messages, tools, index, text, limit)
+        return [index, start, end, None if start is None else self._words(messages, tools, index, text, start, limit)]
 
-    def _first(self, messages: list, tools: list | None, text: str, limit: int) -> int | None:
-        """Where the assistant begins who speaks first: where its words are, if a generation prompt ends there; or None.
+    def _prompted(self, messages: list, tools: list | None, text: str, limit: int) -> int | None:
+        """Where the generation prompt that follows `messages` ends."""
+        prompt = self.render(messages, tools, True, limit)
+        return len(prompt) if prompt and text.startswith(prompt) else None
 
-        The prompt is one that follows a question: of no messages at all many templates fail, or do not write what they
-        put before the first one, a system prompt say.
+    def _words(self, messages: list, tools: list | None, index: int, text: str, start: int, limit: int) -> int | None:
+        """Where an assistant's words are, in a turn that begins at `start`; a mark tells which of several places."""
+        if "tool_calls" in messages[index]:
+            return None
+        said = messages[index]["content"].strip()
+        first = text.find(said, start)
+        if first >= 0 and text.find(said, first + 1) >= 0:
+            with suppress(Exception):  # the template may read what is said
+                marked, _ = self._said(messages, tools, index, text, limit)
+                first = max(first, marked or first)
+        return first if first >= 0 else None
+
+    def _first(self, messages: list, tools: list | None, index: int, text: str, limit: int) -> int | None:
+        """Where an assistant begins who was asked nothing: where its words are, if a generation prompt ends there; or
+        None.
+
+        The prompt is one that follows a question: of no messages at all, or of a system prompt alone, many templates
+        fail, or do not write what they put before the first one.
         """
         with suppress(Exception):  # of what it was not asked to take
             asked = [{"role": "user", "content": "?"}]
             question, prompt = (self.render(asked, tools, prompted, limit) for prompted in (False, True))
-            start, _ = self._said(messages, tools, 0, text, limit)
+            start, _ = self._said(messages, tools, index, text, limit)
             if start is not None and prompt.startswith(question) and text[:start].endswith(prompt[len(question) :]):
                 return start
         with suppress(Exception):
-            prompt = self.render([], tools, True, limit)
-            if prompt and text.startswith(prompt):
-                return len(prompt)
+            return self._prompted(messages[:index], tools, text, limit)
         return None
 
     def _said(self, messages: list, tools: list | None, index: int, text: str, limit: int) -> tuple[int, int] | Nowhere:
         """Where what a message says stands: at the place of a mark that is said in its stead."""
         message = messages[index]
-        marked = [*messages[:index], {**message, "content": _OPEN}]
+        marked = [*messages[:index], {**message, "content": _OPEN}, *messages[index + 1 :]]
         before, _, after = self.render(marked, tools, False, limit).partition(_OPEN)
         for said in (message["content"], message["content"].strip()):
             if text.startswith(before + said):

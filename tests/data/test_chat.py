@@ -153,6 +153,22 @@ def test_an_answer_that_is_changed_still_ends_at_its_token():
     assert learnt(say("q", "loud"), shouting) == ["LOUD<|im_end|>"]
 
 
+CHANNELS = (  # the assistant writes a header of its own before its words, as in Harmony
+    "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.role == 'assistant' %}"
+    "{{ '<|assistant|>final<|end|>' + m.content + (eos_token if loop.last else '<|eot_id|>') }}"
+    "{% else %}{{ '<|end|>' + m.content + '<|eot_id|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+TWO_ENDS = CHANNELS.replace("(eos_token if loop.last else '<|eot_id|>')", "'<|eot_id|>' + eos_token")  # Command R's
+
+
+@pytest.mark.parametrize("said", ["Ada.", "", "final", "a", "end"])
+def test_words_that_the_template_also_writes_before_them_are_learnt_with_their_end(said):
+    messages, written = say("q", said, "r", said), f"<|assistant|>final<|end|>{said}"
+    assert learnt(messages, CHANNELS) == [f"{written}<|eot_id|>", f"{written}<|im_end|>"]
+    assert learnt(messages, TWO_ENDS) == [f"{written}<|eot_id|><|im_end|>"] * 2
+
+
 SMOLLM2 = (  # puts a system prompt of its own before a first message that is none
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
@@ -172,6 +188,18 @@ def test_an_assistant_who_begins_is_learnt_without_what_the_template_puts_before
     end = {LLAMA3: "<|eot_id|>", PLAIN: "\n"}.get(source, "<|im_end|>")
     assert found == f"Hello.{end}Ada.{end}"
     assert "".join(learnt(ANSWERED_FIRST[:1], source)) == f"Hello.{end}"
+
+
+@pytest.mark.parametrize("bos", ["", "<s>"])
+def test_a_system_prompt_that_the_template_writes_with_the_answer_is_not_learnt(bos):
+    """Llama 2's writes none until somebody speaks."""
+    source = bos + (
+        "{% for m in messages %}{% if m.role != 'system' %}{% if loop.index0 == 1 %}"
+        "{{ '<<SYS>>' + messages[0].content + '<</SYS>>' }}{% endif %}"
+        "{{ '[INST]' + m.content + '[/INST]' if m.role == 'user' else m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    messages = [{"role": "system", "content": "Be brief."}, *ANSWERED_FIRST]
+    assert learnt(messages, source) == ["Hello.<|im_end|>", "Ada.<|im_end|>"]
 
 
 @pytest.mark.parametrize(
@@ -194,12 +222,12 @@ def spans(answer: dict, *contents: str) -> list[tuple[int, int]]:
 
 def test_a_turn_ends_before_the_next_prompt():
     text = "q:a;r:b</s>"
-    answer = {"text": text, "turns": [[1, 2, 4], [3, 6, len(text)]]}
+    answer = {"text": text, "turns": [[1, 2, 4, 2], [3, 6, len(text), 6]]}
     assert [text[start:end] for start, end in spans(answer, "q", "a", "r", "b")] == ["a;", "b</s>"]
 
 
 def test_a_turn_whose_end_cannot_be_told_is_refused():
-    answer = {"text": "q:a r:b</s>", "turns": [[1, 2, None], [3, 6, 11]]}
+    answer = {"text": "q:a r:b</s>", "turns": [[1, 2, None, 2], [3, 6, 11, 6]]}
     with pytest.raises(DataError, match="rewrites history"):
         spans(answer, "q", "a", "r", "b")
 

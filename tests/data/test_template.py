@@ -72,7 +72,7 @@ def test_many_conversations_come_back_in_order():
 def test_turns_are_prefixes_of_the_whole():
     (answer,) = render(CHATML, say("q", "a", "r", "b", system="s"))
     prefixes = [
-        (index, answer["text"][:prompt], answer["text"][:through]) for index, prompt, through in answer["turns"]
+        (index, answer["text"][:prompt], answer["text"][:through]) for index, prompt, through, _ in answer["turns"]
     ]
     for index, prompt, through in prefixes:
         assert prompt.endswith("<|im_start|>assistant\n")
@@ -81,9 +81,9 @@ def test_turns_are_prefixes_of_the_whole():
 
 def test_turns_of_a_rewritten_past_are_not_prefixes():
     (answer,) = render(QWEN3, say("q", "a", "r", "b"))
-    assert [through is None for _, _, through in answer["turns"]] == [True, False]
+    assert [through is None for _, _, through, _ in answer["turns"]] == [True, False]
     (answer,) = render("{{ messages | length }}{% if add_generation_prompt %}!{% endif %}", say("q", "a"))
-    assert answer["turns"] == [[1, None, 1]]
+    assert answer["turns"] == [[1, None, 1, None]]
 
 
 def test_marks_are_where_the_blocks_are():
