@@ -134,6 +134,7 @@ class Renderer:
 
         turns: which messages; None: nothing is asked.
         """
+        messages = self._with_calls(messages, tools, limit)
         text = self.render(messages, tools, False, limit)
         answer: dict[str, Any] = {"text": text}
         if turns is not None and self.has_marks:
@@ -142,6 +143,36 @@ class Renderer:
         if turns is not None:
             answer["turns"] = [self._turn(messages, tools, i, text, limit) for i in turns]
         return answer
+
+    def _with_calls(self, messages: list, tools: list | None, limit: int) -> list:
+        """The messages in the form in which the template writes all of their calls: some templates (DeepSeek's) read
+        calls only where the content is null, and others fail on a null."""
+        left: list[str] = []
+        with suppress(Exception):  # the template's own refusals come with the conversation's text
+            left = self._left_out(messages, tools, limit)
+        if not left:
+            return messages
+        with suppress(Exception):
+            nulls = [
+                said if said["content"] or "tool_calls" not in said else {**said, "content": None} for said in messages
+            ]
+            if not self._left_out(nulls, tools, limit):
+                return nulls
+        raise Refused(f"it leaves out {left[0]}; set data.template to one that writes it")
+
+    def _left_out(self, messages: list, tools: list | None, limit: int) -> list[str]:
+        """The calls, in words, whose functions' names the template does not write: with marks in the names' stead."""
+        called: dict[str, str] = {}
+        marked = []
+        for number, said in enumerate(messages):
+            calls = []
+            for call in said.get("tool_calls", ()):
+                mark, function = f"{_NONCE}_{len(called)}_", call["function"]
+                called[mark] = f"the call of {function['name']!r} in message {number} (counted from 0)"
+                calls.append({**call, "function": {**function, "name": mark}})
+            marked.append({**said, "tool_calls": calls} if calls else said)
+        text = self.render(marked, tools, False, limit) if called else ""
+        return [words for mark, words in called.items() if mark not in text]
 
     def _marks(self, messages: list, tools: list | None, text: str, limit: int) -> list[tuple[int, int]]:
         parts = re.split(f"({_OPEN}|{_CLOSE})", self.render(messages, tools, False, 2 * limit, marking=True))

@@ -57,6 +57,25 @@ def test_a_call_may_have_a_special_token_of_its_own():
         assert found == [f"{said}<|endoftext|>tides<|im_end|>"]
 
 
+NULL_CALLS = (  # as DeepSeek's: calls are read where nothing is said beside them, and that is null
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is none %}"
+    "{% for call in m.tool_calls %}{{ call.function.name + ' ' }}{% endfor %}{% else %}{{ m.content }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_calls_are_written_by_a_template_that_reads_them_beside_a_null():
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name}} for name in ("s", "a")]}
+    messages = [*say("a"), called, {"role": "tool", "content": "h"}, *say("a", "", "b", "c")[1:]]
+    assert learnt(messages, NULL_CALLS, tokenizer()) == ["s a <|im_end|>", "<|im_end|>", "c<|im_end|>"]
+    with pytest.raises(DataError) as caught:
+        learnt([*messages[:1], {**called, "content": "d"}], NULL_CALLS, tokenizer())
+    assert str(caught.value) == (
+        "a:1: the template does not take this conversation: it leaves out the call of 's' in message 1 (counted from "
+        "0); set data.template to one that writes it"
+    )
+
+
 def test_the_template_sees_tools_and_not_whether_a_message_is_learnt():
     source = "{{ messages | tojson }}{{ tools | tojson }}"
     messages = [{"role": "user", "content": "a", "train": False}]
