@@ -168,7 +168,7 @@ class Index:
     """How many rows of the stream each block became, kept in a file."""
 
     def __init__(self, path: Path):
-        self._path, self.ends = path, [0]
+        self.path, self.ends = path, [0]
         self.per_epoch: int | None = None
         found: dict[int, int] = {}
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -183,8 +183,17 @@ class Index:
         """The next block."""
         told = {"block": len(self.ends) - 1, "rows": rows} | ({"per_epoch": per_epoch} if per_epoch else {})
         self.ends.append(self.ends[-1] + rows)
-        with suppress(OSError), self._path.open("a", encoding="utf-8") as file:  # it is a help, and no more
+        with suppress(OSError), self.path.open("a", encoding="utf-8") as file:  # it is a help, and no more
             file.write(json.dumps(told) + "\n")
+
+    def check(self, block: int, rows: int) -> None:
+        """Raise DataError where a block that is known did not become so many rows of the stream."""
+        known = self.ends[block + 1] - self.ends[block]
+        if known != rows:
+            raise DataError(
+                f"data.streaming: block {block} became {rows} rows of the stream, but {known} when it was first read: "
+                f"a data file changed since. Put it back, or remove {self.path} and begin a new run"
+            )
 
     def find(self, row: int) -> int:
         """The block of a row of the stream; of one that is not known yet, the first block that is not."""
@@ -196,7 +205,7 @@ class Stream(Dataset):
 
     def __init__(self, reader: Reader, names: list[str], identity: str, index: str, home: Path, **order: Any):
         """names: of several sources. identity: of the files and of what is made of their rows, but for rows that
-        nothing is made of. index: of what decides which rows those are, too. home: where notes are kept. order: as of
+        nothing is made of. index: of what decides which rows those are, and of when files changed, too. home: where notes are kept. order: as of
         Dataset.
 
         Raises:
@@ -257,6 +266,8 @@ class Stream(Dataset):
         self._blocks[number] = examples, plan
         if number == len(self._index.ends) - 1:
             self._index.add(len(plan), self._reader.per_epoch)
+        else:
+            self._index.check(number, len(plan))
 
 
 def open_stream(sources: list[Named], names: list[str], section: DataSection, tokenizer: Any, **order: Any) -> Stream:
@@ -281,7 +292,8 @@ def open_stream(sources: list[Named], names: list[str], section: DataSection, to
 
     reader = Reader(sources, weights, section, tokenizer, template, virtual)
     # Of a run that met no such row, both options have decided nothing; drift.py says which changes that allows.
-    told = identity({"on_bad_line", "too_long"}), identity({"on_bad_line"})
+    changed = [[file_state(path)[1] for path in task.source.paths] for task in tasks]  # in its middle, a file may be
+    told = identity({"on_bad_line", "too_long"}), f"{identity({'on_bad_line'})} {changed}"
     return Stream(reader, names, *told, home_of(section.cache), **order)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tracemalloc
 
 import numpy as np
@@ -97,6 +98,21 @@ def test_a_torn_note_costs_time_alone(stream, tmp_path):
     (note,) = (tmp_path / "cache" / "tokens").glob("*.jsonl")
     note.write_text(note.read_text()[:-7])
     assert hashes(stream(), 4) == whole[3:]
+
+
+def test_notes_of_a_file_that_changed_in_its_middle_are_not_used(stream, tmp_path, monkeypatch):
+    """Its fingerprint is that of its two ends."""
+    monkeypatch.setattr(streaming, "EDGE", 30)
+    path, usual = tmp_path / "a.jsonl", hashes(stream(packing=False))
+    before, text = path.stat(), path.read_bytes()
+    path.write_bytes(text[:98] + b" " * 97 + text[195:])  # seven rows less
+    changed = hashes(stream(packing=False, cache=str(tmp_path / "anew")))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert hashes(stream(packing=False)) == changed != usual
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    told = r"block 1 became 9 rows of the stream, but 10 when .*changed since\. Put it back, or remove .*\.jsonl and"
+    with pytest.raises(DataError, match=told):
+        hashes(stream(packing=False))
 
 
 def test_other_data_has_another_fingerprint(stream, tmp_path):
