@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from jaxtune.data.columns import Cells, OddRow
 from jaxtune.data.packing import shuffled
-from jaxtune.data.records import SHOWN, BadRows, refuse
+from jaxtune.data.records import FEW, SHOWN, BadRows, refuse
 from jaxtune.data.sources import is_table, read_records
 from jaxtune.data.tools import Tool, read_tools
 from jaxtune.data.turns import Message, message, read_turns, said_by
@@ -49,18 +49,18 @@ def read_rows(section: SourceSection, key: str = "data.path") -> Rows:
     return result
 
 
-def stream_rows(section: SourceSection, seen: Rows, key: str = "data.path") -> Iterator[Row]:
+def stream_rows(section: SourceSection, seen: Rows, key: str = "data.path", block: int = 0) -> Iterator[Row]:
     """Every row of a source's files, in order, as they are read. `key` names the setting that lists them.
 
     With num_samples all of them are read first, and then come those that are chosen.
 
     section: its path names files, each of them; locate.with_files makes such a one. seen: takes what is seen on the
-    way, but not the rows.
+    way, but not the rows. block: after each so many rows it is seen whether too many were bad; 0: at the end alone.
 
     Raises:
         DataError: a file, line, column or role is wrong; the message names file, line and column.
     """
-    rows = _read(section, seen, key)
+    rows = _read(section, seen, key, block)
     if section.num_samples is not None:
         every = list(rows)
         seen.again = max(0, section.num_samples - len(every))
@@ -76,7 +76,7 @@ def _says_nothing(said: Message) -> bool:
     return said["role"] == "assistant" and not said["content"].strip() and "tool_calls" not in said
 
 
-def _read(section: SourceSection, seen: Rows, key: str) -> Iterator[Row]:
+def _read(section: SourceSection, seen: Rows, key: str, block: int) -> Iterator[Row]:
     if not section.paths:
         raise DataError(f"{key}: an empty list; give at least one file")
     left_out = BadRows()
@@ -84,6 +84,11 @@ def _read(section: SourceSection, seen: Rows, key: str) -> Iterator[Row]:
     def leave_out(error: DataError) -> None:
         left_out.add(error)
         seen.bad, seen.bad_first = seen.bad + 1, [*seen.bad_first, str(error)][:SHOWN]
+        check_so_far()
+
+    def check_so_far() -> None:
+        if block and left_out.count > FEW and (good + left_out.count) % block == 0:
+            left_out.check(good, key)
 
     bad = leave_out if section.on_bad_line == "skip" else refuse
     columns: set[str] = set()
@@ -104,6 +109,7 @@ def _read(section: SourceSection, seen: Rows, key: str) -> Iterator[Row]:
             record.count_unused()
             columns.update(value)
             good += 1
+            check_so_far()
             yield row
     left_out.check(good, key)
     _check_optional(section, columns, key)

@@ -133,7 +133,7 @@ class Reader:
 
     def _read(self, number: int) -> Iterator[Row]:
         source, key = self._sources[number]
-        return stream_rows(source, self._seen, key)
+        return stream_rows(source, self._seen, key, self._size)
 
     def _again_and_again(self, number: int) -> Iterator[Row]:
         while True:
@@ -205,8 +205,8 @@ class Stream(Dataset):
 
     def __init__(self, reader: Reader, names: list[str], identity: str, index: str, home: Path, **order: Any):
         """names: of several sources. identity: of the files and of what is made of their rows, but for rows that
-        nothing is made of. index: of what decides which rows those are, and of when files changed, too. home: where notes are kept. order: as of
-        Dataset.
+        nothing is made of. index: of what decides which rows those are, too, and of when the files changed. home: where
+        notes are kept. order: as of Dataset.
 
         Raises:
             DataError: nothing is left of the first block.

@@ -258,6 +258,17 @@ def test_a_row_that_is_too_long_is_refused_in_whichever_block_it_comes(stream, t
         hashes(data)
 
 
+@pytest.mark.parametrize(("good", "told"), [(2, "6 of 9 rows"), (0, "8 of 9 rows")])
+def test_too_many_bad_rows_are_told_when_their_block_is_read(stream, tmp_path, good, told):
+    """And few that come first are not too many."""
+    one = json.dumps({"text": "a"})
+    (tmp_path / "a.jsonl").write_text("\n".join(["{"] * 3 + [one] * 3))
+    assert stream(on_bad_line="skip", shuffle_buffer=3).train.batch(4).tokens.size
+    (tmp_path / "a.jsonl").write_text("\n".join([one] + ["{"] * 6 + [one] * good + ["{"] * 9 + [one] * 9))
+    with pytest.raises(DataError, match=rf"^data\.path: too many bad rows, {told}: a\.jsonl:2: "):
+        stream(on_bad_line="skip", shuffle_buffer=3)
+
+
 @pytest.mark.parametrize(
     ("row", "says", "option", "value"),
     [
