@@ -93,12 +93,14 @@ def _header(path: str, cells: list[str], problem: DataError | None, delimiter: s
             f"{path}:1: the header is one cell, {cells[0]!r:.60}; columns are separated by commas in a .csv, by tabs "
             "in a .tsv: save it so"
         )
-    twice = sorted({name for name in cells if cells.count(name) > 1})
-    if twice:
-        raise DataError(
-            f"{path}:1: the header has {listing(map(repr, twice))} more than once; each column needs a name"
-        )
+    _refuse_twice(cells, f"{path}:1: the header")
     return cells
+
+
+def _refuse_twice(names: list[str], what: str) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{what} has {listing(map(repr, twice))} more than once; each column needs a name")
 
 
 def read_parquet(path: str, bad: Bad) -> Iterator[Record]:
@@ -129,6 +131,7 @@ def _rows(batches: Iterable[Any], path: str) -> Iterator[Record]:
     """The rows of record batches as Python objects: structs and maps are dicts, lists are lists."""
     numbers = count(1)
     for batch in batches:
+        _refuse_twice(batch.schema.names, f"{path}: the table")
         batch.validate(full=True)  # offsets that lead nowhere would be followed; text may be no UTF-8
         for start in range(0, batch.num_rows, _BATCH):
             for row, number in zip(batch.slice(start, _BATCH).to_pylist(maps_as_pydicts="strict"), numbers):

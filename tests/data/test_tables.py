@@ -167,6 +167,19 @@ def test_an_old_feather_file_is_told_apart(write):
     assert "Feather of version 1" in message(write("a.feather", b"FEA1" + bytes(40)))
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_tables_column_that_is_there_twice_is_named(write, name):
+    table, sink = pa.table([pa.array([letter]) for letter in "abc"], names=["q", "a", "a"]), io.BytesIO()
+    if name == "a.parquet":
+        parquet.write_table(table, sink)
+    else:
+        with pa.ipc.new_file(sink, table.schema) as file:
+            file.write_table(table)
+    assert message(write(name, sink.getvalue())) == (
+        f"{name}: the table has 'a' more than once; each column needs a name"
+    )
+
+
 def test_a_table_without_rows_is_empty(write):
     sink = io.BytesIO()
     parquet.write_table(pa.table({"text": pa.array([], pa.string())}), sink)
