@@ -117,6 +117,8 @@ class Cells:
         value, name = self.need(column), self.name(column)
         if not isinstance(value, list):
             raise DataError(f'{self.where}: column "{name}" is {kind(value)}; expected a list of messages')
+        if not value and self.like_llamafactory:
+            raise OddRow
         if not value:
             raise DataError(f'{self.where}: column "{name}" is an empty list; expected at least one message')
         return value

@@ -137,7 +137,7 @@ def _columns(entry: _Entry, named: dict[str, str | None] | None, format: str) ->
     if format == "text":
         return Columns(text=str(found["prompt"]))
     names = {**_COLUMNS[format], **_SHARED}
-    given: dict[str, Any] = {ours: found.get(theirs) for theirs, ours in names.items()}
+    given: dict[str, Any] = {ours: found.get(theirs) or None for theirs, ours in names.items()}
     for theirs, ours in names.items():
         if given[ours] is None and Columns.model_fields[ours].annotation is str:
             raise entry.wrong(f'columns has no "{theirs}", without which there is nothing to learn; name it')

@@ -63,6 +63,12 @@ def test_a_column_that_an_entry_does_not_name_is_not_read(folder):
     assert conversations(folder({"columns": {"prompt": "instruction", "response": "output"}}, row)) == [say("q", "a")]
 
 
+def test_a_column_with_an_empty_name_is_absent(folder):
+    entry = {"columns": {"prompt": "instruction", "response": "output", "query": "", "system": ""}}
+    assert conversations(folder(entry, {**ALPACA, "input": "i", "system": "s"})) == [say("q", "a")]
+    assert 'columns has no "response"' in refused(folder, {"columns": {"prompt": "p", "response": "", "query": "q"}})
+
+
 def test_rows_without_an_answer_are_left_out_and_counted(folder):
     result = folder({}, ALPACA, {**ALPACA, "output": None}, {"instruction": "q", "input": ""})
     assert conversations(result) == [say("q", "a")]
@@ -122,6 +128,7 @@ ODD = [
     [("human", "q"), ("gpt", "a"), ("system", "s"), ("gpt", "b")],
     [("human", "q"), ("bing", "a")],
     [("system", "s")],
+    [],
     [
         ("human", "q"),
         ("function_call", '{"name": "f", "arguments": {}}'),
