@@ -62,7 +62,7 @@ def _parse_line(text: str, where: str, torn: bool) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        hint = CUT_OFF if torn else _comma(error)
+        hint = CUT_OFF if torn and _cut(error) else _comma(error)
         if text.lstrip().startswith("["):
             hint = _AN_ARRAY
         raise DataError(f"{where}: not valid JSON: {error.msg} (column {error.colno}){hint}") from None
@@ -78,9 +78,14 @@ def read_array(file: BinaryIO, path: str, bad: Bad) -> Iterator[Record]:
     try:
         yield from _array_items(text, path, bad)
     except json.JSONDecodeError as error:
-        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
-        hint = CUT_OFF if cut else _comma(error)
+        hint = CUT_OFF if _cut(error) else _comma(error)
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}){hint}") from None
+
+
+def _cut(error: json.JSONDecodeError) -> bool:
+    """Whether the text ends where more of a value has to follow."""
+    rest = error.doc[error.pos :].rstrip()
+    return error.msg.startswith("Unterminated") or any(word.startswith(rest) for word in ("true", "false", "null"))
 
 
 def _comma(error: json.JSONDecodeError) -> str:

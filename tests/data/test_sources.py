@@ -69,10 +69,16 @@ def test_bad_place_in_an_array_is_named(write):
     assert "a.json:2: not valid JSON: Extra data" in message(write("a.json", '[{"x": 1}]\n[]'))
 
 
-@pytest.mark.parametrize("torn", ['{"x": 1}\n{"x": "ab', '{"x": 1}\n{"x"', '{"x": 1}\n{"x": 1'])
+@pytest.mark.parametrize("torn", ['{"x": 1}\n{"x": "ab', '{"x": 1}\n{"x"', '{"x": 1}\n{"x": 1', '{"x": 1}\n{"x": tr'])
 def test_torn_last_line_is_said_to_be_torn(write, torn):
     text = message(write("a.jsonl", torn))
     assert text.startswith("a.jsonl:2:") and "cut off while it was written" in text
+
+
+@pytest.mark.parametrize("last", ['{"x": 1} {"x": 2}', "{'x': 1}", '{"x": 1, }'])
+def test_a_wrong_last_line_without_a_line_end_is_not_said_to_be_torn(write, last):
+    text = message(write("a.jsonl", f'{{"x": 1}}\n{last}'))
+    assert text.startswith("a.jsonl:2: not valid JSON") and "cut off" not in text
 
 
 @pytest.mark.parametrize("end", range(1, 24))
