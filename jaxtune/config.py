@@ -14,7 +14,7 @@ from jaxtune.elsewhere import METHOD_NAMES
 from jaxtune.errors import ConfigError, listing, nearest
 from jaxtune.mistakes import explain, shown, source_of
 from jaxtune.section import Fraction, NonNegative, Positive, Section, TuneSection
-from jaxtune.yaml_text import parse_yaml
+from jaxtune.yaml_text import parse_argument, parse_yaml
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -367,7 +367,7 @@ def _apply_override(tree: dict, override: str) -> None:
         tree = tree[part]
         if not isinstance(tree, dict):
             raise ConfigError(f'override "{override}": "{part}" is not a section')
-    tree[parts[-1]] = parse_yaml(value, f'override "{override}"')
+    tree[parts[-1]] = parse_argument(value, f'override "{override}"')
 
 
 def dump_config(config: Config) -> str:

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from jaxtune.elsewhere import ELSEWHERE
 from jaxtune.errors import ConfigError, listing, nearest
 from jaxtune.section import Section, TuneSection, describe, section_of
-from jaxtune.yaml_text import parse_yaml
+from jaxtune.yaml_text import parse_argument
 
 Keys = tuple[str, ...]
 BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
@@ -143,6 +143,8 @@ def _remedy(kind: Any, found: Any) -> str:
     if isinstance(found, str):
         if _fits(kind, _read(found)):
             return "; that is text: take the quotes off"
+        if _fits(kind, _read(found.lstrip("0"))):
+            return f"; write {found.lstrip('0')}"
         names = [name.strip() for name in found.split(",")]
         if _fits(kind, names):
             return f"; write a list: [{', '.join(names)}]"
@@ -157,7 +159,7 @@ def _remedy(kind: Any, found: Any) -> str:
 
 def _read(text: str) -> Any:
     try:
-        return parse_yaml(text, "")
+        return parse_argument(text, "")
     except ConfigError:
         return None
 

@@ -1,4 +1,4 @@
-"""YAML in its plain form: no aliases, no key twice, and 1e-4 is a number."""
+"""YAML in its plain form: no aliases, no key twice, 1e-4 is a number, and numbers are decimal."""
 
 import re
 from typing import Any
@@ -29,13 +29,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 reads 1e-4 as a string; everybody writes it and means a number.
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+# YAML 1.1 reads 1e-4 as a string, which everybody writes and means a number; and 010, 0x10 and 1:30 as 8, 16 and 90,
+# which nobody here means: they are text, and refused where a number belongs.
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9_]*)",
+    "tag:yaml.org,2002:float": r"([-+]?[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?"
+    r"|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in _NUMBERS]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^({_pattern})$"), list("-+.0123456789"))
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -50,6 +56,16 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML: {place}: character {error.character!r} is not allowed") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def parse_argument(text: str, where: str) -> Any:
+    """The YAML in one argument of a command line, in which a `#` begins no comment: what YAML would leave out or fold
+    is text as it stands."""
+    found, written = parse_yaml(text, where), text.strip()
+    node = yaml.compose(text, Loader=_Loader)
+    is_cut = bool(text[node.end_mark.index :].strip() if node else written)
+    is_plain = isinstance(found, str) and not written.startswith(("'", '"', "|", ">", "&", "!"))
+    return written if is_cut or is_plain else found
 
 
 # How the parser's words begin -> ours, for what people do wrong most.

@@ -51,6 +51,26 @@ def test_numbers_are_numbers_however_they_are_written(tmp_path, written, number)
     assert load(tmp_path, SMALLEST, f"optim.lr={written}").optim.lr == number
 
 
+@pytest.mark.parametrize("written", ["010", "0x10", "0b11", "1:30", "-07"])
+def test_a_number_is_decimal_or_refused(tmp_path, written):
+    for text, overrides in ((SMALLEST + f"train: {{steps: {written}}}", []), (SMALLEST, [f"train.steps={written}"])):
+        message = refused(tmp_path, text, *overrides)
+        assert f"train.steps: expected integer > 0 or null; found '{written}'" in message
+        assert ("; write 10" in message) == (written == "010")
+
+
+@pytest.mark.parametrize("text", ["You are agent #7 of 9", "# 1", "First line.\nSecond line.", "a\n\n  b", "10 # ten"])
+def test_an_override_is_text_to_its_end(tmp_path, text):
+    assert load(tmp_path, SMALLEST, f"data.system={text}").data.system == text
+
+
+def test_an_override_has_no_comments(tmp_path):
+    assert refused(tmp_path, SMALLEST, "train.steps=10 # a few").endswith("or null; found '10 # a few'")
+    assert "found '[q_proj] # and k_proj'" in refused(tmp_path, SMALLEST, "eval.fraction=[q_proj] # and k_proj")
+    config = load(tmp_path, SMALLEST, "tune.rank_pattern={'a #b': 4}", 'data.system="Agent #7"', "train.steps= 3 ")
+    assert (config.tune.rank_pattern, config.data.system, config.train.steps) == ({"a #b": 4}, "Agent #7", 3)
+
+
 def test_an_override_wins_over_the_file_and_makes_sections(tmp_path):
     config = load(tmp_path, SMALLEST + "train: {seed: 1}", "train.seed=2", "eval.fraction=0.1", "tune.targets=[k_proj]")
     assert (config.train.seed, config.eval.fraction, config.tune.targets) == (2, 0.1, ["k_proj"])
