@@ -23,13 +23,16 @@ def encode_prompt(tokenizer: Any, prompt: str | Messages, system: str | None = N
     begins. system: the first message where there is none.
 
     Raises:
-        DataError: not messages, no chat template, or one that refuses these messages.
+        DataError: not messages, not UTF-8, no chat template, or one that refuses these messages.
     """
     if isinstance(prompt, str):
+        _check_utf8(prompt)
         return _without_end(tokenizer, tokenizer(prompt, return_special_tokens_mask=True))
     _check_messages(prompt)
     if system is not None and all(message["role"] != "system" for message in prompt):
         prompt = [{"role": "system", "content": system}, *prompt]
+    for message in prompt:
+        _check_utf8(message["content"])
     with open_template(tokenizer) as template:
         return list(tokenizer(template.prompt(prompt), add_special_tokens=False)["input_ids"])
 
@@ -54,6 +57,14 @@ def _check_messages(messages: Any) -> None:
                 f'expected messages such as {{"role": "user", "content": "Hello"}}, with a role out of '
                 f"{', '.join(ROLES)}; found {message!r:.80}"
             )
+
+
+def _check_utf8(text: str) -> None:
+    """Refuse what Python has for bytes that are no character: no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the text is not UTF-8: {text[max(error.start - 40, 0) : error.start + 40]!r}") from None
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:

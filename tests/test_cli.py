@@ -45,7 +45,8 @@ def call(monkeypatch, capsys):
 
     def call(*arguments, input=""):
         monkeypatch.setattr(console, "stderr", False)
-        monkeypatch.setattr(sys, "stdin", io.StringIO(input))
+        stdin = io.TextIOWrapper(io.BytesIO(input), "utf-8") if isinstance(input, bytes) else io.StringIO(input)
+        monkeypatch.setattr(sys, "stdin", stdin)
         with pytest.raises(SystemExit) as left:
             cli.main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
@@ -234,6 +235,14 @@ def test_chat_goes_on_after_a_question_that_is_too_long(call, tiny_model, asked)
     code, out, err = call("chat", "--model", tiny_model("qwen2"), "--max-new-tokens", 10, input=said)
     assert code == 0
     assert "256 positions" in err
+    assert out == asked.generate([{"role": "user", "content": "Hello"}], 10) + "\n"
+
+
+def test_chat_goes_on_after_what_is_not_utf8(call, tiny_model, asked):
+    said = b"caf\xe9\nHello\n"
+    code, out, err = call("chat", "--model", tiny_model("qwen2"), "--max-new-tokens", 10, input=said)
+    assert code == 0
+    assert "the text is not UTF-8: 'caf\\udce9'\n" in err
     assert out == asked.generate([{"role": "user", "content": "Hello"}], 10) + "\n"
 
 

@@ -77,6 +77,14 @@ def test_what_is_not_messages_is_refused(tiny_tokenizer, bad):
         encode_prompt(tiny_tokenizer, bad)
 
 
+def test_text_that_is_not_utf8_is_refused_with_its_place(tiny_tokenizer):
+    text = b"x" * 100 + b" a caf\xe9 here"
+    text = text.decode("utf-8", "surrogateescape")
+    for prompt, system in ((text, None), ([{"role": "user", "content": text}], None), (QUESTION, text)):
+        with pytest.raises(DataError, match=r"^the text is not UTF-8: 'x{34} a caf\\udce9 here'$"):
+            encode_prompt(tiny_tokenizer, prompt, system)
+
+
 def test_messages_without_a_chat_template_are_refused():
     with pytest.raises(DataError, match="no chat template"):
         encode_prompt(llama2_like(), QUESTION)
