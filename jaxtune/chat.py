@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from jaxtune.api import LoadedModel
-from jaxtune.console import say
-from jaxtune.errors import UserError
+from jaxtune.console import say, told_when_full
+from jaxtune.errors import OutputError, UserError
 from jaxtune.sampling import Sampling
 from jaxtune.text import Messages
 
@@ -53,6 +53,8 @@ class Chat:
                 self.write(piece)
         except KeyboardInterrupt:
             self.write(" [stopped]")
+        except OutputError:
+            raise
         except UserError as error:
             say(f"{error}\n/reset begins anew.")
             self.messages.pop()
@@ -70,7 +72,8 @@ class Chat:
     def _next_line(self) -> str | None:
         """What the user types; None when they leave. Ctrl-C gives up the line."""
         try:
-            return input(PROMPT if sys.stdin.isatty() else "")
+            with told_when_full():
+                return input(PROMPT) if sys.stdin.isatty() else input()
         except EOFError:
             if sys.stdin.isatty():
                 self.write("\n")

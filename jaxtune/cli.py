@@ -18,7 +18,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 
@@ -370,8 +370,11 @@ def _write(text: str) -> None:
     """A piece of an answer. A terminal gets no control characters: a model's text must not steer it."""
     if sys.stdout.isatty():
         text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    from jaxtune.console import told_when_full
+
+    with told_when_full():
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def _set_flags() -> None:
@@ -388,9 +391,7 @@ def _one_line_errors() -> Iterator[None]:
     """What a person can put right, or did on purpose, ends with one message and its exit code."""
     try:
         yield
-    except BrokenPipeError:
-        # Nobody reads on; without this, Python's own flush at the end would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # nobody reads on
         raise SystemExit(1) from None
     except (Exception, KeyboardInterrupt) as error:
         told = explained(error)
@@ -400,15 +401,31 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr)  # noqa: T201 - the console may be on stdout
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr)  # noqa: T201 - the console may be on stdout
     raise SystemExit(code)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Do as the command line says. arguments: in its place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed before Python began
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what a locale or half a character has no bytes for is escaped
             stream.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # what is typed and no text is refused where it is read
-    app(arguments, prog_name="jaxtune")
+    try:
+        app(arguments, prog_name="jaxtune")
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _give_up_unwritten(stream)
+
+
+def _give_up_unwritten(stream: TextIO) -> None:
+    """Without this, Python's own flush at the end would complain of what a pipe or a disk did not take."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

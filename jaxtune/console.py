@@ -1,13 +1,16 @@
 """Where jaxtune speaks to a person: one console for reports, stages, warnings and progress bars.
 
 It writes to stdout. A command whose stdout is its answer (generated text, say) moves it aside with
-`speak_on_stderr`. Without a terminal everything is plain, unwrapped lines, and nobody makes a bar.
+`speak_on_stderr`; one that would lose more than words where stdout's disk is full calls `go_on_unheard`. Without a
+terminal everything is plain, unwrapped lines, and nobody makes a bar.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -21,15 +24,76 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from jaxtune.errors import OutputError
+
+
+@contextmanager
+def told_when_full() -> Iterator[None]:
+    """Around a write to stdout: that its disk is full, say, becomes an OutputError. A reader that is gone stays one."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"the output cannot be written: {error.strerror or error}") from None
+
+
+class _Stream:
+    """Where a console writes to. bear: what is done about an OutputError."""
+
+    def __init__(self, file: IO[str], bear: Callable[[OutputError], None]):
+        self._file, self._bear = file, bear
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> None:
+        self._try(self._file.write, text)
+
+    def flush(self) -> None:
+        self._try(self._file.flush)
+
+    def _try(self, act: Callable[..., object], *arguments: str) -> None:
+        try:
+            with told_when_full():
+                act(*arguments)
+        except OutputError as error:
+            self._bear(error)
+
+
+class _Console(Console):
+    """Its errors of writing are OutputErrors, or told once on stderr and endured: of a command that asked for that, and
+    on stderr itself, where no answer is written."""
+
+    goes_on, _warned = False, False
+
+    @property  # type: ignore[misc]  # nobody sets it
+    def file(self) -> IO[str]:
+        return cast(IO[str], _Stream(super().file, self._bear))
+
+    def _bear(self, error: OutputError) -> None:
+        if not (self.goes_on or self.stderr):
+            raise error
+        if not self._warned:
+            self._warned = True
+            with contextlib.suppress(OSError):
+                print(f"Warning: {error}; the work goes on without it", file=sys.stderr)  # noqa: T201
+
+
 # A notebook's stdout calls itself a terminal, and shows what moves a terminal's cursor as it is: plain lines there,
 # which a reader can copy and a test can compare.
 _is_notebook = type(sys.stdout).__module__.startswith("ipykernel")
-console = Console(highlight=False, markup=False, force_jupyter=False, force_terminal=False if _is_notebook else None)
+console = _Console(highlight=False, markup=False, force_jupyter=False, force_terminal=False if _is_notebook else None)
 
 
 def speak_on_stderr() -> None:
     """Leave stdout to the command's own answer."""
     console.stderr = True
+
+
+def go_on_unheard() -> None:
+    """Where stdout's disk is full, say so once and go on; else it is an OutputError."""
+    console.goes_on = True
 
 
 def say(text: str, style: str | None = None) -> None:

@@ -57,6 +57,12 @@ class SaveError(CheckpointError):
     exit_code = 1
 
 
+class OutputError(UserError):
+    """Where the words go cannot be written to: stdout is a file on a full disk, say."""
+
+    exit_code = 1
+
+
 class TrainingStopped(UserError):
     """Training has come to nothing, though no input was found to be wrong."""
 

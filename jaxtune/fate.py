@@ -238,7 +238,8 @@ def _leave(message: str, code: int) -> NoReturn:
     """End this process from any thread, whatever the others are stuck in."""
     if console.is_terminal:
         console.show_cursor()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     if message:
         os.write(2, f"{message}\n".encode())
     os._exit(code)

@@ -16,7 +16,7 @@ from jaxtune import attention_kernel, fate, out_of_memory, processes, restack, t
 from jaxtune.assemble import Assembled, Source, assemble
 from jaxtune.checkpoint import Checkpointer, by_path
 from jaxtune.config import Config
-from jaxtune.console import console, loading_bar, say, stage, warn
+from jaxtune.console import console, go_on_unheard, loading_bar, say, stage, warn
 from jaxtune.data.loader import Batch, Data, Dataset, build_data
 from jaxtune.errors import TrainingStopped
 from jaxtune.export import write_result
@@ -63,6 +63,7 @@ def train(config: Config) -> list[dict]:
         UserError: something of the user's is wrong, by name.
         SystemExit: 143 after SIGTERM, when the step is finished and saved.
     """
+    go_on_unheard()
     config = config.model_copy(update={"tune": tune.resolve(config.tune)})
     processes.compare(lambda: processes.program(config))
     mesh = make_mesh(config.mesh)

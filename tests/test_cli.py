@@ -1,20 +1,23 @@
 """The commands: exit codes, one message and no traceback for what a person can put right, text alone on stdout."""
 
+import contextlib
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import jaxtune
-from jaxtune import cli
-from jaxtune.errors import ConfigError, SaveError
+from jaxtune import cli, console
+from jaxtune.errors import ConfigError, OutputError, SaveError
 from jaxtune.loop import check_positions
 from jaxtune.models.config import Rope
 from tests.conftest import child_environment
@@ -41,10 +44,8 @@ def call(monkeypatch, capsys):
     """call(*arguments, input=None) -> (exit code, stdout, stderr) of the command, in this process."""
     import io
 
-    from jaxtune.console import console
-
     def call(*arguments, input=""):
-        monkeypatch.setattr(console, "stderr", False)
+        monkeypatch.setattr(console.console, "stderr", False)
         stdin = io.TextIOWrapper(io.BytesIO(input), "utf-8") if isinstance(input, bytes) else io.StringIO(input)
         monkeypatch.setattr(sys, "stdin", stdin)
         with pytest.raises(SystemExit) as left:
@@ -357,6 +358,41 @@ def test_a_reader_that_leaves_early_is_no_failure_to_report(tiny_model):
     assert process.wait(timeout=120) == 1
     assert b"Traceback" not in said
     assert b"BrokenPipe" not in said
+
+
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is Linux's")
+
+
+@needs_dev_full
+def test_an_answer_that_a_full_disk_does_not_take_ends_with_one_message_and_code_1(tiny_model):
+    command = [sys.executable, "-m", "jaxtune", "generate", "--model", str(tiny_model("qwen2")), "--prompt", "x"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=child_environment(), stdout=full, stderr=subprocess.PIPE, check=False)
+    told = done.stderr.decode().splitlines()
+    assert (done.returncode, told[-1]) == (1, "the output cannot be written: No space left on device")
+    assert len(told) == 2 and told[0].startswith("Loading ")
+
+
+@needs_dev_full
+def test_a_run_goes_on_where_its_words_find_no_room_and_others_do_not(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(console.console, "goes_on", False)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OutputError, match="the output cannot be written"):
+            console.say("an answer")
+        rows = jaxtune.train(sections(tiny_model("qwen2"), tmp_path, steps=2, log={"every": 1}))
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert [row["step"] for row in rows] == [1, 2]
+    assert capsys.readouterr().err.count("cannot be written: No space left on device; the work goes on without it") == 1
+
+
+def test_streams_that_were_closed_are_taken_for_empty_ones(tiny_model):
+    command = [sys.executable, "-m", "jaxtune", "chat", "--model", str(tiny_model("qwen2")), "--max-new-tokens", "3"]
+    shell = ["sh", "-c", f"{shlex.join(command)} <&- >&-"]
+    done = subprocess.run(shell, env=child_environment(), stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
 
 
 def test_what_a_terminal_has_no_bytes_for_is_escaped(tiny_model, tmp_path):
