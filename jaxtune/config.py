@@ -43,7 +43,7 @@ class TrainSection(Section):
 
     output_dir: str = "runs/default"  # the run directory: one run each
     steps: Positive | None = None  # wins over epochs
-    epochs: Annotated[float, Field(gt=0)] = 3
+    epochs: Annotated[float, Field(gt=0, le=100_000)] = 3  # for more, set steps: epochs take time to count
     batch_size: Positive = 8  # sequences (packs, when packing) of an optimiser step, all devices together
     micro_batches: Positive = 1  # equal parts of the batch, one after another
     seed: NonNegative = 0  # of the data's order, first values and dropout

@@ -158,6 +158,7 @@ def test_a_mistake_is_named_with_what_is_allowed(tmp_path, text, expected):
         ),
         ("train: {steps: 1e3}", "train.steps: expected integer > 0 or null; found 1000.0; write 1000"),
         ("train: {steps: 1.5}", "train.steps: expected integer > 0 or null; found 1.5"),
+        ("train: {epochs: 1e9}", "train.epochs: should be less than or equal to 100000; found 1000000000.0"),
         ("train: {seed: -1}", "train.seed: should be greater than or equal to 0; found -1"),
         (
             "optim: {name: sgd, beta1: 0.8}",

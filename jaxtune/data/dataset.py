@@ -27,6 +27,8 @@ import numpy as np
 from jaxtune.data.examples import Many
 from jaxtune.data.mixing import Sources
 from jaxtune.data.packing import Epoch, plan_epoch
+from jaxtune.errors import ConfigError
+from jaxtune.section import LARGEST
 from jaxtune.segments import SHARED
 
 STREAM_VERSION = 1  # to be raised with any change of order or packing, so that an old run is not resumed on a new one
@@ -95,6 +97,9 @@ class Dataset:
 
         virtual: ids that are put before every example, and take of `time`. sources: of several. share_prefix: what
         all examples begin with is put into a pack once; without packing it does nothing.
+
+        Raises:
+            ConfigError: so many epochs come to no step, or to more than there may be.
         """
         self.examples, self.virtual, self.sources = examples, virtual, sources
         self.shape = (micro_batches, batch_size // micro_batches, time)
@@ -105,7 +110,7 @@ class Dataset:
         self._epochs: dict[int, Epoch] = {}  # the last few that were asked for
         self._ends = [0]  # the stream's rows before each epoch, and in all
         self._lock = threading.Lock()
-        self._limit = None if steps is not None else self.rows_of(epochs)  # rows of the stream; None: no end
+        self._limit = None if steps is not None else self._rows_of_a_run(epochs)  # rows of the stream; None: no end
         self.steps: int = steps if steps is not None else -(-self.rows_of(epochs) // batch_size)
 
     @property
@@ -236,6 +241,15 @@ class Dataset:
         lengths: np.ndarray = self.examples.lengths + len(self.virtual) - self.shared
         mixed = self.sources.order(self._order["seed"], epoch, self._order["shuffle"]) if self.sources else None
         return plan_epoch(lengths, self.shape[-1] - self.shared, epoch=epoch, order=mixed, **self._order)
+
+    def _rows_of_a_run(self, epochs: float) -> int:
+        steps = epochs * self.rows / self.batch_size  # nearly: epochs have not quite the same number of packs
+        if steps > LARGEST:
+            raise ConfigError(f"train.epochs {epochs:g}: some {steps:.2g} steps; allowed: {LARGEST} at most; lower it")
+        rows = self.rows_of(epochs)
+        if not rows:
+            raise ConfigError(f"train.epochs {epochs:g}: no row, and so no step, of the {self.rows} rows; raise it")
+        return rows
 
     def rows_of(self, epochs: float) -> int:
         """Rows of the stream in so many epochs; of a part of an epoch, that part of its rows, rounded up."""

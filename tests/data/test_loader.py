@@ -173,6 +173,15 @@ def test_steps_win_over_epochs_and_go_round_again():
     assert data.steps == 10 and len(counts) == 5 and set(counts.values()) == {4}
 
 
+@pytest.mark.parametrize(
+    ("epochs", "message"),
+    [(1e-300, "train.epochs 1e-300: no row, and so no step, of the 40"), (1e300, "train.epochs 1e[+]300: some 1e")],
+)
+def test_epochs_that_come_to_no_step_or_to_too_many_are_refused_before_they_are_counted(epochs, message):
+    with pytest.raises(ConfigError, match=message):
+        dataset(packing=False, epochs=epochs)
+
+
 def test_each_epoch_has_an_order_of_its_own():
     firsts = first_tokens(dataset(examples(12), packing=False, epochs=3).batches())
     epochs = [firsts[i : i + 12] for i in (0, 12, 24)]
