@@ -213,6 +213,8 @@ def train(config: Config | dict | str | Path) -> list[dict]:
         config = load_config(config)
     elif isinstance(config, dict):
         config = make_config(config)
+    elif not isinstance(config, Config):
+        raise ConfigError(f"train: expected a Config, a dict of its sections, or a YAML file; found {config!r:.80}")
     from jaxtune import loop
 
     return loop.train(config)

@@ -174,6 +174,12 @@ def test_training_takes_a_config_a_dict_or_a_path(tiny_model, tmp_path):
     assert losses[0] == losses[1] == losses[2]
 
 
+@pytest.mark.parametrize("found", [None, [1]])
+def test_training_refuses_what_is_none_of_these(found):
+    with pytest.raises(ConfigError, match=r"train: expected a Config, .* or a YAML file; found (None|\[1\])$"):
+        jaxtune.train(found)
+
+
 def test_a_run_that_has_not_finished_gives_its_last_checkpoint_and_says_so(lora, tmp_path, capsys):
     half = tmp_path / "half"
     shutil.copytree(lora[0], half)
