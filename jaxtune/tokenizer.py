@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.files import inside, read_json
+from jaxtune.section import LARGEST
 
 # When it is imported, transformers would say that PyTorch is missing, as if something were wrong.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -125,6 +126,6 @@ def _generation_ids(path: Path | None) -> list[int]:
     file = inside(path, "generation_config.json", ModelError, str(path))
     found = read_json(file, ModelError).get("eos_token_id")
     ids = token_ids(found)
-    if not all(type(i) is int and i >= 0 for i in ids):
+    if not all(type(i) is int and 0 <= i <= LARGEST for i in ids):
         raise ModelError(f"{file}: eos_token_id is {found!r:.200}; expected a token id or a list of them")
     return ids

@@ -127,7 +127,7 @@ def test_an_end_of_turn_that_the_template_does_not_use_is_none(directory):
     assert stop_ids(load_tokenizer(directory)) == (0,)
 
 
-@pytest.mark.parametrize("ids", ["2", [1, "2"], -1, 2.5, True])
+@pytest.mark.parametrize("ids", ["2", [1, "2"], -1, 2**31, 2.5, True])
 def test_ends_that_are_no_ids_are_refused(directory, ids):
     edit(directory, "generation_config.json", eos_token_id=ids)
     with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id"):
