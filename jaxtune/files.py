@@ -1,8 +1,10 @@
-"""Small files from strangers: JSON with limits, and names that must stay inside their directory. And locks on files."""
+"""Small files from strangers: JSON with limits, and names that must stay inside their directory. And our own: written
+whole, and locked."""
 
 import errno
 import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,21 @@ def check_new(directory: Path, error: type[UserError]) -> None:
     """
     if directory.is_symlink() or (directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))):
         raise error(f"{directory}: is there already; give a new directory, or remove it")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all. A link stays one, and a device is written to as it is."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def try_lock(handle: int) -> bool | None:

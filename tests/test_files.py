@@ -1,10 +1,13 @@
 """Small files are read with limits, and names stay inside their directory."""
 
+import errno
+from pathlib import Path
+
 import pytest
 
 from jaxtune import files
 from jaxtune.errors import ConfigError, ModelError
-from jaxtune.files import inside, read_json
+from jaxtune.files import inside, read_json, write_whole
 
 
 def test_a_json_object_is_read(tmp_path):
@@ -69,3 +72,23 @@ def test_only_a_snapshot_of_the_hubs_cache_may_link_to_its_repository(tmp_path):
         else:
             with pytest.raises(ModelError):
                 inside(snapshot, "file", ModelError, "here")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to("page")
+    write_whole(tmp_path / "link", "old")
+    write_whole(Path("/dev/null"), "nothing")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "page").read_text() == "old"
+    assert not Path("/dev/null").is_file()
+    write = Path.write_text
+
+    def cut(path, text, **options):
+        write(path, text[:1], **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    for name in ("page", "another"):
+        with pytest.raises(OSError, match="No space left"):
+            write_whole(tmp_path / name, "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "page"}
+    assert (tmp_path / "page").read_text() == "old"

@@ -5,6 +5,7 @@ import json
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -307,6 +308,14 @@ def test_a_page_is_written_in_place_of_the_rows(call, tmp_path):
     assert code == 0
     assert "«" not in out and f"{tmp_path / 'p.html'}: 3 of 3 rows of the first epoch" in out
     assert len(Page((tmp_path / "p.html").read_text(encoding="utf-8")).hints) > 40
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is Linux's")
+def test_a_page_that_the_disk_has_no_room_for_is_told_and_leaves_nothing(call, tmp_path):
+    (tmp_path / "p.html.partial").symlink_to("/dev/full")
+    code, _, err = call("--html", tmp_path / "p.html")
+    assert (code, err) == (2, f"--html {tmp_path / 'p.html'}: cannot be written: No space left on device\n")
+    assert not [path for path in tmp_path.iterdir() if "html" in path.name]
 
 
 def test_a_page_of_a_stream_says_that_its_rows_are_of_a_block(call, tmp_path):
