@@ -17,8 +17,10 @@ Row = dict[str, Any]
 
 
 class LineFile:
-    """A file of JSON lines. Each line is one write at a known offset: a kill tears the last line at most, and a
-    line that could not be written whole is written over by the next."""
+    """A file of JSON lines. Each line is one write at a known offset: a kill tears the last line at most, and what
+    could not be written whole leaves the lines as they were."""
+
+    END = b"}\n"
 
     def __init__(self, path: Path):
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
@@ -29,14 +31,18 @@ class LineFile:
 
     def amend(self, fields: Row) -> None:
         """Add fields to the last line, by one write over its closing brace."""
-        self._write(self._size - len("}\n"), ", " + json.dumps(fields, allow_nan=False)[1:])
+        self._write(self._size - len(self.END), ", " + json.dumps(fields, allow_nan=False)[1:])
 
     def _write(self, offset: int, text: str) -> None:
         data = text.encode() + b"\n"
-        written = os.pwrite(self._file, data, offset)
-        if written != len(data):
+        try:
+            written = os.pwrite(self._file, data, offset)
+            if written != len(data):
+                raise OSError(f"{written} of {len(data)} bytes fitted")
+        except OSError:
+            os.pwrite(self._file, self.END[: self._size - offset], offset)  # needs no room: it was there before
             os.ftruncate(self._file, self._size)
-            raise OSError(f"{written} of {len(data)} bytes fitted")
+            raise
         self._size = offset + len(data)
 
     def close(self) -> None:

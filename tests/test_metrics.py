@@ -302,6 +302,29 @@ file.append({"step": 3})
     assert [line["step"] for line in lines(tmp_path, "lines.jsonl")] == [1, 3]
 
 
+def test_an_evaluation_cut_short_by_a_full_disk_leaves_its_line_whole(tmp_path, run_python):
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from jaxtune.record_files import LineFile
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+file = LineFile(Path(sys.argv[1]))
+file.append({"step": 1})
+for room in 12, 20:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    try:
+        file.amend({"eval_loss": 1.25})
+    except OSError as error:
+        print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+file.append({"step": 2})
+file.amend({"eval_loss": 1.5})
+"""
+    done = run_python(code, str(tmp_path / "lines.jsonl"))
+    assert "2 of 21 bytes fitted" in done.stdout and "10 of 21 bytes fitted" in done.stdout, done.stdout + done.stderr
+    assert lines(tmp_path, "lines.jsonl") == [{"step": 1}, {"step": 2, "eval_loss": 1.5}]
+
+
 # TensorBoard
 
 
