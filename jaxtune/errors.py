@@ -52,7 +52,7 @@ class LostProcess(ProcessError):
 
 
 class SaveError(CheckpointError):
-    """A checkpoint could not be written: no fault in what the user asked for, but the run cannot go on."""
+    """A checkpoint or a result could not be written: no fault in what the user asked for, but the run cannot go on."""
 
     exit_code = 1
 

@@ -14,7 +14,7 @@ from jaxtune.api import LoadedModel
 from jaxtune.assemble import FULL, Assembled
 from jaxtune.config import ModelSection
 from jaxtune.console import stage
-from jaxtune.errors import ConfigError, DataError, ModelError
+from jaxtune.errors import AdapterError, ConfigError, DataError, ModelError, SaveError
 from jaxtune.files import check_new
 from jaxtune.hf_write import write_model
 from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, open_run, record_of, require_run
@@ -49,12 +49,20 @@ def write_result(
     section: of the configuration, resolved or not. params: the whole tree as trained, `combine(trainable, frozen)`.
     dtype: of the model's files, `precision.params`; an adapter is float32. base: what PEFT is told of the base model.
     Every process calls this. Each directory appears whole, under its name, at the end; one from before is replaced.
+
+    Raises:
+        SaveError: it cannot be written.
     """
     directory = result_directory(run_dir, section)
-    if tune.has_adapter(section):
-        _write_adapter(directory, section, assembled, params, base)
-    else:
-        _write_model(directory, assembled, merged(params), dtype)  # a base may be quantised
+    try:
+        if tune.has_adapter(section):
+            _write_adapter(directory, section, assembled, params, base)
+        else:
+            _write_model(directory, assembled, merged(params), dtype)  # a base may be quantised
+    except (AdapterError, ModelError) as error:
+        raise SaveError(
+            f"{error}; every step is saved: put that right, then run the same command again, which writes the result"
+        ) from None
     return directory
 
 

@@ -8,8 +8,9 @@ import pytest
 
 import jaxtune
 from jaxtune import assemble, export
-from jaxtune.errors import ConfigError, ModelError
+from jaxtune.errors import ConfigError, ModelError, SaveError
 from jaxtune.export import export_run, probe_tokens
+from jaxtune.tune import peft_io
 from tests.runs import LORA, sections, unfinish
 
 TOKENS = np.random.default_rng(1).integers(0, 384, (2, 40))
@@ -59,6 +60,21 @@ def test_peft_is_told_which_revision_of_the_base_an_adapter_is_of(tiny_model, tm
     for directory in (tmp_path / "run" / "adapter", tmp_path / "exported"):
         stored = json.loads((directory / "adapter_config.json").read_text())
         assert (stored["base_model_name_or_path"], stored["revision"]) == ("org/model", "abc123")
+
+
+def test_a_run_whose_adapter_cannot_be_written_says_how_to_go_on(tiny_model, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    tree = sections(tiny_model("qwen2"), tmp_path, steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(peft_io, "_write_files", full)
+        with pytest.raises(SaveError) as caught:
+            jaxtune.train(tree)
+    assert "adapter: cannot be written: [Errno 28] No space left on device; every step is saved" in str(caught.value)
+    assert not list((tmp_path / "run").glob("*adapter*"))
+    assert [row["step"] for row in jaxtune.train(tree)] == [1, 2]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def assert_close(ours, theirs, share=1e-4):

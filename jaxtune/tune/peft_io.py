@@ -54,7 +54,7 @@ def save_adapter(
     adapter that is there already is replaced.
 
     Raises:
-        AdapterError: the directory holds other things.
+        AdapterError: the directory holds other things, or cannot be written.
     """
     section = section if is_resolved(section) else resolve(section)
     section, params = files_of(section).stored(section, weights, params)
@@ -82,7 +82,7 @@ def write_adapter(
     """Write the settings and, by their files' names, tensors and other contents; what was there is replaced at the end.
 
     Raises:
-        AdapterError: the directory holds other things.
+        AdapterError: the directory holds other things, or cannot be written.
     """
     config = json.dumps(to_peft(section, weights, base_model_name, revision), indent=2, ensure_ascii=False)
     files = {CONFIG_NAME: f"{config}\n".encode()}
@@ -145,19 +145,39 @@ def _to_host(array: jax.Array) -> np.ndarray:
 
 def _replace_directory(directory: Path, files: dict[str, bytes]) -> None:
     """Put the files into a new directory and give it the name; what had it before goes last."""
+    if directory.exists() and not directory.is_dir():
+        raise AdapterError(f"{directory}: is in the way; give another directory, or remove it")
     others = sorted(path.name for path in directory.iterdir() if path.name not in files) if directory.is_dir() else []
-    if others or (directory.exists() and not directory.is_dir()):
+    if others:
         raise AdapterError(f"{directory}: not an adapter directory; it holds {listing(others)}. Nothing was written")
     fresh, old = (directory.with_name(f".{directory.name}.{word}") for word in ("partial", "replaced"))
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    try:
+        _write_files(fresh, files)
+        _put_in_place(fresh, directory, old)
+    except OSError as problem:
+        raise AdapterError(f"{directory}: cannot be written: {problem}") from None
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _write_files(directory: Path, files: dict[str, bytes]) -> None:
+    directory.mkdir(parents=True)
     for name, content in files.items():
-        with open(fresh / name, "wb") as file:
+        with open(directory / name, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _put_in_place(fresh: Path, directory: Path, old: Path) -> None:
     if directory.exists():
         directory.rename(old)
-    fresh.rename(directory)
+    try:
+        fresh.rename(directory)
+    except OSError:
+        if old.exists():
+            old.rename(directory)
+        raise
     shutil.rmtree(old, ignore_errors=True)

@@ -113,12 +113,38 @@ def test_an_adapter_that_is_there_is_replaced_and_nothing_else_is(tmp_path):
 def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     save(tmp_path / "adapter")
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(AdapterError, match="adapter: cannot be written: disk full"):
         save(tmp_path / "adapter", tune_section(rank=2))
     assert load_adapter(tmp_path / "adapter")[0].rank == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     monkeypatch.undo()
     save(tmp_path / "adapter", tune_section(rank=2))
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_adapter_that_cannot_get_its_name_leaves_what_was_there(tmp_path, monkeypatch):
+    save(tmp_path / "adapter")
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.name.endswith(".partial"):
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(AdapterError, match="cannot be written: no"):
+        save(tmp_path / "adapter", tune_section(rank=2))
+    assert load_adapter(tmp_path / "adapter")[0].rank == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_adapter_where_no_directory_can_be_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(AdapterError, match=r"file: is in the way; give another directory"):
+        save(tmp_path / "file")
+    with pytest.raises(AdapterError, match=r"file/adapter: cannot be written: .*Not a directory"):
+        save(tmp_path / "file" / "adapter")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
