@@ -237,10 +237,17 @@ class Checkpointer:
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """The steps that have a checkpoint, whole or damaged, in order."""
+    """The steps that have a checkpoint, whole or damaged, in order.
+
+    Raises:
+        CheckpointError: the directory cannot be read.
+    """
     if not Path(directory).is_dir():
         return []
-    return sorted(int(path.name) for path in Path(directory).iterdir() if path.name.isdecimal() and path.is_dir())
+    try:
+        return sorted(int(path.name) for path in Path(directory).iterdir() if path.name.isdecimal() and path.is_dir())
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
 
 def latest_valid(directory: Path) -> int | None:

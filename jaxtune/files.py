@@ -32,6 +32,18 @@ def _refuse_constant(name: str):
     raise ValueError(f"the number {name}")
 
 
+def check_readable(path: Path, error: type[UserError]) -> None:
+    """Refuse a file that cannot be opened: safetensors says of every such file that it is not there.
+
+    Raises:
+        error: with what the system says.
+    """
+    try:
+        path.open("rb").close()
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror}") from None
+
+
 def inside(directory: Path, name: str, error: type[UserError], where: str) -> Path:
     """The path of the file `name`, which must lie in `directory` itself, links followed.
 

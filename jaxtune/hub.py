@@ -24,12 +24,15 @@ def resolve_model(path: str, revision: str | None = None, weights: bool = True) 
         ModelError: nothing is there, or the hub cannot be reached; what to do is said.
     """
     local = Path(path).expanduser()
-    if not local.exists():
-        return _snapshot(path, revision, weights)
-    if revision is not None:
-        raise ModelError(f"model.revision {revision}: {path} is a local path; a revision is of a hub id")
-    if local.is_dir():
-        return _directory(local)
+    try:
+        if not local.exists():
+            return _snapshot(path, revision, weights)
+        if revision is not None:
+            raise ModelError(f"model.revision {revision}: {path} is a local path; a revision is of a hub id")
+        if local.is_dir():
+            return _directory(local)
+    except PermissionError as problem:
+        raise ModelError(f"{problem.filename}: cannot be read: {problem.strerror}") from None
     if local.suffix == ".gguf":
         return local
     raise ModelError(f"{path}: not a model; allowed: a Hugging Face directory, a .gguf file or a hub id")

@@ -3,6 +3,7 @@
 Training does not pass through here; assemble.py is what both stand on.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def open_model(
         if adapter is not None:
             raise AdapterError(f"{path} is a run, with weights of its own; give its base model with adapter {adapter}")
         return open_run(path, kind.name, places)
-    if (Path(path) / CONFIG_NAME).is_file() and not (Path(path) / "config.json").is_file():
+    if os.path.isfile(Path(path) / CONFIG_NAME) and not os.path.isfile(Path(path) / "config.json"):
         raise ModelError(f"{path}: a PEFT adapter, not a model; give its base model, and this directory as adapter")
     section = FULL if adapter is None else read_config(Path(adapter))
     source = Source.open(ModelSection(path=str(path)), tuning=section)
@@ -108,7 +109,8 @@ def _for_inference(mesh: Mesh) -> Mesh:
 def is_run(path: str | Path) -> bool:
     """Whether `path` is a directory that training writes to."""
     directory = Path(path).expanduser()
-    return (directory / CONFIG).is_file() and not (directory / "config.json").exists()
+    # os.path's answer where a directory may not be read is no; what reads the model there says why.
+    return os.path.isfile(directory / CONFIG) and not os.path.exists(directory / "config.json")
 
 
 def require_run(path: str | Path) -> Path:

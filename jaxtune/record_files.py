@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxtune.console import warn
+from jaxtune.errors import CheckpointError
+from jaxtune.files import check_readable
 
 Row = dict[str, Any]
 
@@ -55,6 +57,9 @@ def read_lines(path: Path, last_step: int | None = None) -> list[Row]:
     """The rows of a file of JSON lines up to `last_step`, or all; what a kill tore off at the end is not one.
 
     A file that is not there, or is no regular one, has no rows.
+
+    Raises:
+        CheckpointError: it cannot be read.
     """
     return _read(path, last_step)[0]
 
@@ -75,6 +80,7 @@ def _read(path: Path, last_step: int | None) -> tuple[list[Row], int]:
     rows: list[Row] = []
     size = 0
     if path.is_file():
+        check_readable(path, CheckpointError)
         with path.open("rb") as file:
             for line in file:
                 row = _parse(line)

@@ -8,6 +8,7 @@ Of several processes the first holds the directory, decides and writes; the othe
 """
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -26,8 +27,9 @@ from jaxtune.signals import StopSignal
 
 __all__ = ["Run", "StopSignal", "open_run"]
 
-RECORD, CONFIG, LOCK, CHECKPOINTS = "run.json", "config.yaml", "run.lock", "checkpoints"
-TRACES = ("ledger.jsonl", CHECKPOINTS, "adapter", "model")  # something was trained here
+RECORD, CONFIG, LOCK = "run.json", "config.yaml", "run.lock"
+LEDGER, CHECKPOINTS = "ledger.jsonl", "checkpoints"
+TRACES = (LEDGER, CHECKPOINTS, "adapter", "model")  # something was trained here
 PARTIAL = ".partial"
 OWN = {RECORD, CONFIG, LOCK, RECORD + PARTIAL, CONFIG + PARTIAL}  # what there is before anything was trained
 SHARED_SECONDS = 30  # for a network file system to show one machine what another wrote
@@ -242,6 +244,8 @@ def _open(directory: Path, config: Config, lock: int, made: bool) -> Run:
     found = changes(_old_config(directory, record), config) if begun else []
     _refuse(directory, found)
     run = Run(directory, config, record if begun else {}, found, lock, made)
+    if not run.finished:
+        _require_access(directory)
     if not begun:
         run._write()
     _announce(run, found, record)
@@ -300,6 +304,13 @@ def _require_ours(directory: Path) -> None:
             f"{directory}: there are other things in it ({listing(names)}) and no {RECORD}; "
             "allowed: a new or empty directory, or that of a run; choose another train.output_dir"
         )
+
+
+def _require_access(directory: Path) -> None:
+    """Refuse what would be refused only after the model is read and the step compiled."""
+    for path in (directory, directory / CHECKPOINTS, directory / LEDGER):
+        if path.exists() and not os.access(path, os.R_OK | os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def _take_lock(directory: Path) -> tuple[int, bool]:

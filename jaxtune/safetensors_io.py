@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxtune.errors import ModelError, listing
-from jaxtune.files import inside, read_json
+from jaxtune.files import check_readable, inside, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F32", "F16", "BF16", "U8", "I8", "I32")  # integers: of quantised checkpoints
@@ -116,6 +116,7 @@ def _indexed(directory: Path, index: Path) -> dict[Path, set[str] | None]:
 
 def _entries(file: Path, keys: set[str] | None) -> list[Entry]:
     """What the header of a file says, checked against the index."""
+    check_readable(file, ModelError)
     try:
         with safe_open(file, framework="np") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a dict

@@ -157,6 +157,26 @@ def tiny_tokenizer():
     return tokenizer()
 
 
+@pytest.fixture
+def forbid(monkeypatch):
+    """forbid(path): whoever opens this file, lists this directory or looks into it is told that he may not. Modes of
+    files do not stop root, as whom tests may run."""
+
+    def make(path: Path) -> None:
+        for name, is_it in (("open", path.__eq__), ("iterdir", path.__eq__), ("stat", lambda p: p.parent == path)):
+            monkeypatch.setattr(Path, name, refusing(getattr(Path, name), is_it))
+
+    def refusing(real, is_it):
+        def call(path, *args, **options):
+            if is_it(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *args, **options)
+
+        return call
+
+    return make
+
+
 def child_environment(devices: int = 1, env: dict[str, str] | None = None, optimised: bool = False) -> dict[str, str]:
     """The environment of a Python process that finds this checkout and sees `devices` CPU devices.
 

@@ -244,6 +244,12 @@ def test_a_file_where_the_directory_should_be_fails_the_save_with_its_name(tmp_p
     checkpointer.close()
 
 
+def test_checkpoints_that_may_not_be_read_are_told(tmp_path, forbid):
+    forbid(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
+        latest_valid(tmp_path)
+
+
 def test_a_full_disk_is_told_before_anything_is_written(checkpointer, monkeypatch):
     usage = type("Usage", (), {"free": 5_000_000})()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

@@ -57,6 +57,13 @@ def test_other_files_and_empty_directories_are_refused(tmp_path):
     assert "not a model" in refusal(str(tmp_path / "notes.txt"))
 
 
+def test_a_directory_that_may_not_be_read_is_told(tmp_path, forbid):
+    directory = files(tmp_path / "model", "config.json", "model.safetensors")
+    forbid(directory)
+    assert refusal(str(directory)) == f"{directory}: cannot be read: Permission denied"
+    assert refusal(str(directory / "below")) == f"{directory / 'below'}: cannot be read: Permission denied"
+
+
 def test_a_revision_of_a_local_path_is_refused(tmp_path):
     assert "is a local path" in refusal(str(files(tmp_path, "config.json")), "main")
 

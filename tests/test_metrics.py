@@ -9,7 +9,7 @@ import pytest
 
 from jaxtune import metrics
 from jaxtune.config import LogSection
-from jaxtune.errors import SaveError
+from jaxtune.errors import CheckpointError, SaveError
 from jaxtune.metrics import Recorder, duration, read_rows
 from tests.peer import read_jsonl
 
@@ -323,6 +323,14 @@ file.amend({"eval_loss": 1.5})
     done = run_python(code, str(tmp_path / "lines.jsonl"))
     assert "2 of 21 bytes fitted" in done.stdout and "10 of 21 bytes fitted" in done.stdout, done.stdout + done.stderr
     assert lines(tmp_path, "lines.jsonl") == [{"step": 1}, {"step": 2, "eval_loss": 1.5}]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "ledger.jsonl"])
+def test_a_record_that_may_not_be_read_is_told(tmp_path, forbid, name):
+    run_until(tmp_path, 2)
+    forbid(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name}: cannot be read: Permission denied"):
+        recorder(tmp_path, done=1)
 
 
 # TensorBoard

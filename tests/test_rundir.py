@@ -301,10 +301,18 @@ def test_a_file_in_the_way_is_named(tmp_path, settings, way):
     assert (tmp_path / "run").read_text() == "a file"
 
 
-def test_a_directory_that_may_not_be_written_to_is_told_before_anything_else(settings):
+@pytest.mark.parametrize(
+    ("begun", "name", "mode"),
+    [(False, "", 0o555), (True, "", 0o555), (True, "checkpoints", 0), (True, "ledger.jsonl", 0o444)],
+)
+def test_a_directory_that_may_not_be_written_to_is_told_before_anything_else(settings, model, begun, name, mode):
     with tempfile.TemporaryDirectory() as home:  # pytest's own are closed to other users
-        Path(home).chmod(0o555)
         config = settings(train={"output_dir": home})
+        if begun:
+            take_steps(config, model)
+        for path in (Path(home), *Path(home).iterdir()):
+            path.chmod(0o777)
+        (Path(home) / name).chmod(mode)
         code = (
             "import os; from jaxtune.config import make_config; from jaxtune.rundir import open_run\n"
             "if os.geteuid() == 0: os.setuid(65534)\n"
@@ -312,7 +320,7 @@ def test_a_directory_that_may_not_be_written_to_is_told_before_anything_else(set
             "except Exception as error: print(type(error).__name__, error)"
         )
         child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        Path(home).chmod(stat.S_IRWXU)
+        (Path(home) / name).chmod(stat.S_IRWXU)
         assert child.stdout.startswith(f"CheckpointError train.output_dir {home}: cannot be used: "), child.stderr
         assert "Permission denied" in child.stdout
 

@@ -123,6 +123,11 @@ def test_a_damaged_file_is_named(tmp_path, damage, sharded):
     assert "not a readable safetensors file" in message
 
 
+def test_a_file_that_may_not_be_read_is_told_as_one(tmp_path, forbid):
+    forbid(single(tmp_path) / SINGLE)
+    assert refusal(tmp_path) == f"{tmp_path / SINGLE}: cannot be read: Permission denied"
+
+
 def test_every_truncation_of_a_file_is_refused(tmp_path):
     whole = (single(tmp_path) / SINGLE).read_bytes()
     for length in range(0, len(whole), 13):

@@ -134,7 +134,11 @@ def _ordered(value: Any) -> Any:
 
 
 def _read_json(directory: Path) -> dict[str, Any]:
-    if not (directory / CONFIG_NAME).is_file():
+    try:
+        there = (directory / CONFIG_NAME).is_file()
+    except PermissionError as problem:
+        raise AdapterError(f"{directory}: cannot be read: {problem.strerror}") from None
+    if not there:
         within = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_NAME}"))
         hint = f"; there is one in {listing(within)}: name that directory" if within else ""
         raise AdapterError(f"{directory}: not an adapter directory: no {CONFIG_NAME} in it{hint}")

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxtune.errors import AdapterError, listing, nearest
-from jaxtune.files import inside, read_json
+from jaxtune.files import check_readable, inside, read_json
 from jaxtune.leaves import Leaf
 from jaxtune.models.weights import Path, Tree, map_tree, set_path
 from jaxtune.tune.method import EMBEDDING, HEAD, declared, get_path, is_concrete
@@ -61,8 +61,10 @@ def open_adapter(directory: str | FilePath, name: str = TENSORS_NAME) -> Adapter
                 f"wrote it and save it again as safetensors, in {name}"
             )
         raise AdapterError(f"{path}: missing; an adapter directory has {CONFIG_NAME} and {name}")
+    file = inside(path.parent, path.name, AdapterError, str(directory))
+    check_readable(file, AdapterError)
     try:
-        handle = safe_open(inside(path.parent, path.name, AdapterError, str(directory)), framework="np")
+        handle = safe_open(file, framework="np")
         return AdapterFile(path, {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}, handle)  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: not a safetensors file: {error}") from None

@@ -247,6 +247,13 @@ def test_an_adapter_without_tensors_or_with_damaged_ones_is_named(tmp_path):
     assert f"{file}: missing" in refused(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["", "adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_that_may_not_be_read_is_told(tmp_path, forbid, name):
+    save(tmp_path / "adapter")
+    forbid(tmp_path / "adapter" / name)
+    assert refused(tmp_path / "adapter") == f"{tmp_path / 'adapter' / name}: cannot be read: Permission denied"
+
+
 def test_tensors_behind_a_link_to_elsewhere_are_refused(tmp_path):
     save(tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
