@@ -290,8 +290,28 @@ def _check_copy(file: AdapterFile, key: str, array: jax.Array | None, row: int |
     if array is None:
         return
     base = array if row is None else array[row]
-    stored = _place(base.shape, base.sharding, lambda index: file.read(key, index).astype(base.dtype))
-    if not bool(jnp.array_equal(stored, base)):
+
+    def read(index: Index) -> np.ndarray:
+        part = file.read(key, index)
+        return part.astype(base.dtype) if part.dtype.itemsize > base.dtype.itemsize else part
+
+    stored = _place(base.shape, base.sharding, read)
+    if not bool(jnp.isfinite(stored).all()):
+        raise AdapterError(f"{file.path}: {key} has numbers that are not finite (NaN or infinity)")
+    if not are_one_weight(stored, base):
         raise AdapterError(
             f"{file.path}: {key} is not the model's weight of that name; the adapter was made for another base model"
         )
+
+
+def are_one_weight(a: Any, b: Any) -> bool:
+    """Whether two arrays, of JAX or of numpy, are one weight in their types: one is the other, rounded. PEFT stores the
+    weight in the type in which it held the model, whatever the type of the model's files."""
+    if bool((a == b.astype(a.dtype)).all()) or bool((b == a.astype(b.dtype)).all()):
+        return True
+    if {a.dtype.name, b.dtype.name} != {"bfloat16", "float16"}:
+        return False
+    # Neither of the two has all numbers of the other: both may be roundings of a float32.
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    step, smallest = float(jnp.finfo(jnp.bfloat16).eps), float(jnp.finfo(jnp.float16).smallest_subnormal)
+    return bool((abs(a - b) <= step * abs(a) + smallest).all())

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -13,6 +14,7 @@ from jaxtune.config import TuneSection, tune_section
 from jaxtune.errors import AdapterError
 from jaxtune.models.weights import leaves_with_path
 from jaxtune.tune.peft_io import load_adapter, save_adapter
+from jaxtune.tune.peft_tensors import are_one_weight
 from tests.tune.support import peer_adapter, randomised, tuned
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:::transformers")
@@ -21,6 +23,7 @@ SECTION = tune_section(
 )
 A, B = (f"base_model.model.model.layers.1.self_attn.q_proj.lora_{part}.weight" for part in "AB")
 NORM = "base_model.model.model.norm.weight"
+KINDS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
 def save(directory: Path, section: TuneSection = SECTION):
@@ -217,10 +220,8 @@ def test_an_adapter_for_a_model_of_another_size_is_refused(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_an_adapter_in_16_bits_is_read_as_float32(tmp_path, dtype):
-    import ml_dtypes
-
     made = save(tmp_path)
-    kind = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    kind = KINDS[dtype]
     change(
         tmp_path, **dict.fromkeys(load_file(tmp_path / "adapter_model.safetensors"), lambda array: array.astype(kind))
     )
@@ -278,6 +279,26 @@ class TestBaseWeightsInTheFile:
         change(tmp_path, **{name: lambda array: array + 1e-3})
         message = refused(tmp_path)
         assert name in message and "another base model" in message
+
+    def test_one_that_is_not_finite_is_told_as_such(self, tmp_path):
+        name = self.made_by_peft(tmp_path)
+        change(tmp_path, **{name: lambda array: array * np.nan})
+        assert f"{name} has numbers that are not finite" in refused(tmp_path)
+
+    @pytest.mark.parametrize("stored", KINDS)
+    @pytest.mark.parametrize("held", KINDS)
+    @pytest.mark.parametrize("filed", KINDS)
+    def test_they_may_be_rounded_to_the_type_in_which_either_side_holds_the_model(self, filed, held, stored):
+        base = np.random.default_rng(0).normal(0, 0.02, (64, 64)).astype(KINDS[filed])
+        other = (base.astype(np.float32) * 1.02).astype(KINDS[filed])
+        mine = jax.numpy.asarray(base.astype(KINDS[held]))
+        assert are_one_weight(jax.numpy.asarray(base.astype(KINDS[stored])), mine)
+        assert not are_one_weight(jax.numpy.asarray(other.astype(KINDS[stored])), mine)
+
+    def test_a_model_held_in_float16_by_peft_is_the_same_model(self, tmp_path):
+        name = self.made_by_peft(tmp_path)
+        change(tmp_path, **{name: lambda array: array.astype(np.float16)})
+        tuned(tune_section(adapter=str(tmp_path)))
 
     def test_an_embedding_of_another_size_is_refused(self, tmp_path):
         name = self.made_by_peft(tmp_path)
