@@ -22,12 +22,14 @@ from jaxtune.tune.lora import LoraSection
 from jaxtune.tune.peft_config import CONFIG_NAME, read_config
 from jaxtune.tune.peft_files import PREFIX
 from jaxtune.tune.peft_io import write_adapter
-from jaxtune.tune.peft_tensors import TENSORS_NAME, AdapterFile, open_adapter
+from jaxtune.tune.peft_tensors import TENSORS_NAME, AdapterFile, are_one_weight, open_adapter
 
 THINNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 WAYS = ("linear", "cat", "svd", *THINNING, *(f"{way}_svd" for way in THINNING))
 SIGNS = ("total", "frequency")
 NAMES = re.compile(r"(?P<module>.+)\.lora_(?P<kind>A\.weight|B\.weight|embedding_A|embedding_B)")
+FIRST = ("lora_A.weight", "lora_embedding_A")
+BASE_WEIGHT = ".base_layer.weight"
 
 Factors = tuple[np.ndarray, np.ndarray]  # A [rank, in], B [out, rank], as PEFT's file has them
 
@@ -38,6 +40,8 @@ class Adapter:
 
     section: LoraSection
     factors: dict[str, Factors]
+    file: AdapterFile
+    copies: list[str]  # the keys of frozen base weights, which PEFT stores with LoRA on a head or an embedding
     base: tuple[str | None, str | None]  # the base model's name and revision, as far as the file tells
 
     @classmethod
@@ -46,7 +50,8 @@ class Adapter:
         if not isinstance(section, LoraSection):
             raise AdapterError(f"{directory}: method {section.method}; only plain LoRA adapters can be combined")
         found: dict[str, dict[str, np.ndarray]] = {}
-        for key in file.shapes:
+        copies = [key for key in file.shapes if _is_copy(key, file)]
+        for key in (key for key in file.shapes if key not in copies):
             match = NAMES.fullmatch(key.removeprefix(PREFIX))
             if match is None:
                 raise AdapterError(
@@ -61,11 +66,32 @@ class Adapter:
         told = read_json(directory / CONFIG_NAME, AdapterError)
         keys = "base_model_name_or_path", "revision"
         name, revision = (told[key] if isinstance(told.get(key), str) else None for key in keys)
-        return cls(section, {module: (pair["A"], pair["B"]) for module, pair in found.items()}, (name, revision))
+        factors = {module: (pair["A"], pair["B"]) for module, pair in found.items()}
+        return cls(section, factors, file, copies, (name, revision))
 
     @property
     def rank(self) -> int:
         return max(self.section.rank, *self.section.rank_pattern.values(), 0)
+
+
+def _is_copy(key: str, file: AdapterFile) -> bool:
+    """Whether a tensor is the weight under the factors of its module."""
+    module = key.removesuffix(BASE_WEIGHT)
+    return key.endswith(BASE_WEIGHT) and any(f"{module}.{name}" in file.shapes for name in FIRST)
+
+
+def _check_copies(adapters: list[Adapter]) -> None:
+    """The copies say what model an adapter was made for."""
+    first: dict[str, AdapterFile] = {}
+    for adapter in adapters:
+        for key in adapter.copies:
+            other = first.setdefault(key, adapter.file)
+            mine, theirs = (file.read(key, ...) for file in (adapter.file, other))
+            if mine.shape != theirs.shape or not are_one_weight(mine, theirs):
+                raise AdapterError(
+                    f"{adapter.file.path}: {key} is another weight than in {other.path}; the adapters were made for "
+                    "different base models"
+                )
 
 
 def _read(file: AdapterFile, key: str) -> np.ndarray:
@@ -93,12 +119,13 @@ def combine(
 
     Raises:
         ConfigError: an option is wrong, or does nothing with this way.
-        AdapterError: not plain LoRA adapters, or `linear` and the like with ranks or modules that differ; `out` is
-            there.
+        AdapterError: not plain LoRA adapters of one model, or `linear` and the like with ranks or modules that differ;
+            `out` is there.
     """
     _check_options(directories, weights, way, rank, density, sign)
     check_new(Path(out), AdapterError)
     adapters = [Adapter.read(Path(directory)) for directory in directories]
+    _check_copies(adapters)
     size = _rank_of(adapters, way, rank)
     modules = sorted({module for adapter in adapters for module in adapter.factors})
     tensors: dict[str, np.ndarray] = {}

@@ -174,6 +174,28 @@ def test_an_adapter_that_is_there_is_not_written_over(tmp_path, adapters):
     assert (Path(adapters[0]) / "adapter_model.safetensors").read_bytes() == before
 
 
+def test_the_base_weight_that_peft_stores_with_a_head_s_factors_is_no_part_of_the_adapter(tmp_path):
+    """Two of one model, held in other types, are one; two of different models are refused."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    for name, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16, "other": torch.float32}.items():
+        model = peer_model(tied=False).to(dtype)
+        if name == "other":
+            model.lm_head.weight.data += 0.1
+        get_peft_model(model, config).save_pretrained(tmp_path / name)
+    stored = load_file(tmp_path / "float32" / "adapter_model.safetensors")
+    assert "base_model.model.lm_head.base_layer.weight" in stored
+    combine([tmp_path / "float32", tmp_path / "bfloat16"], [1, 0], tmp_path / "made", "linear")
+    made = load_file(tmp_path / "made" / "adapter_model.safetensors")
+    assert made.keys() == {key for key in stored if ".lora_" in key}
+    for name, change in effect(made).items():
+        np.testing.assert_allclose(change, effect(stored)[name] * config.lora_alpha / config.r, atol=1e-6)
+    with pytest.raises(AdapterError, match=r"lm_head.base_layer.weight is another weight than in .*different base"):
+        combine([tmp_path / "float32", tmp_path / "other"], [1, 1], tmp_path / "none", "linear")
+
+
 def test_adapters_that_cannot_be_added_up_are_refused(tmp_path, adapters):
     for name, options in {
         "rank": {"rank": 2},
