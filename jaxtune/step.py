@@ -50,8 +50,8 @@ def batch_loss(
 ) -> jax.Array:
     """This device's share of the losses of one micro-batch's supervised tokens, times `scale`: a float32 scalar."""
     body_noise, head_noise = split_noise(noise, 2)
-    shown = (batch[name] for name in ("tokens", "positions", "segments"))
-    hidden, _ = model.hidden(params, *shown, dtype, body_noise, length=batch.get("length"))
+    tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
+    hidden, _ = model.hidden(params, tokens, positions, segments, dtype, body_noise, length=batch.get("length"))
     return cross_entropy(hidden, model.head(params, dtype), batch["targets"], batch["mask"] * scale, head_noise)
 
 

@@ -192,8 +192,8 @@ class _Run:
         noise = split_noise(self.noise_of(micro), 2)[0]
         embed = lambda params, x: model.embed(params, batch["tokens"], self.pipeline.dtype, noise)  # noqa: E731
         x = jax.lax.cond(chunk == 0, embed, lambda params, x: x, params, x)
-        shown = (batch[name] for name in ("tokens", "positions", "segments"))
-        context, _ = model.context(params, *shown, length=batch.get("length"))
+        tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
+        context, _ = model.context(params, tokens, positions, segments, length=batch.get("length"))
         numbers = jnp.asarray(self.pipeline.stages.numbers)[local.index("pipe"), chunk // self.pipeline.schedule.stages]
         has_gaps = not self.pipeline.stages.is_even
         stack = float8.attach(params, scales)[STACKS]["0"]
