@@ -244,6 +244,10 @@ def _open(directory: Path, config: Config, lock: int, made: bool) -> Run:
     found = changes(_old_config(directory, record), config) if begun else []
     _refuse(directory, found)
     run = Run(directory, config, record if begun else {}, found, lock, made)
+    if run._result.exists() and not run._result.is_dir():
+        raise CheckpointError(
+            f"{run._result}: is in the way of the run's result; move it away, or choose another train.output_dir"
+        )
     if not run.finished:
         _require_access(directory)
     if not begun:
@@ -276,7 +280,13 @@ def _announce(run: Run, found: list[Change], record: dict[str, Any]) -> None:
 
 
 def _old_config(directory: Path, record: dict[str, Any]) -> Config:
-    return make_config(record.get("config", {}), str(directory / RECORD))
+    config = record.get("config", {})
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f'{directory / RECORD}: "config" is {type(config).__name__}, expected an object; bring the file back, or '
+            "choose another train.output_dir"
+        )
+    return make_config(config, str(directory / RECORD))
 
 
 def _read_record(directory: Path) -> dict[str, Any]:

@@ -335,6 +335,14 @@ def hold(config, tmp_path):
     raise AssertionError("the child did not take the directory")
 
 
+def test_a_file_where_the_result_will_be_is_told_before_anything_is_trained(tmp_path, settings, model):
+    take_steps(settings(), model)
+    (tmp_path / "run" / "adapter").write_text("mine")
+    with pytest.raises(CheckpointError, match="adapter: is in the way of the run's result"):
+        open_run(settings())
+    assert (tmp_path / "run" / "adapter").read_text() == "mine"
+
+
 def test_a_directory_of_a_live_run_is_refused_and_free_when_the_process_is_dead(tmp_path, settings):
     child = hold(settings(), tmp_path)
     try:
@@ -423,6 +431,13 @@ def test_a_damaged_record_is_named(tmp_path, settings, model):
     take_steps(settings(), model)
     (tmp_path / "run" / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run\.json: not valid JSON"):
+        open_run(settings())
+
+
+def test_a_record_whose_configuration_is_none_is_named(tmp_path, settings, model):
+    take_steps(settings(), model)
+    (tmp_path / "run" / "run.json").write_text('{"config": 5}')
+    with pytest.raises(CheckpointError, match=r'run\.json: "config" is int, expected an object'):
         open_run(settings())
 
 
