@@ -14,8 +14,10 @@ from jax.sharding import Mesh
 
 from jaxtune import tune
 from jaxtune.config import ModelSection
+from jaxtune.console import warn
 from jaxtune.errors import ConfigError, MeshError
 from jaxtune.hf_io import load_params, open_source, resolve_model
+from jaxtune.hub import holds_adapter
 from jaxtune.mesh import axes_sharding, check_model, shardings
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import Model
@@ -23,7 +25,7 @@ from jaxtune.models.execution import USUAL, Execution
 from jaxtune.models.families import read_config
 from jaxtune.models.weights import Tree, init_params, map_tree
 from jaxtune.quant.scheme import Quantizer, Scheme, scheme_of
-from jaxtune.section import TuneSection
+from jaxtune.section import TuneSection, adapter_of
 from jaxtune.tokenizer import check_tokenizer, load_tokenizer, vocabulary_size
 from jaxtune.tune.full import FullSection
 
@@ -53,7 +55,13 @@ class Source:
             raise ConfigError(
                 "model.overrides: the weights of a pretrained model fix its settings; set model.init: random"
             )
-        path = resolve_model(section.path, section.revision, weights=weights and section.init == "pretrained")
+        weights = weights and section.init == "pretrained"
+        path = resolve_model(section.path, section.revision, weights=weights)
+        if weights and holds_adapter(path) and adapter_of(tuning) is None:
+            warn(
+                f"{section.path}: holds an adapter too, which transformers would put on the model; jaxtune leaves it "
+                "off: give the directory as adapter as well, or move adapter_config.json away"
+            )
         config = read_config(path, section.overrides)
         words = path if section.tokenizer is None else resolve_model(section.tokenizer, weights=False)
         tokenizer = load_tokenizer(words, template)

@@ -10,6 +10,7 @@ from jaxtune.errors import ModelError, listing, nearest
 # other formats, and more chat templates.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "tokenizer.model.v*"]
 IGNORED = ["*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*"]
+ADAPTER_CONFIG = "adapter_config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -30,7 +31,7 @@ def resolve_model(path: str, revision: str | None = None, weights: bool = True) 
         if revision is not None:
             raise ModelError(f"model.revision {revision}: {path} is a local path; a revision is of a hub id")
         if local.is_dir():
-            return _directory(local)
+            return _directory(local, weights)
     except PermissionError as problem:
         raise ModelError(f"{problem.filename}: cannot be read: {problem.strerror}") from None
     if local.suffix == ".gguf":
@@ -38,20 +39,32 @@ def resolve_model(path: str, revision: str | None = None, weights: bool = True) 
     raise ModelError(f"{path}: not a model; allowed: a Hugging Face directory, a .gguf file or a hub id")
 
 
-def _directory(path: Path) -> Path:
+def holds_adapter(path: Path) -> bool:
+    """Whether an adapter lies in a model's directory."""
+    return (path / ADAPTER_CONFIG).is_file()
+
+
+def _directory(path: Path, weights: bool) -> Path:
     names = sorted(entry.name for entry in path.iterdir())
     gguf = [name for name in names if name.endswith(".gguf")]
     if gguf and not any(name.endswith(".safetensors") for name in names):
         if len(gguf) > 1:
             raise ModelError(f"{path}: {len(gguf)} .gguf files ({listing(gguf)}); give the path of one")
         return path / gguf[0]
-    if "adapter_config.json" in names and "config.json" not in names:
-        raise ModelError(f"{path}: a PEFT adapter, not a model; give its base model, and the adapter as tune.adapter")
+    if ADAPTER_CONFIG in names and ("config.json" not in names or (weights and not any(map(_is_of_weights, names)))):
+        raise ModelError(
+            f"{path}: a PEFT adapter, not a model; give its base model, and this directory as adapter (tune.adapter)"
+        )
     if not any(name.endswith(".json") for name in names):
         raise ModelError(
             f"{path}: expected config.json and *.safetensors, or one .gguf; found {listing(names) or 'nothing'}"
         )
     return path
+
+
+def _is_of_weights(name: str) -> bool:
+    """Whether it is a file of a model's weights, pickled ones too; not of an adapter's."""
+    return name.startswith("pytorch_model") or (name.endswith(".safetensors") and not name.startswith("adapter_"))
 
 
 def _snapshot(path: str, revision: str | None, weights: bool) -> Path:

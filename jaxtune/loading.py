@@ -27,7 +27,7 @@ from jaxtune.models.weights import Tree, Weight, map_tree
 from jaxtune.number_types import compute_dtype
 from jaxtune.rundir import CHECKPOINTS, CONFIG, RECORD
 from jaxtune.section import TuneSection
-from jaxtune.tune.peft_config import CONFIG_NAME, read_config
+from jaxtune.tune.peft_config import read_config
 
 ADAPTER, MODEL = "adapter", "model"
 INFERENCE_AXES = ("data", "fsdp", "tensor")
@@ -75,8 +75,6 @@ def open_model(
         if adapter is not None:
             raise AdapterError(f"{path} is a run, with weights of its own; give its base model with adapter {adapter}")
         return open_run(path, kind.name, places)
-    if os.path.isfile(Path(path) / CONFIG_NAME) and not os.path.isfile(Path(path) / "config.json"):
-        raise ModelError(f"{path}: a PEFT adapter, not a model; give its base model, and this directory as adapter")
     section = FULL if adapter is None else read_config(Path(adapter))
     source = Source.open(ModelSection(path=str(path)), tuning=section)
     return Opened(assemble(source, source.tuning, places, dtype=kind.name), source.tuning, kind)

@@ -326,6 +326,26 @@ def adapters(tiny_model, tmp_path_factory):
     return found
 
 
+def test_an_adapter_that_lies_in_a_model_s_directory_is_told_to_be_left_off(tiny_model, adapters, tmp_path, capsys):
+    directory = shutil.copytree(tiny_model("qwen2"), tmp_path / "both")
+    shutil.copytree(adapters["plain"], directory, dirs_exist_ok=True)
+    plain = jaxtune.load_model(directory)
+    assert f"{directory}: holds an adapter too, which transformers would put on" in capsys.readouterr().out
+    np.testing.assert_array_equal(plain.logits(TOKENS), jaxtune.load_model(tiny_model("qwen2")).logits(TOKENS))
+    jaxtune.load_model(directory, adapter=directory)
+    assert "holds an adapter" not in capsys.readouterr().out
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="a PEFT adapter, not a model"):
+        jaxtune.load_model(directory)
+
+
+def test_a_model_that_may_not_be_read_is_told(tiny_model, tmp_path, forbid):
+    directory = shutil.copytree(tiny_model("qwen2"), tmp_path / "model")
+    forbid(directory)
+    with pytest.raises(ModelError, match="model: cannot be read: Permission denied"):
+        jaxtune.load_model(directory)
+
+
 @pytest.mark.filterwarnings("ignore:::peft", "ignore:::transformers")
 def test_several_adapters_share_one_base_and_are_switched(tiny_model, adapters):
     directory = tiny_model("qwen2")

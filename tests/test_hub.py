@@ -49,6 +49,10 @@ def test_of_several_gguf_files_one_must_be_chosen(tmp_path):
 def test_an_adapter_is_no_model(tmp_path):
     directory = files(tmp_path, "adapter_config.json", "adapter_model.safetensors")
     assert "a PEFT adapter, not a model" in refusal(str(directory))
+    files(directory, "config.json", "training_args.bin")
+    assert "a PEFT adapter, not a model" in refusal(str(directory))
+    assert resolve_model(str(directory), weights=False) == directory
+    assert resolve_model(str(files(directory, "model.safetensors"))) == directory
 
 
 def test_other_files_and_empty_directories_are_refused(tmp_path):
