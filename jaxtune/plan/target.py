@@ -46,6 +46,8 @@ TPUS = {
 # eight in a machine, with a network port of 400 Gbit/s each.
 GENERIC = Chip(80 * 10**9, 989e12, 450e9, island=8, far=50e9)
 
+MOST_CPUS = 2048  # XLA takes the ones after them for another process's (kMaxCpuDevicesPerProcess)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -73,7 +75,7 @@ def choose(name: str | None, count: int | None) -> Target:
     count: devices; of a CPU that pretends to have as many.
 
     Raises:
-        MeshError: an unknown target, or a slice that has another number of devices.
+        MeshError: an unknown target, more devices than a CPU can pretend to have, or a slice that has another number.
         UserError: libtpu is not installed.
     """
     if name not in (None, "cpu"):
@@ -87,6 +89,11 @@ def choose(name: str | None, count: int | None) -> Target:
 
 def _pretend(count: int) -> list[Any]:
     """`count` devices of the CPU."""
+    if count > MOST_CPUS:
+        raise MeshError(
+            f"--devices {count}: a CPU pretends to have {MOST_CPUS} at most; plan for fewer, or set --target to a TPU "
+            "slice"
+        )
     import jax
 
     # Both are read when JAX first looks for devices, which importing it does not; after that they do nothing.

@@ -3,6 +3,7 @@
 import json
 from importlib.util import find_spec
 
+import jax
 import pytest
 
 from jaxtune.config import load_config
@@ -142,8 +143,11 @@ def test_without_libtpu_what_to_install_is_said():
 def test_targets_are_refused_by_name():
     with pytest.raises(MeshError, match="allowed: cpu, or a TPU slice of v4, v5e, v5p, v6e"):
         choose("h100:8", None)
-    with pytest.raises(MeshError, match="force_host_platform_device_count=9000"):
-        choose("cpu", 9000)
+    jax.devices()  # it is started now
+    with pytest.raises(MeshError, match="force_host_platform_device_count=2048"):
+        choose("cpu", 2048)
+    with pytest.raises(MeshError, match="--devices 2049: a CPU pretends to have 2048 at most; plan for fewer"):
+        choose("cpu", 2049)
 
 
 @pytest.mark.parametrize(
