@@ -6,7 +6,6 @@ Each section's docstring and field comments are the reference; `docs/config.md` 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from jaxtune.data_section import DataSection
@@ -14,7 +13,7 @@ from jaxtune.elsewhere import METHOD_NAMES
 from jaxtune.errors import ConfigError, listing, nearest
 from jaxtune.mistakes import explain, shown, source_of
 from jaxtune.section import Fraction, NonNegative, Positive, Section, TuneSection
-from jaxtune.yaml_text import parse_argument, parse_yaml
+from jaxtune.yaml_text import dump_yaml, parse_argument, parse_yaml
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -372,4 +371,4 @@ def _apply_override(tree: dict, override: str) -> None:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back to the same."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump())

@@ -319,6 +319,14 @@ def test_random_damage_gives_a_configuration_or_one_message(tmp_path, seed):
         assert make_config(parse_yaml(dump_config(config), "again")) == config
 
 
+@pytest.mark.parametrize(
+    "text", ["1e-4", "1E5", "010", "0x10", "1:30", "1_000", ".5", "+.inf", "yes", "~", "# 7", "a\n b"]
+)
+def test_text_that_looks_like_something_else_is_read_back_from_a_run_as_text(text):
+    config = make_config({"model": {"path": "m"}, "data": {"path": "d", "system": text}})
+    assert make_config(parse_yaml(dump_config(config), "again")) == config
+
+
 def test_a_dict_serves_in_place_of_a_file():
     assert make_config({"model": {"path": "m"}, "data": {"path": "d"}}).model.path == "m"
 
