@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxtune.errors import UserError
 
+PARTIAL = ".partial"  # what a file is called until it is whole
 MAX_JSON_BYTES = 256 << 20  # a tokenizer.json has been seen at 33 MB, an index at 12 MB
 
 
@@ -76,9 +77,12 @@ def write_whole(path: Path, text: str) -> None:
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(path.name + PARTIAL)
     try:
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from jaxtune.config import Config, dump_config, make_config
 from jaxtune.console import say, warn
 from jaxtune.drift import LOG, REFUSE, Change, changes, fingerprint, is_print_of
 from jaxtune.errors import CheckpointError, UserError, listing
-from jaxtune.files import read_json, try_lock
+from jaxtune.files import PARTIAL, read_json, try_lock, write_whole
 from jaxtune.section import adapter_of
 from jaxtune.signals import StopSignal
 
@@ -30,7 +30,6 @@ __all__ = ["Run", "StopSignal", "open_run"]
 RECORD, CONFIG, LOCK = "run.json", "config.yaml", "run.lock"
 LEDGER, CHECKPOINTS = "ledger.jsonl", "checkpoints"
 TRACES = (LEDGER, CHECKPOINTS, "adapter", "model")  # something was trained here
-PARTIAL = ".partial"
 OWN = {RECORD, CONFIG, LOCK, RECORD + PARTIAL, CONFIG + PARTIAL}  # what there is before anything was trained
 SHARED_SECONDS = 30  # for a network file system to show one machine what another wrote
 
@@ -161,8 +160,8 @@ class Run:
         if self._lock is None:
             return
         with _told(self.directory):
-            _replace(self.directory / RECORD, json.dumps(self._record, indent=1, ensure_ascii=False))
-            _replace(self.directory / CONFIG, dump_config(self._config))
+            write_whole(self.directory / RECORD, json.dumps(self._record, indent=1, ensure_ascii=False))
+            write_whole(self.directory / CONFIG, dump_config(self._config))
 
 
 def open_run(config: Config) -> Run:
@@ -359,16 +358,6 @@ def _told(directory: Path):
             f"train.output_dir {directory}: cannot be used: {where}: {error.strerror}; "
             "choose a directory that you may write to"
         ) from None
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _paths(config: Config) -> list[str]:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from jaxtune.errors import AdapterError, ConfigError, listing
 from jaxtune.files import inside, read_json
+from jaxtune.hub import ADAPTER_CONFIG
 from jaxtune.models.weights import Tree
 from jaxtune.section import Targeted, TuneSection, adapter_of
 from jaxtune.tune.names import Modules, last_names, module_of
@@ -19,7 +20,7 @@ from jaxtune.tune.plan import is_all_linear, make_plan
 if TYPE_CHECKING:
     from jaxtune.tune.method import Method
 
-CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME = ADAPTER_CONFIG
 # Of no effect on what the adapter computes, whatever they hold.
 HARMLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 READ_HERE = {"peft_type", "layers_pattern"}
