@@ -14,6 +14,7 @@ import contextlib
 import functools
 import io
 import os
+import signal
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -113,6 +114,10 @@ def _among_others(coordinator: str | None, processes: str | None, process_id: in
         yield
         return
     launch.stop_with_launcher()
+    # Until training takes signals over, Ctrl-C ends a process whatever it is in, as SIGTERM does: in a wait for the
+    # others Python would not come to raise anything.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     clusters.start(place)
     from jaxtune.fate import together
 

@@ -79,7 +79,7 @@ def explained(error: BaseException) -> tuple[str, int] | None:
     """The message and the exit code of what a person can put right, or did on purpose; None for anything else."""
     if isinstance(error, UserError):
         return str(error), error.exit_code
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):  # within an import
         return "Stopped by Ctrl-C.", 130
     if not is_out_of_memory(error):
         return None

@@ -22,6 +22,7 @@ from jaxtune.errors import ConfigError
 BIND, LAUNCHED = "JAX_COORDINATOR_BIND_ADDRESS", "JAXTUNE_LAUNCHED"
 STOPS = (signal.SIGTERM, signal.SIGINT)
 LATE = 15  # seconds beyond the heartbeat after which a process that outlives another's failure is ended
+AT_START = 3  # seconds that are left to the others where a signal to all has ended one before it could save
 TAIL = 50  # lines of a failed process that are shown
 TOLD = (2, 75, 130, 143)  # exit codes that process 0 has explained
 
@@ -113,14 +114,16 @@ class Group:
                 signal.signal(number, handler)
 
     def wait(self, patience: float) -> None:
-        """Until all have ended by themselves, or for `patience` seconds after the first failed."""
+        """Until all have ended by themselves, or for `patience` seconds after the first failed. Where that one had not
+        got as far as to take the signal that was passed on, the others have nobody to take a step with."""
         deadline = None
         while any(process.poll() is None for process in self.processes):
             if deadline is not None and time.monotonic() > deadline:
                 return
             self._look()
             if deadline is None and self.failed is not None:
-                deadline = time.monotonic() + patience
+                stopped = -self.processes[self.failed].returncode in self.stops
+                deadline = time.monotonic() + (AT_START if stopped else patience)
             time.sleep(0.05)
         self._look()
 

@@ -329,6 +329,29 @@ def test_each_kind_of_ending_has_its_code(capsys):
     assert code_and_message(MemoryError(), capsys)[0] == 1
 
 
+def test_ctrl_c_while_a_library_is_imported_is_ctrl_c(capsys):
+    error = ImportError("Encountered an error while initializing the extension.")
+    error.__cause__ = KeyboardInterrupt()
+    assert code_and_message(error, capsys) == (130, "Stopped by Ctrl-C.\n")
+
+
+IMPORTS = """
+import os, signal, sys
+class Pressed:
+    def find_spec(self, name, *_):
+        if name == "jaxtune.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Pressed())
+from jaxtune.__main__ import main
+main(["--version"])
+"""
+
+
+def test_ctrl_c_before_the_command_has_begun_ends_it_without_a_traceback(run_python):
+    done = run_python(IMPORTS)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_our_own_mistakes_keep_their_traceback(call, monkeypatch):
     def fails(*args):
         raise RuntimeError("a bug")
@@ -375,12 +398,13 @@ def test_an_answer_that_a_full_disk_does_not_take_ends_with_one_message_and_code
 
 @needs_dev_full
 def test_a_run_goes_on_where_its_words_find_no_room_and_others_do_not(tiny_model, tmp_path, monkeypatch, capsys):
+    model = tiny_model("qwen2")  # with bars of transformers', which flush stdout
     monkeypatch.setattr(console.console, "goes_on", False)
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         with pytest.raises(OutputError, match="the output cannot be written"):
             console.say("an answer")
-        rows = jaxtune.train(sections(tiny_model("qwen2"), tmp_path, steps=2, log={"every": 1}))
+        rows = jaxtune.train(sections(model, tmp_path, steps=2, log={"every": 1}))
         monkeypatch.undo()
         with contextlib.suppress(OSError):
             full.close()

@@ -59,10 +59,10 @@ LAUNCHER = """
 import os, sys
 from pathlib import Path
 from jaxtune.launch import Group, report
-home, child = Path(sys.argv[1]), sys.argv[2]
+home = Path(sys.argv[1])
 group, logs = Group(), [home / "0.log", home / "1.log"]
 with group.passing_signals_on():
-    for log in logs:
+    for log, child in zip(logs, sys.argv[2:], strict=True):
         group.start([sys.executable, "-c", child], os.environ, log)
     print("ready", flush=True)
     group.wait(60)
@@ -78,8 +78,10 @@ time.sleep(60)
 """
 
 
-def start_launcher(home: Path) -> subprocess.Popen:
-    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(home), STOPPABLE], stdout=subprocess.PIPE)
+def start_launcher(home: Path, *children: str) -> subprocess.Popen:
+    """children: two Python programs that print "here"; by default two that a signal lets save."""
+    command = [sys.executable, "-c", LAUNCHER, str(home), *(children or (STOPPABLE, STOPPABLE))]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert launcher.stdout.readline() == b"ready\n"
     wait_for(home, "here")
     return launcher
@@ -97,6 +99,16 @@ def test_sigterm_is_passed_on_to_all_and_their_code_comes_back(tmp_path):
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(timeout=60) == 143
     wait_for(tmp_path, "saved")
+
+
+def test_the_others_are_not_waited_for_where_a_stop_has_ended_one_that_was_still_starting(tmp_path):
+    starting = "import time; print('here', flush=True); time.sleep(60)"
+    deaf = f"import signal; signal.signal(signal.SIGTERM, lambda *_: None); {starting}"
+    launcher = start_launcher(tmp_path, deaf, starting)
+    launcher.send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    assert launcher.wait(timeout=60) == 143
+    assert time.monotonic() - begun < 30
 
 
 def test_when_the_launcher_itself_is_killed_the_processes_save_and_stop(tmp_path):
