@@ -137,8 +137,8 @@ def model_flops(config: ModelConfig, weights: Tree, mask: Tree, shapes: Tree, to
         trains = any(jax.tree.leaves(train)) and not isinstance(leaf, Leaf)
         total += math.prod(weight.full_shape) * (passes + 2.0 * trains)
         if isinstance(leaf, Leaf):
-            added = [getattr(leaf, name) for name in leaf.TRAINS]
-            total += sum(6.0 * array.size for array in added if array.ndim >= len(weight.full_shape))
+            added = [getattr(leaf, name) for name in leaf.TRAINS]  # None: a form that this leaf has not
+            total += sum(6.0 * a.size for a in added if a is not None and a.ndim >= len(weight.full_shape))
     attention = sum(
         (4.0 if ("stacks", name) in below else 12.0) * _layers(stack) for name, stack in weights["stacks"].items()
     )

@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from jaxtune.config import AXES, Config, MemorySection, MeshSection, make_config
-from jaxtune.errors import MeshError
+from jaxtune.errors import AdapterError, MeshError, UserError
 from jaxtune.mesh import check_time, make_mesh
 from jaxtune.models.config import ModelConfig
 from jaxtune.parallel.checks import check_fit
@@ -60,7 +60,7 @@ def search(config: Config, model: ModelConfig, target: Target, budget: int, tell
     tell: called with (compilations so far, what is compiled next).
 
     Raises:
-        MeshError: no mesh of these devices is legal for the model and the batch.
+        MeshError, AdapterError: no mesh of these devices is legal for the model, the batch and the tuning method.
     """
     facts = Facts(make_step(_on_one_device(config), model, make_mesh(MeshSection(fsdp=1), target.devices[:1])))
     candidates = list(_candidates(config, model, facts, target))
@@ -70,11 +70,19 @@ def search(config: Config, model: ModelConfig, target: Target, budget: int, tell
             "jaxtune plan without --search says what is wrong with one of them"
         )
     hunt = _Hunt(candidates, budget, {}, [], [])
+    refusal: UserError | None = None
     while (chosen := hunt.next()) is not None:
+        try:
+            step = make_step(chosen.config, model, make_mesh(chosen.config.mesh, target.devices))
+        except (MeshError, AdapterError) as error:  # the tuning method is not for this mesh
+            refusal = error
+            hunt.give_up(chosen.sizes)
+            continue
         tell(len(hunt.plans), _words(chosen))
-        mesh = make_mesh(chosen.config.mesh, target.devices)
-        plan = compile_step(make_step(chosen.config, model, mesh), target)
+        plan = compile_step(step, target)
         hunt.learn(chosen, plan, _seconds(plan, chosen, target))
+    if refusal is not None and not hunt.plans:
+        raise refusal
     fitting = sorted(hunt.fitting, key=lambda pair: pair[0])
     smallest = min(hunt.plans, key=lambda plan: plan.memory.peak)
     return Found(
@@ -116,8 +124,13 @@ class _Hunt:
         self.corrections[tried.remat] = plan.memory.temporaries / tried.guess.temporaries
         if plan.fits(self.budget):
             self.fitting.append((seconds, plan))
-        done = plan.fits(self.budget)
-        self.left = [one for one in self.left if (one.sizes != tried.sizes if done else one is not tried)]
+            self.give_up(tried.sizes)
+        else:
+            self.left = [one for one in self.left if one is not tried]
+
+    def give_up(self, sizes: tuple[int, ...]) -> None:
+        """Try no more candidates of a mesh."""
+        self.left = [one for one in self.left if one.sizes != sizes]
 
 
 def _seconds(plan: Plan, candidate: Candidate, target: Target) -> float:

@@ -143,6 +143,14 @@ def test_an_encoder_of_virtual_tokens_multiplies_no_token(options):
     assert asked(tune_section(**options)) == TOKENS * (4 * (2 * LAYER + HEAD) + 2 * ATTENTION)
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_of_a_kronecker_product_the_matrices_count_that_are_there(both):
+    section = tune_section(method="lokr", rank=1, targets=["q_proj"], decompose_both=both)
+    a, b, c, d = 4, 8, 4, 8
+    parts = (a + c if both else a * c) + (b + d)
+    assert asked(section) == TOKENS * (4 * (2 * LAYER + HEAD) + 6 * 2 * parts + 2 * ATTENTION)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_embedding_counts_as_a_head_alone(tied):
     config = ModelConfig(**{**CONFIG.__dict__, "tied": tied})

@@ -1,5 +1,6 @@
 """A search's answers fit, are legal and load as they are printed."""
 
+from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -7,6 +8,8 @@ import pytest
 
 from jaxtune.config import AXES, parse_yaml
 from jaxtune.errors import MeshError
+from jaxtune.plan.compiling import Plan
+from jaxtune.plan.memory import Compiled
 from jaxtune.plan.search import meshes, pasteable, search
 from tests.plan.shapes import SMALL, config, step_of, target
 
@@ -64,6 +67,30 @@ def test_a_batch_that_no_mesh_can_share_is_refused():
     odd = replace(SMALL, num_heads=3, num_kv_heads=3, num_layers=1)
     with pytest.raises(MeshError, match=r"no mesh of 8 devices fits this model and train.batch_size 1"):
         search(config(train={"batch_size": 1}), odd, target(8), 10**9, lambda *_: None)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """A search takes every step for one that fits, and compiles none."""
+    compiled = Compiled(arguments=10, outputs=5, aliased=5, temporaries=10)
+
+    def without(step, _):
+        return Plan(step, compiled, Counter(), Counter(), Counter(), 1e6, 1e6, [])
+
+    monkeypatch.setattr("jaxtune.plan.search.compile_step", without)
+
+
+def test_a_mesh_that_the_tuning_method_does_not_go_over_is_passed_over(uncompiled):
+    blocks = {"method": "oft", "targets": ["down_proj"], "oft_block_size": 128}  # over two devices it has 64 inputs
+    found = search(config(tune=blocks, train={"batch_size": 3}), SMALL, target(2), 10**9, lambda *_: None)
+    assert found.plans and all(plan.step.mesh.shape["tensor"] == 1 for plan in found.plans)
+
+
+def test_where_the_tuning_method_goes_over_none_its_refusal_is_told(uncompiled):
+    odd = replace(SMALL, num_layers=1)
+    blocks = {"method": "oft", "targets": ["down_proj"], "oft_block_size": 128}
+    with pytest.raises(MeshError, match=r"mesh\.tensor 2 leaves 64 inputs"):
+        search(config(tune=blocks, train={"batch_size": 1}), odd, target(2), 10**9, lambda *_: None)
 
 
 def test_axes_are_in_the_order_of_the_mesh():
