@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtune import tune
+from jaxtune import processes, tune
 from jaxtune.api import LoadedModel
-from jaxtune.assemble import FULL, Assembled
+from jaxtune.assemble import FULL, Assembled, Source
 from jaxtune.config import ModelSection
 from jaxtune.console import stage
 from jaxtune.errors import AdapterError, ConfigError, DataError, ModelError, SaveError
 from jaxtune.files import check_new
-from jaxtune.hf_write import write_model
+from jaxtune.hf_write import check_settings, write_model
 from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, open_run, record_of, require_run
 from jaxtune.mesh import single_device_mesh
 from jaxtune.models.config import ModelConfig
@@ -39,6 +39,16 @@ PROBE_ROWS, PROBE_LENGTH = 4, 64
 def result_directory(run_dir: Path, section: TuneSection) -> Path:
     """Where training with this method puts its result."""
     return run_dir / (ADAPTER if tune.has_adapter(section) else MODEL)
+
+
+def check_result(run_dir: Path, section: TuneSection, source: Source) -> None:
+    """Refuse before the first step what `write_result` would refuse after the last.
+
+    Raises:
+        ModelError: the tokenizer or the generation config cannot go along with a whole model.
+    """
+    if processes.is_first() and not tune.has_adapter(section):
+        check_settings(run_dir, source.path, source.config, source.tokenizer)
 
 
 def write_result(

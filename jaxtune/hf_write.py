@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from jaxtune.models.families import QUANTIZE_CONFIG, to_hf
 from jaxtune.models.weights import Path as WeightPath
 from jaxtune.models.weights import Tree, leaves_with_path
 from jaxtune.safetensors_io import INDEX, SINGLE
-from jaxtune.tokenizer import load_tokenizer, stop_ids, token_ids
+from jaxtune.tokenizer import first_difference, load_tokenizer, stop_ids, token_ids
 
 MARK = "written_by"  # in the metadata of each safetensors file, to know our own directories again
 TOKENIZER_FILES = (
@@ -65,11 +66,9 @@ def write_model(
     try:
         if first:
             _make_room(directory, partial, sum(t.num_bytes for t in _tensors(weights, jnp.dtype(dtype).itemsize)))
+            _write_settings(partial, source, config, config_json(config, jnp.dtype(dtype).name), tokenizer)
         _write_weights(partial if first else None, params, weights, jnp.dtype(dtype), max_shard_bytes)
         if first:
-            write_json(partial / "config.json", config_json(config, jnp.dtype(dtype).name))
-            _write_tokenizer(partial, source, tokenizer)
-            _write_generation(partial, source, config, tokenizer)
             _put_in_place(partial, directory)
         processes.barrier("model saved")
     except (OSError, SafetensorError) as problem:
@@ -83,8 +82,8 @@ def write_model(
 def new_directory(
     directory: Path, source: Path, config: ModelConfig, hf: dict[str, Any], num_bytes: int, tokenizer: Any = None
 ) -> Iterator[Path]:
-    """A directory under a temporary name, for a model's weights. Without an error it then gets `hf` as its config.json,
-    the source's tokenizer and generation config, and its name. For one process.
+    """A directory under a temporary name, for a model's weights, with `hf` as its config.json, and with the source's
+    tokenizer and generation config. Without an error it then gets its name. For one process.
 
     num_bytes: that the disk must have free. tokenizer: as write_model's.
 
@@ -95,15 +94,27 @@ def new_directory(
     partial = directory.parent / f".{directory.name}.partial"
     try:
         _make_room(directory, partial, num_bytes)
+        _write_settings(partial, source, config, hf, tokenizer)
         yield partial
-        write_json(partial / "config.json", hf)
-        _write_tokenizer(partial, source, tokenizer)
-        _write_generation(partial, source, config, tokenizer)
         _put_in_place(partial, directory)
     except (OSError, SafetensorError) as problem:
         raise ModelError(f"{directory}: cannot be written: {' '.join(str(problem).split())}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_settings(home: Path, source: Path, config: ModelConfig, tokenizer: Any) -> None:
+    """Refuse before a run what `write_model` would refuse behind it: all but the weights is written once, in `home`,
+    and removed.
+
+    Raises:
+        ModelError: as `write_model`.
+    """
+    try:
+        with TemporaryDirectory(prefix=".", dir=home) as directory:
+            _write_settings(Path(directory), source, config, config_json(config, "float32"), tokenizer)
+    except OSError as problem:
+        raise ModelError(f"{home}: cannot be written: {' '.join(str(problem).split())}") from None
 
 
 def check_target(directory: Path) -> None:
@@ -207,14 +218,31 @@ def _to_host(array: jax.Array, place: int | None, dtype: np.dtype) -> np.ndarray
     return np.ascontiguousarray(np.asarray(array).astype(dtype, copy=False))
 
 
+def _write_settings(directory: Path, source: Path, config: ModelConfig, hf: dict[str, Any], tokenizer: Any) -> None:
+    """All but the weights."""
+    write_json(directory / "config.json", hf)
+    _write_tokenizer(directory, source, tokenizer)
+    _write_generation(directory, source, config, tokenizer)
+
+
 def _write_tokenizer(directory: Path, source: Path, tokenizer: Any) -> None:
+    """Into a directory with its config.json: transformers has classes of its own for some model_types."""
     is_plain = source.suffix != ".gguf" and not (source / MORE_TEMPLATES).exists()
-    if not is_plain or (tokenizer is not None and not _lies_with(source, tokenizer)):
-        (tokenizer or load_tokenizer(source)).save_pretrained(directory)
+    if is_plain and (tokenizer is None or _lies_with(source, tokenizer)):
+        for name in TOKENIZER_FILES:
+            if (source / name).exists():
+                shutil.copyfile(inside(source, name, ModelError, str(source)), directory / name)
         return
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(inside(source, name, ModelError, str(source)), directory / name)
+    tokenizer = tokenizer or load_tokenizer(source)
+    tokenizer.save_pretrained(directory)
+    again = load_tokenizer(directory)
+    text = first_difference(tokenizer, again)
+    if text is not None:
+        raise ModelError(
+            f"{tokenizer.name_or_path or source}: beside the config.json of this model transformers reads the tokenizer"
+            f" as {type(again).__name__}, which cuts text otherwise, such as {text!r:.80}; take another tokenizer, or a"
+            " model of another model_type"
+        )
 
 
 def _lies_with(source: Path, tokenizer: Any) -> bool:

@@ -19,7 +19,7 @@ from jaxtune.config import Config
 from jaxtune.console import console, go_on_unheard, loading_bar, say, stage, warn
 from jaxtune.data.loader import Batch, Data, Dataset, build_data
 from jaxtune.errors import TrainingStopped
-from jaxtune.export import write_result
+from jaxtune.export import check_result, write_result
 from jaxtune.kept import compiled_anew
 from jaxtune.leaves import count, partition
 from jaxtune.mesh import check_batch, check_time, make_mesh
@@ -76,6 +76,7 @@ def train(config: Config) -> list[dict]:
         source = Source.open(config.model, config.data.template, config.tune)
         config = config.model_copy(update={"tune": source.tuning})
         check_fit(config, mesh, source.config)
+        check_result(run.directory, config.tune, source)
         for note in tune.check(config.tune, source.config):
             warn(note)
         _look(stop)

@@ -22,6 +22,9 @@ END_OF_TURN = (
 )
 NEEDED = "a tokenizer.json is needed, and code of its own is never run"
 MAX_TEMPLATE_BYTES = 1 << 20
+# What tokenizers cut differently: numbers, contractions, spaces and new lines, characters in several forms.
+PROBES = ("It's", "SHE'LL", "x 1234567890", "a   b", "x \n\n\t 'y", "cafe\u0301 \ufb01 \uff46", "\u4f60\u597d x1.\r\n ")
+PROBED = 20_000  # tokens, whose own texts are tried too
 
 
 def without_torch() -> None:
@@ -95,6 +98,18 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
             f"the tokenizer has ids up to {size - 1}, the model's embedding has {vocab_size} rows; without a row:"
             f" {', '.join(f'{token!r} ({i})' for i, token in names)}; use the model's own tokenizer"
         )
+
+
+def first_difference(one: Any, other: Any) -> str | None:
+    """A text that two tokenizers make different tokens of; None: there is none among many, each token's own among
+    them."""
+    mine, theirs = one.backend_tokenizer, other.backend_tokenizer
+    if mine.to_str() == theirs.to_str():
+        return None
+    ids = [[i] for i in range(min(vocabulary_size(one), PROBED))]
+    texts = [*PROBES, *other.get_added_vocab(), *mine.decode_batch(ids, skip_special_tokens=False)]
+    pairs = zip(texts, mine.encode_batch(texts), theirs.encode_batch(texts), strict=True)
+    return next((text for text, a, b in pairs if a.ids != b.ids), None)
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -11,6 +11,7 @@ from jaxtune import assemble, export
 from jaxtune.errors import ConfigError, ModelError, SaveError
 from jaxtune.export import export_run, probe_tokens
 from jaxtune.tune import peft_io
+from tests.peer import write_tokenizer
 from tests.runs import LORA, sections, unfinish
 
 TOKENS = np.random.default_rng(1).integers(0, 384, (2, 40))
@@ -169,6 +170,41 @@ def test_the_template_that_a_run_was_given_goes_along(tiny_model, tmp_path):
     export_run(tmp_path / "run", out, "hf")
     for directory in (tmp_path / "run" / "model", out):
         assert jaxtune.load_model(directory).tokenizer.chat_template == template.read_text()
+
+
+def words_with_another_cut(model):
+    write_tokenizer(model.parent / "words")
+    return {"tokenizer": str(model.parent / "words")}
+
+
+def ends_that_are_no_ids(model):
+    (model / "generation_config.json").write_text('{"eos_token_id": [2, "</s>"]}')
+    return {}
+
+
+def words_linked_from_elsewhere(model):
+    (model / "tokenizer.json").rename(model.parent / "tokenizer.json")
+    (model / "tokenizer.json").symlink_to("../tokenizer.json")
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            words_with_another_cut,
+            r"words: beside the config\.json of this model .* as Qwen2Tokenizer, .* such as 'x 12",
+        ),
+        (ends_that_are_no_ids, r"generation_config\.json: eos_token_id is \[2, '</s>'\]"),
+        (words_linked_from_elsewhere, r"tokenizer\.json is a link to"),
+    ],
+)
+def test_what_cannot_go_along_with_a_whole_model_is_said_before_the_first_step(tiny_model, tmp_path, spoil, message):
+    model = shutil.copytree(tiny_model("qwen2"), tmp_path / "model")
+    tree = sections(model, tmp_path / "home", tune=METHODS["full"], model=spoil(model))
+    with pytest.raises(ModelError, match=message):  # a SaveError would come after the last
+        jaxtune.train(tree)
+    assert not list((tmp_path / "home" / "run").glob("*/"))
 
 
 @pytest.mark.parametrize("format", ["hf", "peft"])

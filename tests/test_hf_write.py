@@ -147,6 +147,15 @@ def test_a_tokenizer_that_differs_from_the_sources_in_its_end_alone_takes_its_pl
     assert (written / "tokenizer.json").exists()
 
 
+def test_a_tokenizer_that_transformers_would_read_with_another_cut_is_refused(tiny_model, tiny_tokenizer, tmp_path):
+    with pytest.raises(ModelError, match="reads the tokenizer as Qwen2Tokenizer, which cuts text otherwise"):
+        rewrite(tiny_model("qwen2"), tmp_path / "out", tokenizer=tiny_tokenizer)
+    assert list(tmp_path.iterdir()) == []
+    written = rewrite(tiny_model("qwen3"), tmp_path / "out", tokenizer=tiny_tokenizer)
+    text = "It's 1234567890"
+    assert AutoTokenizer.from_pretrained(written)(text)["input_ids"] == tiny_tokenizer(text)["input_ids"]
+
+
 @pytest.mark.parametrize(
     ("stored", "expected"), [(0, [0, 2]), ([0, 1], [0, 1, 2]), (2, 2), ([2, 0], [2, 0]), (None, 2)], ids=str
 )

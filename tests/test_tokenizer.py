@@ -4,10 +4,11 @@ import json
 import shutil
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxtune.errors import ModelError
-from jaxtune.tokenizer import check_tokenizer, load_tokenizer, pad_id, stop_ids, vocabulary_size
+from jaxtune.tokenizer import check_tokenizer, first_difference, load_tokenizer, pad_id, stop_ids, vocabulary_size
 
 
 @pytest.fixture
@@ -93,6 +94,20 @@ def test_the_embedding_must_have_a_row_for_every_token(tiny_tokenizer):
     token = tiny_tokenizer.convert_ids_to_tokens(size - 1)
     assert f"ids up to {size - 1}, the model's embedding has {size - 1} rows" in str(refusal.value)
     assert repr(token) in str(refusal.value)
+
+
+def test_tokenizers_that_cut_otherwise_differ_on_some_text(tiny_tokenizer, directory):
+    assert first_difference(tiny_tokenizer, load_tokenizer(directory)) is None
+    edit(directory, "config.json", model_type="qwen2")  # transformers has a cut of its own for it
+    theirs = load_tokenizer(directory)
+    text = first_difference(tiny_tokenizer, theirs)
+    assert tiny_tokenizer(text)["input_ids"] != theirs(text)["input_ids"]
+    own = json.loads(theirs.backend_tokenizer.to_str())
+    own["model"] |= {"continuing_subword_prefix": None, "end_of_word_suffix": None}  # written otherwise, not other
+    same = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(own)))
+    assert first_difference(theirs, same) is None
+    same.add_tokens(["<new>"])
+    assert first_difference(theirs, same) == "<new>"
 
 
 def test_an_added_token_past_the_end_counts(tiny_tokenizer, directory):
