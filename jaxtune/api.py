@@ -25,7 +25,6 @@ from jaxtune.parallel import local
 from jaxtune.parallel.layout import partitions
 from jaxtune.sampling import Sampling
 from jaxtune.text import Messages, decode, encode_prompt, text_pieces
-from jaxtune.tokenizer import stop_ids
 from jaxtune.tune.peft_config import read_config
 
 Prompt = str | Messages
@@ -62,8 +61,7 @@ class LoadedModel:
         self.config: ModelConfig = assembled.model.config
         self._model, self._active = assembled.model, name
         if name not in self._loaded:
-            stop = stop_ids(self.tokenizer, assembled.source.path)
-            generator = Generator(assembled.model, assembled.mesh, self._dtype, stop)
+            generator = Generator(assembled.model, assembled.mesh, self._dtype, assembled.source.stop_ids)
             self._loaded[name] = _Programs(assembled, generator, jax.jit(self._everywhere(self._all_logits)))
         self._generator, self._logits = self._loaded[name].generator, self._loaded[name].logits
 

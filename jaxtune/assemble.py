@@ -26,7 +26,15 @@ from jaxtune.models.families import read_config
 from jaxtune.models.weights import Tree, init_params, map_tree
 from jaxtune.quant.scheme import Quantizer, Scheme, scheme_of
 from jaxtune.section import TuneSection, adapter_of
-from jaxtune.tokenizer import check_tokenizer, load_tokenizer, vocabulary_size
+from jaxtune.tokenizer import (
+    check_tokenizer,
+    load_tokenizer,
+    shares_ids,
+    special_ids,
+    stop_ids,
+    tokenizer_of,
+    vocabulary_size,
+)
 from jaxtune.tune.full import FullSection
 
 FULL = FullSection()
@@ -42,6 +50,7 @@ class Source:
     scheme: Scheme | None = None  # how its linear maps are quantised
     tuning: TuneSection = FULL  # resolved, with what it needs of the tokenizer
     adds_words: bool = False  # whether the method adds any tokens
+    own_ids: bool = True  # whether the token ids in the model's files are this tokenizer's
 
     @classmethod
     def open(
@@ -65,11 +74,19 @@ class Source:
         config = read_config(path, section.overrides)
         words = path if section.tokenizer is None else resolve_model(section.tokenizer, weights=False)
         tokenizer = load_tokenizer(words, template)
+        own_ids = section.tokenizer is None or shares_ids(tokenizer, tokenizer_of(path))
+        if not own_ids:
+            config = replace(config, hf={**config.hf, **special_ids(tokenizer)})
         before = vocabulary_size(tokenizer)
         tokenizer, tuning = tune.words(tuning, tokenizer)
         check_tokenizer(tokenizer, tune.vocab_size(tuning, config))
         scheme = scheme_of(section, config, str(path))
-        return cls(path, config, tokenizer, scheme, tuning, vocabulary_size(tokenizer) > before)
+        return cls(path, config, tokenizer, scheme, tuning, vocabulary_size(tokenizer) > before, own_ids)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a reply."""
+        return stop_ids(self.tokenizer, self.path if self.own_ids else None)
 
 
 @dataclass(frozen=True)

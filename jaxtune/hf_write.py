@@ -26,7 +26,15 @@ from jaxtune.models.families import QUANTIZE_CONFIG, to_hf
 from jaxtune.models.weights import Path as WeightPath
 from jaxtune.models.weights import Tree, leaves_with_path
 from jaxtune.safetensors_io import INDEX, SINGLE
-from jaxtune.tokenizer import first_difference, load_tokenizer, stop_ids, token_ids
+from jaxtune.tokenizer import (
+    first_difference,
+    load_tokenizer,
+    shares_ids,
+    special_ids,
+    stop_ids,
+    token_ids,
+    tokenizer_of,
+)
 
 MARK = "written_by"  # in the metadata of each safetensors file, to know our own directories again
 TOKENIZER_FILES = (
@@ -220,15 +228,19 @@ def _to_host(array: jax.Array, place: int | None, dtype: np.dtype) -> np.ndarray
 
 def _write_settings(directory: Path, source: Path, config: ModelConfig, hf: dict[str, Any], tokenizer: Any) -> None:
     """All but the weights."""
+    own = None if tokenizer is None else tokenizer_of(source)
     write_json(directory / "config.json", hf)
-    _write_tokenizer(directory, source, tokenizer)
-    _write_generation(directory, source, config, tokenizer)
+    _write_tokenizer(directory, source, tokenizer, own)
+    _write_generation(directory, source, config, tokenizer, own)
 
 
-def _write_tokenizer(directory: Path, source: Path, tokenizer: Any) -> None:
-    """Into a directory with its config.json: transformers has classes of its own for some model_types."""
+def _write_tokenizer(directory: Path, source: Path, tokenizer: Any, own: Any) -> None:
+    """Into a directory with its config.json: transformers has classes of its own for some model_types.
+
+    own: the source's, where `tokenizer` may be another.
+    """
     is_plain = source.suffix != ".gguf" and not (source / MORE_TEMPLATES).exists()
-    if is_plain and (tokenizer is None or _lies_with(source, tokenizer)):
+    if is_plain and (tokenizer is None or _is_same(tokenizer, own)):
         for name in TOKENIZER_FILES:
             if (source / name).exists():
                 shutil.copyfile(inside(source, name, ModelError, str(source)), directory / name)
@@ -245,24 +257,22 @@ def _write_tokenizer(directory: Path, source: Path, tokenizer: Any) -> None:
         )
 
 
-def _lies_with(source: Path, tokenizer: Any) -> bool:
+def _is_same(tokenizer: Any, own: Any) -> bool:
     """Whether the source's own files are this tokenizer, and can go along as they are."""
-    try:
-        plain = load_tokenizer(source)
-    except ModelError:  # there is none
+    if own is None:
         return False
     mine, theirs = (
         (t.backend_tokenizer.to_str(), t.chat_template, t.special_tokens_map, t.padding_side, t.model_max_length)
-        for t in (tokenizer, plain)
+        for t in (tokenizer, own)
     )
     return mine == theirs
 
 
-def _write_generation(directory: Path, source: Path, config: ModelConfig, tokenizer: Any) -> None:
+def _write_generation(directory: Path, source: Path, config: ModelConfig, tokenizer: Any, own: Any) -> None:
     """The source's generation config, or one made of the token ids that its config has.
 
     transformers stops at its eos_token_id alone, so what ends a reply of this tokenizer is put behind what stands
-    there: a base model's end of text is not the end of a turn that was taught.
+    there: a base model's end of text is not the end of a turn that was taught. Ids of another vocabulary are left out.
     """
     if (source / GENERATION).exists():
         found = read_json(inside(source, GENERATION, ModelError, str(source)), ModelError)
@@ -270,8 +280,10 @@ def _write_generation(directory: Path, source: Path, config: ModelConfig, tokeni
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         found = {name: config.hf[name] for name in names if config.hf.get(name) is not None}
     if tokenizer is not None:
+        shared = shares_ids(tokenizer, own)
+        found |= {} if shared else special_ids(tokenizer)
         before = token_ids(found.get("eos_token_id"))
-        ends = [*before, *(number for number in stop_ids(tokenizer, source) if number not in before)]
+        ends = [*before, *(i for i in stop_ids(tokenizer, source if shared else None) if i not in before)]
         found["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     write_json(directory / GENERATION, found)
 

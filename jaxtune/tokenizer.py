@@ -112,6 +112,25 @@ def first_difference(one: Any, other: Any) -> str | None:
     return next((text for text, a, b in pairs if a.ids != b.ids), None)
 
 
+def tokenizer_of(path: Path) -> Any | None:
+    """The tokenizer that lies with a model; None: there is none that can be loaded."""
+    try:
+        return load_tokenizer(path)
+    except ModelError:
+        return None
+
+
+def shares_ids(tokenizer: Any, own: Any | None) -> bool:
+    """Whether the token ids in a model's own files are this tokenizer's: it has all tokens of the one that lies with
+    the model, and may have more."""
+    return own is not None and own.get_vocab().items() <= tokenizer.get_vocab().items()
+
+
+def special_ids(tokenizer: Any) -> dict[str, int | None]:
+    """The special tokens that a model's config has, under their names there."""
+    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
 def pad_id(tokenizer: Any) -> int:
     """The id that fills up rows; it is masked everywhere, so any token does when the tokenizer has none for it."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

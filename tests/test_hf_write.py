@@ -14,12 +14,15 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from jaxtune import hf_write
+from jaxtune.assemble import Source
+from jaxtune.config import ModelSection
 from jaxtune.errors import ModelError
 from jaxtune.hf_io import load_params, open_source
 from jaxtune.hf_write import check_target, write_model
 from jaxtune.models.decoder import Model
 from jaxtune.models.families import FAMILIES, read_config, to_hf
 from jaxtune.models.weights import map_tree
+from tests.peer import write_tokenizer
 
 
 def load(directory: Path, dtype="float32", stacks=None):
@@ -154,6 +157,30 @@ def test_a_tokenizer_that_transformers_would_read_with_another_cut_is_refused(ti
     written = rewrite(tiny_model("qwen3"), tmp_path / "out", tokenizer=tiny_tokenizer)
     text = "It's 1234567890"
     assert AutoTokenizer.from_pretrained(written)(text)["input_ids"] == tiny_tokenizer(text)["input_ids"]
+
+
+def test_with_another_tokenizer_there_are_no_token_ids_of_the_old_vocabulary(tiny_model, tmp_path):
+    """transformers' embedding refuses a padding id behind its end."""
+    source, words = shutil.copytree(tiny_model("llama"), tmp_path / "source"), write_tokenizer(tmp_path / "words")
+    old = {"bos_token_id": 9000, "eos_token_id": [9001, 32], "pad_token_id": 9002}
+    fields = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**fields, "vocab_size": 10_000, **old}))
+    (source / "generation_config.json").write_text(json.dumps({**old, "temperature": 0.5}))
+    tokens = json.loads((words / "tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    (words / "tokenizer.json").write_text(json.dumps(tokens))
+    section = {"tokenizer": str(words), "init": "random", "overrides": {"vocab_size": fields["vocab_size"]}}
+    opened = Source.open(ModelSection(path=str(source), **section))
+    params, weights, _ = load(tiny_model("llama"))
+    write_model(tmp_path / "out", params, weights, opened.config, source, "float32", tokenizer=opened.tokenizer)
+    config, generation = (
+        json.loads((tmp_path / "out" / f"{name}config.json").read_text()) for name in ("", "generation_")
+    )
+    own = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    assert {name: config[name] for name in own} == own
+    assert generation == {**own, "temperature": 0.5}
+    assert opened.stop_ids == (2,)
 
 
 @pytest.mark.parametrize(
