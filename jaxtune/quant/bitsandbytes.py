@@ -47,26 +47,27 @@ def read_format(settings: dict[str, Any], where: str) -> "FourBitFormat | EightB
     if four == eight:
         fields.refuse("load_in_4bit", f"and load_in_8bit is {eight}; expected one of the two to be true")
     if eight:
-        return EightBitFormat(skipped)
+        return EightBitFormat(where, skipped)
     if kind not in KINDS:
         fields.refuse("bnb_4bit_quant_type", "supported: nf4, fp4")
     if storage not in STORAGE_BYTES:
         fields.refuse("bnb_4bit_quant_storage", f"supported: {', '.join(STORAGE_BYTES)}")
-    return FourBitFormat(kind, double, STORAGE_BYTES[storage], skipped)
+    return FourBitFormat(where, kind, double, STORAGE_BYTES[storage], skipped)
 
 
-def _is_quantized(weight: Weight, tensors: Tensors | None, ending: str, skipped: tuple[str, ...]) -> bool:
+def _is_quantized(weight: Weight, tensors: Tensors | None, ending: str, skipped: tuple[str, ...], where: str) -> bool:
     """Whether the tensor `ending` beside each layer's weight says so; without tensors, whether it is not skipped."""
     if tensors is not None:
         return layers_alike(weight, [key + ending in tensors.shapes for key in weight.keys], tensors.where)
     skip = lambda key: any(f".{name}." in f".{key}." for name in skipped)  # noqa: E731 - transformers' own rule, nearly
-    return layers_alike(weight, [not skip(key) for key in weight.keys], "llm_int8_skip_modules")
+    return layers_alike(weight, [not skip(key) for key in weight.keys], f"{where}: llm_int8_skip_modules")
 
 
 @dataclass(frozen=True)
 class FourBitFormat:
     """load_in_4bit. double: bnb_4bit_use_double_quant. storage: bytes of a number of the tensor that has the codes."""
 
+    where: str
     kind: str
     double: bool
     storage: int
@@ -77,7 +78,7 @@ class FourBitFormat:
         return f"bitsandbytes {self.kind}{' with double quantisation' if self.double else ''}"
 
     def stored(self, weight: Weight, tensors: Tensors | None) -> Stored | None:
-        if not _is_quantized(weight, tensors, f".quant_state.bitsandbytes__{self.kind}", self.skipped):
+        if not _is_quantized(weight, tensors, f".quant_state.bitsandbytes__{self.kind}", self.skipped, self.where):
             return None
         check_shape(weight.shape, weight.key)
         block = BLOCK if tensors is None else self._checked(weight, tensors)
@@ -198,6 +199,7 @@ class _Layout:
 class EightBitFormat:
     """load_in_8bit: LLM.int8."""
 
+    where: str
     skipped: tuple[str, ...]
     name = "bitsandbytes int8"
     kind = "int8"
@@ -206,7 +208,7 @@ class EightBitFormat:
     def stored(self, weight: Weight, tensors: Tensors | None) -> Stored | None:
         beside = [key.removesuffix("weight") for key in weight.keys]
         if tensors is None:
-            quantized = _is_quantized(weight, None, "", self.skipped)
+            quantized = _is_quantized(weight, None, "", self.skipped, self.where)
         else:
             quantized = layers_alike(weight, [f"{name}SCB" in tensors.shapes for name in beside], tensors.where)
         if not quantized:

@@ -118,9 +118,10 @@ def layers_alike(weight: Weight, quantized: list[bool], where: str) -> bool:
         ModelError: some are and others not.
     """
     if any(quantized) and not all(quantized):
-        names = {flag: [key for key, own in zip(weight.keys, quantized, strict=True) if own is flag] for flag in (0, 1)}
+        pairs = list(zip(weight.keys, quantized, strict=True))
+        held, plain = ([key for key, own in pairs if own is flag] for flag in (True, False))
         raise ModelError(
-            f"{where}: quantised: {listing(names[1], 3)}; not quantised: {listing(names[0], 3)}; the layers of a "
+            f"{where}: quantised: {listing(held, 3)}; not quantised: {listing(plain, 3)}; the layers of a "
             "model must be alike; quantise all of them or none"
         )
     return all(quantized)

@@ -71,7 +71,7 @@ def quantize_model(path: str, out: str | Path, maker: Maker, calibration: Calibr
 
 
 def _check_model(model: Model, source: Source, maker: Maker) -> None:
-    if "quantization_config" in source.config.hf:
+    if source.config.hf.get("quantization_config") is not None:
         raise ModelError(f"{source.path}: is quantised already; give the model that it was made from")
     for paths in ORDER:
         for path in paths:

@@ -15,7 +15,7 @@ from jaxtune.assemble import FULL, Source, assemble
 from jaxtune.config import ModelSection
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.mesh import single_device_mesh
-from jaxtune.models.weights import leaves_with_path
+from jaxtune.models.weights import Weight, leaves_with_path
 from jaxtune.quant.checkpoints import format_of
 from tests.quant.support import dequantized_logits, edit_config, write_quantized
 
@@ -122,6 +122,16 @@ def test_settings_that_are_not_read_are_refused_by_name(name):
     assert message in str(refusal.value) and "here/config.json" in str(refusal.value)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_layers_that_are_to_be_skipped_alone_are_named(kind):
+    weight = Weight((96, 64), ("mlp", "embed"), "model.layers.{layer}.mlp.up_proj.weight", layers=range(2))
+    settings = {"quant_method": "bitsandbytes", **KINDS[kind], "llm_int8_skip_modules": ["layers.0"]}
+    with pytest.raises(ModelError) as refusal:
+        format_of(settings, "here/config.json").stored(weight, None)
+    assert "here/config.json: llm_int8_skip_modules: quantised: model.layers.1." in str(refusal.value)
+    assert "; not quantised: model.layers.0.mlp.up_proj.weight; the layers" in str(refusal.value)
+
+
 def rewrite(directory, change):
     with safe_open(directory / "model.safetensors", framework="np") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
@@ -170,7 +180,7 @@ DAMAGES = {
     "table": (another_table, "quant_map is not bitsandbytes' table of 16 numbers"),
     "missing": (no_scales, f"missing weights (1): {Q}.absmax"),
     "infinite": (infinite_scale, "not finite"),
-    "mixed": (plain_layer, "the layers of a model must be alike"),
+    "mixed": (plain_layer, f"quantised: {Q.replace('0', '1')}; not quantised: {Q}; the layers of a model must be"),
 }
 
 

@@ -144,6 +144,14 @@ def test_gptq_moves_the_outputs_less_than_rounding_to_the_same_grid(tiny_model, 
     assert moved["gptq"] < 0.8 * moved["rtn"], moved
 
 
+def test_a_config_that_says_null_of_its_quantisation_is_that_of_a_plain_model(tiny_model, tmp_path):
+    model = copied(tiny_model("llama"), tmp_path / "model")
+    fields = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**fields, "quantization_config": None}))
+    quantize_model(str(model), tmp_path / "out", MAKERS["int8"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["load_in_8bit"]
+
+
 def test_what_cannot_be_made_is_refused_and_leaves_nothing(make, tiny_model, data, tmp_path):
     def run(maker, model=None, calibration=None):
         quantize_model(str(model or tiny_model("llama")), tmp_path / "out", maker, calibration or Calibration(data[0]))
