@@ -39,7 +39,8 @@ def load_tokenizer(path: Path, template: str | None = None) -> Any:
     template: a file of a Jinja chat template that takes the place of the tokenizer's own.
 
     Raises:
-        ModelError: there is none, it needs code of its own, or it has no end-of-sequence token.
+        ModelError: there is none, it needs code of its own, its template is no text, or it has no end-of-sequence
+            token.
     """
     if path.suffix == ".gguf":
         from jaxtune.gguf_tokenizer import read_gguf_tokenizer
@@ -49,6 +50,12 @@ def load_tokenizer(path: Path, template: str | None = None) -> Any:
         tokenizer = _from_directory(path)
     if template is not None:
         tokenizer.chat_template = _read_template(Path(template).expanduser())
+    if not _is_template(tokenizer.chat_template):
+        where = "the tokenizer" if path.suffix == ".gguf" else "tokenizer_config.json"
+        raise ModelError(
+            f"{path}: chat_template of {where} is {tokenizer.chat_template!r:.200}; expected text, or a list of named "
+            "ones; put it right, or set data.template"
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{path}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
     return tokenizer
@@ -69,6 +76,13 @@ def _from_directory(path: Path) -> Any:
     if not tokenizer.is_fast:
         raise ModelError(f"{path}: the tokenizer is in Python; {NEEDED}")
     return tokenizer
+
+
+def _is_template(found: Any) -> bool:
+    """Whether it is a chat template, several under their names, or none."""
+    return found is None or all(
+        isinstance(one, str) for one in (found.values() if isinstance(found, dict) else [found])
+    )
 
 
 def _read_template(path: Path) -> str:

@@ -46,6 +46,27 @@ def test_a_template_that_cannot_be_read_is_named(directory, tmp_path, content):
         load_tokenizer(directory, str(tmp_path / "t.jinja"))
 
 
+@pytest.mark.parametrize("template", [5, ["x"], {"default": 5}, [{"name": "default", "template": 5}]], ids=str)
+def test_a_template_that_is_no_text_is_one_message(directory, template):
+    (directory / "chat_template.jinja").unlink()
+    edit(directory, chat_template=template)
+    with pytest.raises(ModelError, match=r"words: .*(chat_template of tokenizer_config\.json is|cannot be loaded)"):
+        load_tokenizer(directory)
+
+
+def test_a_template_that_is_no_text_does_no_harm_behind_another(directory, tmp_path):
+    (directory / "chat_template.jinja").unlink()
+    edit(directory, chat_template=5)
+    (tmp_path / "t.jinja").write_text("mine")
+    assert load_tokenizer(directory, str(tmp_path / "t.jinja")).chat_template == "mine"
+
+
+def test_several_templates_have_names(directory):
+    (directory / "chat_template.jinja").unlink()
+    edit(directory, chat_template=[{"name": "default", "template": "{{ 1 }}"}, {"name": "rag", "template": "{{ 2 }}"}])
+    assert load_tokenizer(directory).chat_template == {"default": "{{ 1 }}", "rag": "{{ 2 }}"}
+
+
 def test_a_directory_without_a_tokenizer_says_so(tmp_path):
     with pytest.raises(ModelError, match=r"no tokenizer\.json .* set model\.tokenizer"):
         load_tokenizer(tmp_path)
