@@ -172,7 +172,7 @@ def _write_weights(directory: Path | None, params: Tree, weights: Tree, dtype: n
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(plan, 1):
         name = SINGLE if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
-        arrays = {tensor.key: _to_host(leaves[tensor.path], tensor.place, dtype) for tensor in shard}
+        arrays = {tensor.key: _to_host(tensor, leaves[tensor.path], dtype) for tensor in shard}
         if directory is not None:
             save_file(arrays, directory / name, metadata={"format": "pt", MARK: "jaxtune"})
         weight_map |= dict.fromkeys(arrays, name)
@@ -215,15 +215,30 @@ def _take(array: jax.Array, place: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(array, place, keepdims=False)
 
 
-def _to_host(array: jax.Array, place: int | None, dtype: np.dtype) -> np.ndarray:
+def _to_host(tensor: Tensor, array: jax.Array, dtype: np.dtype) -> np.ndarray:
     """One tensor in host memory, gathered from every process that holds a part."""
     # A new array either way: JAX keeps the host copy of an array for as long as the array lives.
-    array = array.copy() if place is None else _take(array, place)
+    array = array.copy() if tensor.place is None else _take(array, tensor.place)
     if not array.is_fully_addressable:
         from jax.experimental.multihost_utils import process_allgather
 
         array = process_allgather(array, tiled=True)
-    return np.ascontiguousarray(np.asarray(array).astype(dtype, copy=False))
+    return np.ascontiguousarray(as_type(tensor.key, np.asarray(array), dtype))
+
+
+def as_type(key: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The array of a weight in another type.
+
+    Raises:
+        ModelError: a number becomes infinite in it.
+    """
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype, copy=False)
+    if dtype.itemsize < array.dtype.itemsize and not np.isfinite(result).all() and np.isfinite(array).all():
+        wider = "bfloat16 or float32" if dtype == np.float16 else "float32"
+        largest = float(jnp.finfo(dtype).max)
+        raise ModelError(f"{key} has numbers past {dtype}'s largest, {largest:g}; take dtype {wider}")
+    return result
 
 
 def _write_settings(directory: Path, source: Path, config: ModelConfig, hf: dict[str, Any], tokenizer: Any) -> None:

@@ -77,6 +77,17 @@ def test_the_dtype_is_the_one_asked_for_in_the_files_and_in_the_config(tiny_mode
     assert json.loads((written / "config.json").read_text())["dtype"] == dtype
 
 
+def test_numbers_that_the_dtype_does_not_hold_are_refused_by_name(tiny_model, tmp_path):
+    params, weights, config = load(source := tiny_model("qwen2"))
+    params["norm"]["weight"] = params["norm"]["weight"].at[3].set(-70000.0)
+    out = tmp_path / "out"
+    with pytest.raises(ModelError, match=r"^model\.norm\.weight .* float16's largest, 65504; take dtype bfloat16 or"):
+        write_model(out, params, weights, config, source, "float16")
+    assert list(tmp_path.iterdir()) == []
+    write_model(out, params, weights, config, source, "bfloat16")
+    assert state(out)["model.norm.weight"].min() < -65504
+
+
 def test_files_hold_no_more_than_asked_for_and_the_index_says_what_they_hold(tiny_model, tmp_path):
     written = rewrite(tiny_model("qwen2"), tmp_path / "out", max_shard_bytes=60_000)
     index = json.loads((written / "model.safetensors.index.json").read_text())

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.errors import ConfigError
-from jaxtune.hf_write import config_json
+from jaxtune.hf_write import as_type, config_json
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.weights import Tree, Weight, leaves_with_path, set_path
 from jaxtune.quant.bitsandbytes import EightBitFormat, FourBitFormat
@@ -110,9 +110,9 @@ def write_quantized(
 def _add(writer: ShardWriter, makers: dict[str, Maker], key: str, weight: jax.Array, dtype: Any) -> jax.Array:
     """Put one layer's weight into the files; what it stands for there, in float32."""
     if key not in makers:
-        plain = weight.astype(dtype)
-        writer.add({key: np.asarray(plain)})
-        return plain.astype(jnp.float32)
+        plain = as_type(key, np.asarray(weight), dtype)
+        writer.add({key: plain})
+        return jnp.asarray(plain, jnp.float32)
     tensors, values = makers[key].make(key, weight.astype(jnp.float32), None)
     writer.add(tensors)
     return values
