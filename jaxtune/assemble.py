@@ -148,7 +148,9 @@ def assemble(
             stored, homes, seed, config.init_std, jnp.dtype(dtype), quantizer.loaded, quantizer.type_of
         )
     elif init == "pretrained":
-        params = load_params(open_source(source.path), stored, homes, jnp.dtype(dtype), progress, quantizer)
+        params = load_params(
+            open_source(source.path, source.config.tied), stored, homes, jnp.dtype(dtype), progress, quantizer
+        )
     params, mask = wrap(params)
     return Assembled(model, params, mask, mesh, source)
 

@@ -52,13 +52,16 @@ class WeightSource(Protocol):
         ...
 
 
-def open_source(path: Path) -> WeightSource:
-    """The weights of a Hugging Face directory or of a .gguf file. Only headers are read."""
+def open_source(path: Path, tied: bool = False) -> WeightSource:
+    """The weights of a Hugging Face directory or of a .gguf file. Only headers are read.
+
+    tied: whether the model's head is its embedding, which a directory may then keep under the head's name alone.
+    """
     if path.suffix == ".gguf":
         from jaxtune.gguf_io import GGUFSource
 
         return GGUFSource(path)
-    return SafetensorsSource(path)
+    return SafetensorsSource(path, {HEAD: EMBEDDING} if tied else {})
 
 
 def load_params(

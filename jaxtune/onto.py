@@ -67,7 +67,7 @@ def choose(opened: Opened, asked: str | None, base: str | None) -> Onto:
         assert section is not None
         return Onto(f"the original weights of {section.path}", section)
     settings = own.config.hf.get("quantization_config") or {}
-    makers = makers_of(own.scheme, settings, Model.create(own.config).weights, open_source(own.path))
+    makers = makers_of(own.scheme, settings, Model.create(own.config).weights, open_source(own.path, own.config.tied))
     start = "dequantised" if section is None else "original"
     return Onto(f"the {start} weights of its base and quantised again ({own.scheme.name})", section, makers, settings)
 

@@ -3,6 +3,7 @@
 Parsing and its bounds checks are the library's. Pickled weights are never opened.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,10 @@ class Entry:
 class SafetensorsSource:
     """The weights under their Hugging Face keys; a base model's get the `model.` that they lack."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, shared: Mapping[str, str] | None = None):
         """Open every header; no weight is read.
+
+        shared: key -> the key that it stands for where the files lack that one.
 
         Raises:
             ModelError: no safetensors, a damaged file, or an index that does not say what the files hold.
@@ -49,6 +52,9 @@ class SafetensorsSource:
         bare = not any(entry.name.startswith("model.") for entry in entries)
         prefix = "model." if bare and any(entry.name == "embed_tokens.weight" for entry in entries) else ""
         named = {entry.name if entry.name.startswith("lm_head.") else prefix + entry.name: entry for entry in entries}
+        for key, other in (shared or {}).items():
+            if key in named and other not in named:
+                named[other] = named.pop(key)
         self.entries = named
         self.shapes = {key: entry.shape for key, entry in named.items()}
         self._open: tuple[Path, Any] | None = None

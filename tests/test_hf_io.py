@@ -23,9 +23,10 @@ from jaxtune.models.weights import Tree, leaves_with_path, map_tree
 
 def load(directory: Path, dtype="float32", stacks=None, progress=None) -> tuple[Tree, Tree]:
     """(declarations, arrays) of a model directory on one device."""
-    weights = Model.create(read_config(directory), stacks).weights
-    here = SingleDeviceSharding(jax.devices()[0])
-    return weights, load_params(open_source(directory), weights, map_tree(lambda _: here, weights), dtype, progress)
+    config = read_config(directory)
+    weights = Model.create(config, stacks).weights
+    where = map_tree(lambda _: SingleDeviceSharding(jax.devices()[0]), weights)
+    return weights, load_params(open_source(directory, config.tied), weights, where, dtype, progress)
 
 
 def by_key(weights: Tree, params: Tree) -> dict[str, np.ndarray]:
@@ -102,6 +103,17 @@ def test_a_tied_head_may_be_in_the_file_when_it_is_the_embedding(tiny_model, tmp
     whole = tiny_model("qwen2", tie_word_embeddings=True)
     copy = lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})  # noqa: E731
     assert "head" not in load(edit(whole, tmp_path / "copied", copy))[1]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_model_may_have_its_embedding_under_the_heads_name_alone(tiny_model, tmp_path, tied):
+    rename = lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")})  # noqa: E731
+    directory = edit(tiny_model("qwen2", tie_word_embeddings=tied), tmp_path / "renamed", rename)
+    if tied:
+        assert_equal_to_torch(directory, *load(directory))
+        return
+    with pytest.raises(ModelError, match=r"missing weights \(1\): model\.embed_tokens\.weight"):
+        load(directory)
 
 
 @pytest.mark.parametrize("shape", [(384, 64), (384, 32)])

@@ -54,7 +54,7 @@ def quantize_model(path: str, out: str | Path, maker: Maker, calibration: Calibr
     out = Path(out).expanduser()
     stage(f"Reading {path}")
     source = Source.open(ModelSection(path=path))
-    model, tensors = Model.create(source.config), open_source(source.path)
+    model, tensors = Model.create(source.config), open_source(source.path, source.config.tied)
     _check_model(model, source, maker)
     check_weights(tensors, model.weights)
     about = source.path, source.config, source.config.hf, maker.settings()
