@@ -67,7 +67,10 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
     own = {key.removeprefix(name + "."): value for key, value in file.fields.items() if key.startswith(name + ".")}
     _refuse_unknown(path, name, own)
     hf = {theirs: own[ours] for ours, theirs in FIELDS.items() if ours in own}
-    hf["model_type"] = "mistral" if "sliding_window" in hf else name
+    hf["model_type"] = "mistral" if name == "llama" and "sliding_window" in hf else name
+    if name != "llama" and hf.get("sliding_window"):
+        hf |= {"use_sliding_window": True, "max_window_layers": 0}  # the file has one width, of all layers
+    _set_defaults(hf)
     if "token_embd.weight" in file.tensors:
         hf["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     hf["tie_word_embeddings"] = "output.weight" not in file.tensors
@@ -79,6 +82,18 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
     hf["rope_scaling"] = _rope_scaling(file, own, hf)
     ids = {theirs: file.fields.get(f"tokenizer.ggml.{ours}") for theirs, ours in TOKEN_IDS.items()}
     return {**hf, **ids}
+
+
+def _set_defaults(hf: dict[str, Any]) -> None:
+    """What llama.cpp takes for the heads that a file says nothing of; the families' configs have defaults of their own.
+
+    Where they do not fit together, the config's reader says so.
+    """
+    heads, hidden = hf.get("num_attention_heads"), hf.get("hidden_size")
+    if heads:
+        hf.setdefault("num_key_value_heads", heads)
+    if heads and hidden and hidden % heads == 0:
+        hf.setdefault("head_dim", hidden // heads)
 
 
 def _refuse_unknown(path: Path, name: str, own: dict[str, Any]) -> None:

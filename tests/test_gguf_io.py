@@ -83,6 +83,21 @@ def test_a_mistral_with_a_window_keeps_it(tiny_model, tmp_path):
     same_settings(write_gguf(tmp_path / "m.gguf", directory, fields={"attention.sliding_window": 8}), directory)
 
 
+@pytest.mark.parametrize("width", [0, 8])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_window_makes_no_mistral_of_another_family(tiny_model, tmp_path, family, width):
+    windows = {"use_sliding_window": True, "sliding_window": width, "max_window_layers": 0} if width else {}
+    directory = tiny_model(family, head_dim=16, **windows)
+    same_settings(write_gguf(tmp_path / "m.gguf", directory, fields={"attention.sliding_window": width}), directory)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_heads_that_the_file_says_nothing_of_are_llama_cpps(tiny_model, tmp_path, family):
+    directory = tiny_model(family, num_key_value_heads=4, head_dim=16)
+    lacks = dict.fromkeys(["attention.head_count_kv", "attention.key_length", "attention.value_length"])
+    same_settings(write_gguf(tmp_path / "m.gguf", directory, fields=lacks), directory)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_any_part_of_a_weight_is_that_part_of_the_whole(tiny_model, tmp_path, family):
     source = open_source(write_gguf(tmp_path / "m.gguf", tiny_model(family), "Q8_0"))
