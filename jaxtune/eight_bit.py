@@ -7,7 +7,7 @@ through the flattened weight; elsewhere the last block of each row is shorter, a
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtune.models.weights import Tree
+from jaxtune.models.weights import Path, Tree, names_of
 
 BLOCK = 256  # bitsandbytes' block of an optimiser's state
+Shapes = Mapping[Path, Sequence[tuple[int, ...]]]  # of an array's layers, each without the zeros that fill it up
 STACKS = "stacks"  # the key above arrays that have the layers along dimension 0
 SLICES = 128  # at most
 LARGE = 1 << 20  # numbers of a weight that is moved on slice by slice: its moments are never whole in float32
@@ -133,12 +134,13 @@ def _spread(absmax: jax.Array, pieces: jax.Array) -> jax.Array:
 
 
 def scale_by_adam_8bit(
-    beta1: float, beta2: float, eps: float, sizes: Mapping[str, int] | None = None
+    beta1: float, beta2: float, eps: float, sizes: Mapping[str, int] | None = None, shapes: Shapes | None = None
 ) -> optax.GradientTransformation:
     """Adam's direction from moments that are read, moved on in float32 and quantised again.
 
     The direction is that of the moments before they are rounded, as in bitsandbytes. Weights of fewer than 4096
-    numbers (of a stack: in one layer) keep float32 moments. Gradients are float32. sizes: of the mesh's axes.
+    numbers (of a stack: in one layer) keep float32 moments. Gradients are float32. sizes: of the mesh's axes. shapes:
+    of arrays that are larger in some layers than in others.
     """
     first, second = dynamic_map(True), dynamic_map(False)
     sizes = dict(sizes or {})
@@ -146,7 +148,9 @@ def scale_by_adam_8bit(
 
     def init(params: Tree) -> optax.ScaleByAdamState:
         def moments(table: Map) -> Tree:
-            return jax.tree_util.tree_map_with_path(lambda path, array: _initial(path, array, table), params)
+            return jax.tree_util.tree_map_with_path(
+                lambda path, array: _initial(path, array, table, shapes or {}), params
+            )
 
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), moments(first), moments(second))
 
@@ -175,9 +179,10 @@ def scale_by_adam_8bit(
     return optax.GradientTransformation(init, update)
 
 
-def _initial(path: tuple, array: jax.Array, table: Map) -> Any:
+def _initial(path: tuple, array: jax.Array, table: Map, shapes: Shapes) -> Any:
     layers = array.shape[0] if path[0].key == STACKS else 1
-    narrow = array.size >= SMALLEST * layers
+    sizes = [math.prod(shape) for shape in shapes.get(names_of(path), ())]
+    narrow = min(filter(None, sizes), default=array.size // layers) >= SMALLEST
     return zeros(array.shape, table) if narrow else jnp.zeros(array.shape, jnp.float32)
 
 

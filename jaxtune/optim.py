@@ -15,11 +15,13 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune.config import OptimSection
-from jaxtune.eight_bit import scale_by_adam_8bit
+from jaxtune.eight_bit import STACKS, Shapes, scale_by_adam_8bit
 from jaxtune.errors import ConfigError
-from jaxtune.models.weights import Tree, Weight
+from jaxtune.models.weights import Path, Tree, Weight, names_of
 
 ADAFACTOR_CLIP = 1.0  # root mean square of one weight's update; Shazeer and Stern 2018, section 6
+ADAFACTOR_LEAST = 1e-3  # root mean square that a weight is taken for at least; the same paper, section 8
+FACTORED = 128  # both sides of a weight whose second moment is factored, at least; optax's
 
 
 def make_schedule(optim: OptimSection, total_steps: int) -> Callable[[Any], jax.Array]:
@@ -72,8 +74,8 @@ def _shape(name: str, left: jax.Array) -> jax.Array:
 
 
 def make_optimizer(
-    optim: OptimSection, weights: Tree, sizes: Mapping[str, int] | None = None
-) -> optax.GradientTransformation:
+    optim: OptimSection, weights: Tree, sizes: Mapping[str, int] | None = None, shapes: Shapes | None = None
+) -> optax.GradientTransformationExtraArgs:
     """The direction of descent: float32, without learning rate and without clipping.
 
     params - lr * direction is torch's step for adamw, adam (its decay is added to the gradient) and sgd,
@@ -84,18 +86,22 @@ def make_optimizer(
 
     weights: the declarations of the whole tree: a weight that has one dimension in a layer (norm, bias) does not
     decay; others do, the parts of a LowRank too. sizes: of the mesh's axes, as mesh.shape has them; they change no
-    number, only what devices have to tell each other. `update` needs params.
+    number, only what devices have to tell each other. shapes: of parts that are larger in some layers than in others,
+    each layer's (tune.shapes). `update` needs params and, where there are such parts, `numbers`: by the same paths, how
+    many each layer has, in the order of axis 0. The zeros that fill a layer up are then no part of its weight. Where
+    one layer's is too small for 8-bit moments, or for a factored one, no other's in its stack has them.
     """
+    shapes = shapes or {}
     decayed = optax.add_decayed_weights(optim.weight_decay, mask=lambda tree: decay_mask(tree, weights))
     adam = _adam(optim.beta1, optim.beta2, optim.eps)
-    adam_8bit = scale_by_adam_8bit(optim.beta1, optim.beta2, optim.eps, sizes)
+    adam_8bit = scale_by_adam_8bit(optim.beta1, optim.beta2, optim.eps, sizes, shapes)
     pieces = {
         "adamw": lambda: (adam, decayed),
         "adamw_8bit": lambda: (adam_8bit, decayed),
         "adam": lambda: (decayed, adam),
         "sgd": lambda: (decayed, optax.trace(optim.momentum) if optim.momentum else optax.identity()),
         "lion": lambda: (optax.scale_by_lion(optim.beta1, optim.beta2), decayed),
-        "adafactor": lambda: (_layer_by_layer(_adafactor()), decayed),
+        "adafactor": lambda: (_layer_by_layer(shapes), decayed),
     }
     return _in_float32(optax.chain(*pieces[optim.name]()))
 
@@ -114,9 +120,13 @@ def _adam(beta1: float, beta2: float, eps: float) -> optax.GradientTransformatio
     return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
-def _adafactor() -> optax.GradientTransformation:
-    clip = optax.clip_by_block_rms(ADAFACTOR_CLIP)
-    return optax.chain(optax.scale_by_factored_rms(), clip, optax.scale_by_param_block_rms())
+def _adafactor(factored: bool = True, share: Any = 1.0) -> optax.GradientTransformation:
+    """share: of an array's numbers, those that are the weight's; the others are zeros, and belong to no mean."""
+    root = share**0.5
+    clip = optax.clip_by_block_rms(ADAFACTOR_CLIP * root)
+    by_size = optax.scale_by_param_block_rms(ADAFACTOR_LEAST * root)
+    moment = optax.scale_by_factored_rms(factored, min_dim_size_to_factor=FACTORED)
+    return optax.chain(moment, clip, by_size, optax.scale(1 / root))
 
 
 def decay_mask(tree: Tree, weights: Tree) -> Tree:
@@ -133,36 +143,49 @@ def _decays(path: tuple, weights: Tree) -> bool:
     return len(node.shape) > 1
 
 
-def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def _in_float32(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     def init(params):
         return inner.init(_float32(params))
 
-    def update(grads, state, params):
-        return inner.update(_float32(grads), state, _float32(params))
+    def update(grads, state, params, **more):
+        return inner.update(_float32(grads), state, _float32(params), **more)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _float32(tree: Tree) -> Tree:
     return jax.tree.map(lambda array: array.astype(jnp.float32), tree)
 
 
-def _layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` on each array alone, and on each layer of the arrays under "stacks". State: one for each array."""
+def _layer_by_layer(shapes: Shapes) -> optax.GradientTransformationExtraArgs:
+    """Adafactor on each array alone, and on each layer of the arrays under "stacks". State: one for each array."""
 
-    def spread(function, path):
-        return jax.vmap(function) if path[0].key == "stacks" else function
+    def of(path: tuple, share: Any = 1.0) -> optax.GradientTransformation:
+        own = [shape for shape in shapes.get(names_of(path), ()) if math.prod(shape)]
+        return _adafactor(all(sorted((1, *shape))[-2] >= FACTORED for shape in own), share)
 
     def init(params):
-        return jax.tree_util.tree_map_with_path(lambda path, array: spread(inner.init, path)(array), params)
+        def one(path, array):
+            return jax.vmap(of(path).init)(array) if path[0].key == STACKS else of(path).init(array)
 
-    def update(grads, state, params):
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    def update(grads, state, params, numbers: Mapping[Path, jax.Array] | None = None, **_):
+        def one(path, *arrays):
+            if path[0].key != STACKS:
+                return of(path).update(*arrays)
+            if names_of(path) not in shapes:
+                return jax.vmap(of(path).update)(*arrays)
+            own = (numbers or {})[names_of(path)]
+            shares = jnp.where(own > 0, own * own.size / arrays[0].size, 1.0)
+            return jax.vmap(lambda share, *layer: of(path, share).update(*layer))(shares, *arrays)
+
         places, tree = jax.tree_util.tree_flatten_with_path(grads)
         rest = zip(tree.flatten_up_to(state), jax.tree.leaves(params), strict=True)
-        done = [spread(inner.update, path)(grad, *more) for (path, grad), more in zip(places, rest, strict=True)]
+        done = [one(path, grad, *more) for (path, grad), more in zip(places, rest, strict=True)]
         return tree.unflatten([new for new, _ in done]), tree.unflatten([new for _, new in done])
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def state_shardings(state: Any, params: Tree, shardings: Tree) -> Any:

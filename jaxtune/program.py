@@ -1,5 +1,6 @@
 """The programs of a run, from its configuration and its parameters' shapes: what the loop runs and `plan` reads."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +101,8 @@ def build(config: Config, model: Model, mesh: Mesh, params: Tree, mask: Tree, to
         params = _staged(stages, model, mesh, params, config.mesh.zero)
     trainable, frozen = partition(params, mask)
     layout = Layout.of(mesh, model.config, model.weights, trainable, frozen, config.mesh.zero)
-    optimizer = make_optimizer(config.optim, model.weights, mesh.shape)
+    shapes = tune.shapes(config.tune, model.weights)
+    optimizer = make_optimizer(config.optim, model.weights, mesh.shape, shapes)
     precision = config.precision
     is_delayed = precision.float8_scaling == "delayed"
     places = None if stages is None else stages.numbers.size
@@ -121,7 +123,8 @@ def build(config: Config, model: Model, mesh: Mesh, params: Tree, mask: Tree, to
         dtype=dtype,
         seed=config.train.seed,
         pipeline=pipeline,
-        gates=_gate_arrays(gates, stages),
+        gates=_by_layer(gates, stages),
+        numbers=_by_layer({path: list(map(math.prod, own)) for path, own in shapes.items()}, stages),
         course=course,
         rates=tune.rates(config.tune, model.weights, trainable, config.optim.lr),
         scale_window=precision.loss_scale.window if precision.compute == "float16" else None,
@@ -156,9 +159,9 @@ def _pipeline(config: Config, model: Model, layout: Layout, stages: Stages, dtyp
     return Pipeline(model, layout, stages, schedule, dtype)
 
 
-def _gate_arrays(gates: dict, stages: Stages | None) -> dict:
-    """path -> 1 for the layers that train, 0 for the others, along axis 0."""
-    arrays = {path: jnp.asarray(layers, jnp.float32) for path, layers in gates.items()}
+def _by_layer(numbers: dict, stages: Stages | None) -> dict:
+    """path -> a number for each layer along axis 0, 0 for a place without one."""
+    arrays = {path: jnp.asarray(layers, jnp.float32) for path, layers in numbers.items()}
     if stages is None:
         return arrays
     return {path: stages.staged({"stacks": array})["stacks"] for path, array in arrays.items()}

@@ -133,7 +133,7 @@ def accumulated(function: Callable[[Any, Batch], Any], batch: Batch, join: Calla
 
 def make_train_step(
     model: Model,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: Callable[[jax.Array], jax.Array],
     layout: Layout,
     homes: Tree,
@@ -143,6 +143,7 @@ def make_train_step(
     seed: int,
     pipeline: Pipeline | None = None,
     gates: dict[Path, jax.Array] | None = None,
+    numbers: dict[Path, jax.Array] | None = None,
     rates: Tree | None = None,
     course: Course | None = None,
     scale_window: int | None = None,
@@ -152,6 +153,7 @@ def make_train_step(
 
     homes: where the state's arrays lie between steps. Donate the state, and pass the homes as its out_shardings.
     pipeline: what computes the gradients, if it is one. gates: of a stack, 1 for each layer that trains.
+    numbers: of a part that is larger in some layers than in others, how many each has (optim.make_optimizer).
     rates: factors of the learning rate, in the structure of what trains.
     course: what the tuning method does besides; its penalty is part of the loss.
     scale_window: that of a float16 loss (loss_scale.py); None: the loss is not scaled.
@@ -159,7 +161,7 @@ def make_train_step(
     A loss or gradient that is not finite, and a spike, leave params and optimiser as they were, bit for bit.
     """
     gradients = make_gradients(model, layout, dtype, seed, pipeline)
-    update = make_update(optimizer, layout, homes, gates or {}, rates, course)
+    update = make_update(optimizer, layout, homes, gates or {}, numbers or {}, rates, course)
 
     def train_step(state: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[Tree, dict[str, jax.Array]]:
         factor = jnp.float32(1) if scale_window is None else state["guard"]["loss_scale"]

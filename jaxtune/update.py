@@ -15,38 +15,41 @@ from jaxtune.parallel.offload import fetched
 from jaxtune.parallel.streamed import any_away, streamed
 from jaxtune.tune.method import Course
 
-Gates = dict[Path, jax.Array]
+ByLayer = dict[Path, jax.Array]  # a number for each layer along dimension 0
 
 
 def make_update(
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     layout: Layout,
     homes: Tree,
-    gates: Gates,
+    gates: ByLayer,
+    numbers: ByLayer,
     rates: Tree | None,
     course: Course | None,
 ) -> Callable[[Tree, Tree, jax.Array, jax.Array, jax.Array], Tree]:
     """(state, clipped gradients, learning rate, whether the step is good, step) -> the parts of the state that it
     moves.
 
-    Where it is not they are as they were, bit for bit. gates, rates, course, homes: as in make_train_step.
+    Where it is not they are as they were, bit for bit. gates, numbers, rates, course, homes: as in make_train_step.
     What lies on the host is moved piece by piece, but with a course, which wants to see all that trains at once.
     """
     names = ("trainable", "optimizer")
     lie = homes["trainable"], homes["optimizer"]
 
-    def move(params: Tree, moments: Any, grads: Tree, gates: Gates, part: Any, lr: jax.Array) -> tuple[Tree, Any]:
-        params = layout.pinned(params, part)
-        direction, moved = optimizer.update(grads, moments, params)
+    def move(
+        params: Tree, moments: Any, grads: Tree, by_layer: tuple[ByLayer, ByLayer], part: Any, lr: jax.Array
+    ) -> tuple[Tree, Any]:
+        params, (gates, numbers) = layout.pinned(params, part), by_layer
+        direction, moved = optimizer.update(grads, moments, params, numbers=numbers)
         return descend(params, rated(gated(direction, gates), part(rates)), lr), moved
 
     def update(state: Tree, grads: Tree, lr: jax.Array, good: jax.Array, step: jax.Array) -> Tree:
-        before = state["trainable"], state["optimizer"]
+        before, by_layer = (state["trainable"], state["optimizer"]), (gates, numbers)
         if course is None and any_away(*lie):
-            return dict(zip(names, streamed(partial(move, lr=lr), before, lie, grads, gates, good), strict=True))
+            return dict(zip(names, streamed(partial(move, lr=lr), before, lie, grads, by_layer, good), strict=True))
         params, moments = fetched(before, lie)
         before = params, moments
-        params, moments = move(params, moments, grads, gates, lambda tree: tree, lr)
+        params, moments = move(params, moments, grads, by_layer, lambda tree: tree, lr)
         new, old = {}, dict(zip(names, before, strict=True))
         if course is not None:
             new["method"], params = course.after(state["method"], params, grads, step)
@@ -57,7 +60,7 @@ def make_update(
     return update
 
 
-def gated(tree: Tree, gates: Gates) -> Tree:
+def gated(tree: Tree, gates: ByLayer) -> Tree:
     """The tree with zeros for the layers that do not train: neither gradients nor weight decay move them."""
 
     def gate(path: tuple, x: jax.Array) -> jax.Array:

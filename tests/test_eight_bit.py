@@ -221,6 +221,17 @@ def test_only_weights_of_4096_numbers_in_a_layer_have_8_bit_moments():
     assert moments["stacks"]["0"]["small"]["weight"].dtype == moments["norm"]["weight"].dtype == jnp.float32
 
 
+def test_a_stack_has_8_bit_moments_where_every_layer_has_numbers_enough_of_its_own():
+    def moment(*ranks):
+        shapes = {("stacks", "0", "a"): [*((64, rank) for rank in ranks), (0,)]}
+        optimizer = eight_bit.scale_by_adam_8bit(0.9, 0.999, 1e-8, shapes=shapes)
+        array = {"stacks": {"0": {"a": jax.ShapeDtypeStruct((3, 64, max(ranks)), jnp.float32)}}}
+        return jax.eval_shape(optimizer.init, array).mu["stacks"]["0"]["a"]
+
+    assert isinstance(moment(128, 64), Moment)
+    assert moment(128, 63).dtype == jnp.float32
+
+
 def test_a_large_weight_has_two_bytes_of_state_for_each_number():
     weight = {"head": {"weight": jax.ShapeDtypeStruct((1000, 1024), jnp.float32)}}
     state = jax.eval_shape(make_optimizer(OptimSection(name="adamw_8bit"), WEIGHTS).init, weight)

@@ -144,6 +144,30 @@ def test_adafactor_treats_every_layer_of_a_stack_as_optax_treats_a_weight():
     close([*params["stacks"]["0"]["weight"], params["head"]["weight"]], singles)
 
 
+@pytest.mark.parametrize(("ranks", "factored"), [((16, 2), True), ((160, 140), True), ((160, 20), False)])
+def test_adafactor_moves_a_layer_as_optax_moves_its_weight_without_the_zeros_that_fill_it_up(ranks, factored):
+    """Where one layer is too narrow for it, no second moment is factored."""
+    path, shapes, random = ("stacks", "0", "a"), [*((130, rank) for rank in ranks), (0,)], np.random.default_rng(0)
+    weights = {"stacks": {"0": {"a": Weight((130, max(ranks)), ("a", "b"), "{layer}", layers=range(3))}}}
+    numbers = {path: jnp.array([130.0 * ranks[0], 130.0 * ranks[1], 0.0])}
+
+    def tree(arrays):
+        filled = [np.pad(array, [(0, 0), (0, max(ranks) - array.shape[1])]) for array in arrays]
+        return {"stacks": {"0": {"a": jnp.asarray(np.stack([*filled, np.zeros_like(filled[0])]))}}}
+
+    singles, *gradients = [[random.standard_normal(s).astype(np.float32) for s in shapes[:2]] for _ in range(6)]
+    params, optimizer = tree(singles), make_optimizer(OptimSection(name="adafactor"), weights, shapes={path: shapes})
+    state, peer = optimizer.init(params), optax.adafactor(1e-2, factored=factored)
+    states = [peer.init(single) for single in singles]
+    for grads in gradients:
+        direction, state = optimizer.update(tree(grads), state, params, numbers=numbers)
+        params = descend(params, direction, 1e-2)
+        for i, grad in enumerate(grads):
+            update, states[i] = peer.update(grad, states[i], singles[i])
+            singles[i] = singles[i] + update
+    jax.tree.map(lambda ours, theirs: close([ours], [theirs]), params, tree(singles))
+
+
 def test_adafactors_decay_is_scaled_by_the_rate():
     section = OptimSection(name="adafactor", weight_decay=0.5)
     params, zero = draw(0), jax.tree.map(jnp.zeros_like, draw(0))

@@ -31,6 +31,8 @@ SPECS = {
 }
 LAYERS = {"0": 3}
 GATES = {("stacks", "0", "up"): jnp.array([1.0, 0.0, 1.0])}
+SHAPES = {("stacks", "0", "up"): [(128, 200), (0,), (128, 256)]}  # without the zeros that fill a layer up
+NUMBERS = {("stacks", "0", "up"): jnp.array([128.0 * 200, 0.0, 128.0 * 256])}
 
 
 def declared(path, *shape):
@@ -65,12 +67,12 @@ class Update:
     def __init__(self, name, offload=()):
         mesh = jax.make_mesh((1, 1), ("pipe", "fsdp"), devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 2)
         section = OptimSection(name=name.split()[0], weight_decay=0.1, **OPTIMIZERS[name])
-        optimizer = make_optimizer(section, WEIGHTS, mesh.shape)
+        optimizer = make_optimizer(section, WEIGHTS, mesh.shape, SHAPES)
         layout = Layout(mesh, SPECS, {}, SPECS, SPECS)
         made = init_state(drawn(0), optimizer)
         self.homes = state_homes(jax.eval_shape(lambda: made), layout, offload)
         self.state = jax.device_put(made, self.homes)
-        self.update = make_update(optimizer, layout, self.homes, GATES, RATES, None)
+        self.update = make_update(optimizer, layout, self.homes, GATES, NUMBERS, RATES, None)
 
     def step(self, number, finite=True):
         new = self.update(self.state, drawn(number), jnp.float32(1e-2), jnp.bool_(finite), jnp.int32(number))

@@ -78,6 +78,11 @@ def map_tree(function: Callable, tree: Tree, *rest: Tree | None) -> Tree:
     return result
 
 
+def names_of(path: tuple) -> Path:
+    """Of an array of a tree of weights, by its path as JAX has it: the dicts' keys and the typed leaves' fields."""
+    return tuple(part.key if hasattr(part, "key") else part.name for part in path)
+
+
 def set_path(tree: Tree, path: Path, value: Any) -> None:
     """Put `value` at `path`, making the dicts on the way."""
     for part in path[:-1]:

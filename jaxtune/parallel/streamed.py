@@ -16,8 +16,8 @@ from jaxtune.models.weights import Tree
 from jaxtune.parallel.offload import fetched, is_away, stored
 
 Part = Callable[[Tree | None], Tree | None]  # a tree as what trains, with None for what is not of the piece
-# (params, optimiser state, gradients, gates, part) -> (params, state) after the step
-Move = Callable[[Tree, Any, Tree, dict, Part], tuple[Tree, Any]]
+# (params, optimiser state, gradients, numbers by layer, part) -> (params, state) after the step
+Move = Callable[[Tree, Any, Tree, Any, Part], tuple[Tree, Any]]
 
 
 def any_away(*homes: Any) -> bool:
@@ -26,11 +26,11 @@ def any_away(*homes: Any) -> bool:
 
 
 def streamed(
-    move: Move, before: tuple[Tree, Any], homes: tuple[Tree, Any], grads: Tree, gates: dict, finite: jax.Array
+    move: Move, before: tuple[Tree, Any], homes: tuple[Tree, Any], grads: Tree, by_layer: Any, finite: jax.Array
 ) -> tuple[Tree, Any]:
     """(params, optimiser state) after `move` of one piece after another; where not finite, as they were.
 
-    They lie at `homes` before and after. gates: by path, each with the layers along dimension 0. A state's
+    They lie at `homes` before and after. by_layer: arrays, each with the layers along dimension 0. A state's
     dicts are trees as what trains; anything else in it is a counter, which every piece sees as it was.
     """
     shared = _nodes(fetched, before, homes, of_trees=False)
@@ -43,7 +43,7 @@ def streamed(
             put = partial(jax.tree.map, partial(_put, index)) if layers else lambda old, new: new
             old = _nodes(lambda tree, home: fetched(cut(tree), part(home)), carry, homes)
             params, moments = _nodes(lambda _, counter: counter, old, shared, of_trees=False)
-            new = move(params, moments, cut(part(grads)), cut(gates), part)
+            new = move(params, moments, cut(part(grads)), cut(by_layer), part)
             return _nodes(lambda tree, own, home: put(own, stored(tree, part(home))), new, carry, homes)
 
         rounds = jnp.where(finite, layers or 1, 0)

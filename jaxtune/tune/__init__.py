@@ -80,6 +80,7 @@ __all__ = [
     "quantized",
     "rates",
     "resolve",
+    "shapes",
     "virtual_ids",
     "vocab_size",
     "words",
@@ -276,3 +277,17 @@ def gates(section: TuneSection, weights: Tree) -> dict[Path, np.ndarray]:
     moved = method.trained(section, weights) | method.adapted(section, weights)
     flags = {path: np.array([key in moved for key in weight.keys]) for path, weight in declared(weights)}
     return {path: layers for path, layers in flags.items() if layers.any() and not layers.all()}
+
+
+def shapes(section: TuneSection, weights: Tree) -> dict[Path, list[tuple[int, ...]]]:
+    """Of each part of a stacked leaf that is larger in some layers than in others, by its path: what an adapter file
+    has of it, layer by layer; (0,) of a layer without an adapter. What the array has besides are zeros, and stay so.
+    """
+    section = resolve(section)
+    files = METHODS[section.method].files
+    found: dict[Path, list[tuple[int, ...]]] = {}
+    for entry in [] if files is None else files.entries(section, weights):
+        if entry.part is not None and entry.row is not None:
+            layers = get_path(weights, entry.path).keys
+            found.setdefault((*entry.path, entry.part), [(0,)] * len(layers))[entry.row] = entry.shape
+    return {path: own for path, own in found.items() if len({*own} - {(0,)}) > 1}

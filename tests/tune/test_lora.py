@@ -212,6 +212,16 @@ def test_padding_stays_zero_under_every_optimizer(optimizer):
     assert not np.any(end.a[0, :, 2:]) and not np.any(end.b[0, 2:])
 
 
+def test_the_layers_shapes_are_told_where_ranks_differ():
+    attention = ("stacks", "0", "attention")
+    made = tuned(tune_section(**PADDED, targets=["q_proj", "v_proj"], modules_to_save=["norm"]))
+    assert tune.shapes(made.section, made.model.weights) == {
+        (*attention, "q_proj", "weight", "a"): [(2, 32), (0,), (4, 32)],
+        (*attention, "q_proj", "weight", "b"): [(32, 2), (0,), (32, 4)],
+    }
+    assert tune.shapes(tune_section(method="full"), made.model.weights) == {}
+
+
 def test_adapters_lie_along_their_base_s_axes():
     asked = []
 

@@ -103,3 +103,19 @@ def test_a_mesh_changes_nothing(name, mesh):
     assert found.keys() == expected.keys()
     for key in expected:
         np.testing.assert_allclose(found[key], expected[key], atol=1e-4, err_msg=key)
+
+
+def test_under_adafactor_a_layer_s_step_depends_on_no_other_layer_s_rank():
+    def moved(mesh, **options):
+        tune = {"method": "lora", "rank": 2, "targets": ["q_proj"], **options}
+        train, optim = {"batch_size": 8, "micro_batches": 2}, {"name": "adafactor"}
+        there = Stepper(tune=tune, mesh=mesh, train=train, optim=optim, rows=8)
+        start = jax.tree.map(np.array, there.weights())
+        there.run(3)
+        return {key: array[..., :2] - start[key][..., :2] for key, array in there.weights().items() if key[-2:] == ".a"}
+
+    options = {"rank_pattern": {"layers.1.self_attn.q_proj": 16}, "alpha_pattern": {"layers.1.self_attn.q_proj": 128}}
+    alone = moved({"fsdp": 1})
+    beside = moved({"pipe": 2, "virtual_stages": 2, "schedule": "interleaved"}, **options)
+    for key in alone.keys() - {"model.layers.1.self_attn.q_proj.weight.a"}:
+        assert np.linalg.norm(beside[key]) == pytest.approx(np.linalg.norm(alone[key]), rel=0.02)
