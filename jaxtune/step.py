@@ -158,7 +158,8 @@ def make_train_step(
     course: what the tuning method does besides; its penalty is part of the loss.
     scale_window: that of a float16 loss (loss_scale.py); None: the loss is not scaled.
     skip_spikes: standard deviations above the mean of the last good losses that are too many (spikes.py).
-    A loss or gradient that is not finite, and a spike, leave params and optimiser as they were, bit for bit.
+    A loss or gradient that is not finite, and a spike, leave params and optimiser as they were, bit for bit, but
+    for what the course does at such a step too.
     """
     gradients = make_gradients(model, layout, dtype, seed, pipeline)
     update = make_update(optimizer, layout, homes, gates or {}, numbers or {}, rates, course)

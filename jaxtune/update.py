@@ -30,8 +30,9 @@ def make_update(
     """(state, clipped gradients, learning rate, whether the step is good, step) -> the parts of the state that it
     moves.
 
-    Where it is not they are as they were, bit for bit. gates, numbers, rates, course, homes: as in make_train_step.
-    What lies on the host is moved piece by piece, but with a course, which wants to see all that trains at once.
+    Where it is not they are as they were, bit for bit, but for what the course does then. gates, numbers, rates,
+    course, homes: as in make_train_step. What lies on the host is moved piece by piece, but with a course, which wants
+    to see all that trains at once.
     """
     names = ("trainable", "optimizer")
     lie = homes["trainable"], homes["optimizer"]
@@ -47,15 +48,13 @@ def make_update(
         before, by_layer = (state["trainable"], state["optimizer"]), (gates, numbers)
         if course is None and any_away(*lie):
             return dict(zip(names, streamed(partial(move, lr=lr), before, lie, grads, by_layer, good), strict=True))
-        params, moments = fetched(before, lie)
-        before = params, moments
-        params, moments = move(params, moments, grads, by_layer, lambda tree: tree, lr)
-        new, old = {}, dict(zip(names, before, strict=True))
+        params, moments = before = fetched(before, lie)
+        after = move(params, moments, grads, by_layer, lambda tree: tree, lr)
+        params, moments = jax.tree.map(partial(jnp.where, good), after, before)
+        own = {}
         if course is not None:
-            new["method"], params = course.after(state["method"], params, grads, step)
-            old["method"] = state["method"]
-        new |= {"trainable": params, "optimizer": moments}
-        return {name: jax.tree.map(partial(jnp.where, good), new[name], old[name]) for name in old}
+            own["method"], params = course.after(state["method"], params, grads, step, good)
+        return {"trainable": params, "optimizer": moments, **own}
 
     return update
 

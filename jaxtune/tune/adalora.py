@@ -183,14 +183,24 @@ def kept(trainable: Tree) -> Tree:
 
 
 def allocated(
-    section: AdaloraSection, table: np.ndarray, state: Tree, trainable: Tree, grads: Tree, step: jax.Array
+    section: AdaloraSection,
+    table: np.ndarray,
+    state: Tree,
+    trainable: Tree,
+    grads: Tree,
+    step: jax.Array,
+    good: jax.Array,
 ) -> tuple[Tree, Tree]:
-    """(state, what trains) after a step whose number is counted from 1."""
+    """(state, what trains) after a step whose number is counted from 1.
+
+    good: whether it was applied. Where it was not, scores are as they were, and by them ranks are shared out as at any
+    other step: the last allocation, say, has no step after it to make up for it.
+    """
     end = len(table) - 1
     moves = step < end
 
     def smooth(beta: float, old: Tree, new: Tree) -> Tree:
-        return jax.tree.map(lambda x, y: jnp.where(moves, beta * x + (1 - beta) * y, x), old, new)
+        return jax.tree.map(lambda x, y: jnp.where(moves & good, beta * x + (1 - beta) * y, x), old, new)
 
     matters = jax.tree.map(lambda _, x, grad: jnp.abs(x * grad), state["importance"], *_both(trainable, grads))
     importance = smooth(section.beta1, state["importance"], matters)

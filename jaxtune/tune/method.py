@@ -28,12 +28,13 @@ class Course:
 
     penalty: what trains -> a float32 scalar that is added to the loss. kept: what trains -> a state, saved with the
     rest; an array of it that is of one in what trains has that one's shape and, within the state, its path.
-    after: (state, what trains, its clipped gradients, the step's number) -> (state, what trains), after the optimiser.
+    after: (state, what trains, its clipped gradients, the step's number, whether it was applied) -> (state, what
+    trains), after the optimiser. Where it was not, the gradients may be no numbers.
     """
 
     penalty: Callable[[Tree], jax.Array]
     kept: Callable[[Tree], Tree]
-    after: Callable[[Tree, Tree, Tree, jax.Array], tuple[Tree, Tree]]
+    after: Callable[[Tree, Tree, Tree, jax.Array, jax.Array], tuple[Tree, Tree]]
 
 
 Rate = Callable[[Any, Weight, str | None, float], float]

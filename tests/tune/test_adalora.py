@@ -19,8 +19,9 @@ from jaxtune.tune.adalora import Triplets, _places, budgets, penalty
 from jaxtune.tune.peft_config import CONFIG_NAME
 from jaxtune.tune.peft_io import save_adapter
 from tests.programs import Stepper
+from tests.tune import test_peft_methods
 from tests.tune.support import difference, logits, peer_logits, tuned
-from tests.tune.test_peft_methods import LR, QWEN2, STEPS, batch, loaded, our_run
+from tests.tune.test_peft_methods import LR, QWEN2, STEPS, batch, loaded, our_batch, our_run
 
 OPTIONS = {"method": "adalora", "init_r": 4, "target_r": 2, "alpha": 16, "targets": ["q_proj", "down_proj"]}
 SCHEDULE = {"tinit": 2, "tfinal": 3, "total_step": STEPS}
@@ -124,13 +125,27 @@ def test_a_run_that_starts_from_an_adapter_has_a_schedule_of_its_own(tmp_path):
         assert sum(map(np.count_nonzero, left)) == 2 * 6
 
 
+def test_the_ranks_come_down_where_the_step_of_the_last_allocation_is_not_applied(monkeypatch):
+    def overflown(step, model, last=STEPS - SCHEDULE["tfinal"]):
+        batch = our_batch(step, model)
+        return {**batch, "mask": batch["mask"] * jnp.inf} if step == last else batch
+
+    monkeypatch.setattr(test_peft_methods, "our_batch", overflown)
+    losses, state = our_run(tuned(section(deltaT=100), **QWEN2))
+    assert np.isnan(losses).sum() == 1
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+    stack = state["trainable"]["stacks"]["0"]
+    left = stack["attention"]["q_proj"]["weight"].e, stack["mlp"]["down_proj"]["weight"].e
+    assert sum(map(np.count_nonzero, left)) == 2 * 6
+
+
 def test_triplets_that_matter_equally_are_not_all_taken_out():
     made = tuned(section(tinit=0, tfinal=0, total_step=2), **QWEN2)
     trains, _ = partition(made.params, made.mask)
     ours = course(made.section, made.model.weights, 2)
     is_e = lambda path: path[-1] == jax.tree_util.GetAttrKey("e")  # noqa: E731
     trains = jax.tree_util.tree_map_with_path(lambda path, x: x * 0 + 1 if is_e(path) else x, trains)
-    _, left = ours.after(ours.kept(trains), trains, jax.tree.map(jnp.zeros_like, trains), jnp.int32(2))
+    _, left = ours.after(ours.kept(trains), trains, jax.tree.map(jnp.zeros_like, trains), jnp.int32(2), jnp.bool_(True))
     found = jax.tree_util.tree_leaves_with_path(left)
     assert sum(int(np.count_nonzero(x)) for path, x in found if is_e(path)) == 12 < 24
 
