@@ -92,7 +92,7 @@ RULES = {
     "memory.attention": LOG,
     "precision.params": REFUSE,
     "precision.compute": LOG,
-    "precision.loss_scale": LOG,
+    "precision.loss_scale": LOG,  # with another initial the scale begins again
     "precision.matmul": LOG,
     "precision.float8_scaling": REFUSE,  # its histories are part of the state
     "precision.float8_history": REFUSE,

@@ -6,16 +6,17 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxtune import attention_kernel, fate, out_of_memory, processes, restack, tune
+from jaxtune import attention_kernel, fate, loss_scale, out_of_memory, processes, restack, tune
 from jaxtune.assemble import Assembled, Source, assemble
-from jaxtune.checkpoint import Checkpointer, by_path
-from jaxtune.config import Config
+from jaxtune.checkpoint import Checkpointer, by_path, read_meta
+from jaxtune.config import Config, PrecisionSection
 from jaxtune.console import console, go_on_unheard, loading_bar, say, stage, warn
 from jaxtune.data.loader import Batch, Data, Dataset, build_data
 from jaxtune.errors import TrainingStopped
@@ -190,8 +191,18 @@ def resume(job: Job, run: Run, checkpoints: Checkpointer) -> int:
     for array in jax.tree.leaves(job.state):  # there may be no room for two
         array.delete()
     job.state = job.program.loaded(way.joined(checkpoints.restore(step, way.needed), first))
+    precision = job.config.precision
+    if _scale_begins_again(read_meta(run.checkpoints, step)["config"]["precision"], precision):
+        anew = partial(loss_scale.begun_again, initial=precision.loss_scale.initial)
+        job.state["guard"] = jax.jit(anew, out_shardings=job.program.homes["guard"])(job.state["guard"])
     say(f"Going on from the checkpoint of step {step} in {run.directory}")
     return step
+
+
+def _scale_begins_again(before: dict[str, Any], now: PrecisionSection) -> bool:
+    """Whether a checkpoint's loss had no scale, or one that began elsewhere. before: its settings of precision."""
+    began = before["compute"], before["loss_scale"]["initial"]
+    return now.compute == "float16" and began != (now.compute, now.loss_scale.initial)
 
 
 def open_record(job: Job, run: Run, done: int) -> Recorder | Silent:

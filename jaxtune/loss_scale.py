@@ -26,6 +26,11 @@ def init(initial: float) -> Guard:
     }
 
 
+def begun_again(guard: Guard, initial: float) -> Guard:
+    """The guard with a scale that has seen no step yet."""
+    return {**guard, "loss_scale": jnp.float32(initial), "good_steps": jnp.int32(0)}
+
+
 def unscaled(loss: jax.Array, grads: Any, scale: jax.Array) -> tuple[jax.Array, Any]:
     """The loss and the gradients of a loss that was multiplied by `scale`, in float32."""
     return jax.tree.map(lambda x: x.astype(jnp.float32) / scale, (loss, grads))

@@ -184,6 +184,16 @@ def test_a_float16_run_finds_its_scale_and_goes_on_from_it(tiny_model, tmp_path)
     assert [row["loss_scale"] for row in lost] == [2.0 ** (99 - i) for i in range(8)]
 
 
+def test_a_run_that_goes_on_in_float16_or_with_another_first_scale_begins_with_that(tiny_model, tmp_path):
+    def scales(steps, **precision):
+        tree = sections(tiny_model("qwen2"), tmp_path, steps=steps, precision=precision)
+        return [row.get("loss_scale") for row in train(tree)]
+
+    scales(2)
+    assert scales(4, compute="float16", loss_scale={"initial": 1024, "window": 3})[2:] == [1024, 1024]
+    assert scales(6, compute="float16", loss_scale={"initial": 256, "window": 3})[4:] == [256, 256]
+
+
 def test_a_run_that_overflows_at_scale_one_is_stopped_with_what_to_do(tiny_model, tmp_path, monkeypatch):
     settings = config(tiny_model("qwen2"), tmp_path, loss_scale={"initial": 4.0})
     settings = settings.model_copy(update={"train": settings.train.model_copy(update={"max_bad_steps": 2})})
