@@ -84,12 +84,13 @@ def make_optimizer(
     is skipped leaves nothing behind. Adafactor sees every layer of a stack as a weight of its own; the others work
     on single numbers, or on a row's, and cannot tell.
 
-    weights: the declarations of the whole tree: a weight that has one dimension in a layer (norm, bias) does not
-    decay; others do, the parts of a LowRank too. sizes: of the mesh's axes, as mesh.shape has them; they change no
-    number, only what devices have to tell each other. shapes: of parts that are larger in some layers than in others,
-    each layer's (tune.shapes). `update` needs params and, where there are such parts, `numbers`: by the same paths, how
-    many each layer has, in the order of axis 0. The zeros that fill a layer up are then no part of its weight. Where
-    one layer's is too small for 8-bit moments, or for a factored one, no other's in its stack has them.
+    weights: the declarations of the whole tree: norms and biases, which have one dimension in a layer, do not decay;
+    others do, the parts of a LowRank and a bottleneck adapter's scaling too. sizes: of the mesh's axes, as mesh.shape
+    has them; they change no number, only what devices have to tell each other. shapes: of parts that are larger in some
+    layers than in others, each layer's (tune.shapes). `update` needs params and, where there are such parts, `numbers`:
+    by the same paths, how many each layer has, in the order of axis 0. The zeros that fill a layer up are then no part
+    of its weight. Where one layer's is too small for 8-bit moments, or for a factored one, no other's in its stack has
+    them.
     """
     shapes = shapes or {}
     decayed = optax.add_decayed_weights(optim.weight_decay, mask=lambda tree: decay_mask(tree, weights))
@@ -140,7 +141,7 @@ def _decays(path: tuple, weights: Tree) -> bool:
         if isinstance(node, Weight):
             break  # what is left of the path lies inside a typed leaf
         node = node[part.key]
-    return len(node.shape) > 1
+    return len(node.shape) > 1 or node.key.endswith(".scaling")  # by whose name transformers' Trainer lets it decay
 
 
 def _in_float32(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:

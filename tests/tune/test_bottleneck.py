@@ -17,11 +17,13 @@ from jaxtune import tune
 from jaxtune.config import make_config, tune_section
 from jaxtune.errors import AdapterError, ConfigError
 from jaxtune.export import export_run
+from jaxtune.leaves import partition
 from jaxtune.mesh import single_device_mesh
 from jaxtune.models.decoder import Model
 from jaxtune.models.families import parse_config
 from jaxtune.models.weights import HOOKS, leaves_with_path, map_tree
 from jaxtune.ops import Noise
+from jaxtune.optim import decay_mask
 from jaxtune.program import build
 from jaxtune.tune.bottleneck import trained
 from jaxtune.tune.peft_io import load_adapter, save_adapter
@@ -204,3 +206,12 @@ def test_a_run_ends_in_adapterhub_s_files_which_load_and_do_not_merge(tiny_model
     assert export_run(run, tmp_path / "again", "peft").difference == 0.0
     with pytest.raises(ConfigError, match="reduction_factor"):
         tune.resolve(tune_section(method="houlsby", adapter=str(run / "adapter"), reduction_factor=8))
+
+
+@pytest.mark.parametrize("scaling", ["learned", "channel"])
+def test_the_scaling_decays_as_the_matrices_do_and_the_biases_do_not(scaling):
+    """transformers' Trainer, which the library's is made of, leaves out norms and what has bias in its name."""
+    made = tuned(tune_section(method="houlsby", scaling=scaling))
+    mask = decay_mask(partition(made.params, made.mask)[0], made.model.weights)
+    decays = {path[-1]: flag for path, flag in leaves_with_path(mask) if flag is not None}
+    assert decays == {"down": True, "up": True, "scaling": True, "down_bias": False, "up_bias": False}
