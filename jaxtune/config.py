@@ -11,6 +11,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 from jaxtune.data_section import DataSection
 from jaxtune.elsewhere import METHOD_NAMES
 from jaxtune.errors import ConfigError, listing, nearest
+from jaxtune.files import expanded
 from jaxtune.mistakes import explain, shown, source_of
 from jaxtune.section import Fraction, NonNegative, Positive, Section, TuneSection
 from jaxtune.yaml_text import dump_yaml, parse_argument, parse_yaml
@@ -272,7 +273,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         ConfigError: the file, a key or a value is wrong; the message names each.
     """
-    path = Path(path)
+    path = expanded(path)
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: {path.stat().st_size} bytes; a config has at most {MAX_CONFIG_BYTES}")
@@ -348,7 +349,7 @@ def _method(options: dict) -> Any:
 
     adapter = options.get("adapter")
     try:
-        if "method" not in options and isinstance(adapter, str) and (Path(adapter) / CONFIG_NAME).is_file():
+        if "method" not in options and isinstance(adapter, str) and (expanded(adapter) / CONFIG_NAME).is_file():
             return method_of(Path(adapter))
     except OSError:  # a name that is too long, a directory that may not be entered
         pass

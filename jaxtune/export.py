@@ -15,7 +15,7 @@ from jaxtune.assemble import FULL, Assembled, Source
 from jaxtune.config import ModelSection
 from jaxtune.console import stage
 from jaxtune.errors import AdapterError, ConfigError, DataError, ModelError, SaveError
-from jaxtune.files import check_new
+from jaxtune.files import check_new, expanded
 from jaxtune.hf_write import check_settings, write_model
 from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, open_run, record_of, require_run
 from jaxtune.mesh import single_device_mesh
@@ -123,7 +123,7 @@ def export_run(
         DataError: the data that losses are measured on cannot be read.
         ModelError: `out` is there already, or what was written gives other logits than it should or too high a loss.
     """
-    out = Path(out).expanduser()
+    out = expanded(out)
     _check_request(out, format, dtype, onto, base)
     require_run(run_dir)
     stage(f"Reading the run {run_dir}")

@@ -33,6 +33,11 @@ def _refuse_constant(name: str):
     raise ValueError(f"the number {name}")
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with a home directory in place of `~`; of a user that the system does not know, as it stands."""
+    return Path(os.path.expanduser(path))
+
+
 def check_readable(path: Path, error: type[UserError]) -> None:
     """Refuse a file that cannot be opened: safetensors says of every such file that it is not there.
 
@@ -67,8 +72,16 @@ def check_new(directory: Path, error: type[UserError]) -> None:
     Raises:
         error: something is there.
     """
-    if directory.is_symlink() or (directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))):
+    try:
+        taken = directory.is_symlink() or (directory.exists() and not (directory.is_dir() and _is_empty(directory)))
+    except OSError as problem:
+        raise error(f"{directory}: cannot be made: {problem.strerror}") from None
+    if taken:
         raise error(f"{directory}: is there already; give a new directory, or remove it")
+
+
+def _is_empty(directory: Path) -> bool:
+    return not any(directory.iterdir())
 
 
 def write_whole(path: Path, text: str) -> None:

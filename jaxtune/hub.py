@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from jaxtune.errors import ModelError, listing, nearest
+from jaxtune.files import expanded
 
 # Weights as safetensors and settings as text: nothing in a snapshot can run. Sub-directories hold
 # other formats, and more chat templates.
@@ -24,7 +25,7 @@ def resolve_model(path: str, revision: str | None = None, weights: bool = True) 
     Raises:
         ModelError: nothing is there, or the hub cannot be reached; what to do is said.
     """
-    local = Path(path).expanduser()
+    local = expanded(path)
     try:
         if not local.exists():
             return _snapshot(path, revision, weights)
@@ -32,7 +33,7 @@ def resolve_model(path: str, revision: str | None = None, weights: bool = True) 
             raise ModelError(f"model.revision {revision}: {path} is a local path; a revision is of a hub id")
         if local.is_dir():
             return _directory(local, weights)
-    except PermissionError as problem:
+    except OSError as problem:
         raise ModelError(f"{problem.filename}: cannot be read: {problem.strerror}") from None
     if local.suffix == ".gguf":
         return local
@@ -87,7 +88,7 @@ def _snapshot(path: str, revision: str | None, weights: bool) -> Path:
 
 def _beside(path: str) -> str:
     """Of a path at which no model is, the one beside it of nearly that name."""
-    local = Path(path).expanduser()
+    local = expanded(path)
     with suppress(OSError):
         entries = [entry for entry in local.parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
         return nearest(local.name, [entry.name for entry in entries])

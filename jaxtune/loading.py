@@ -20,7 +20,7 @@ from jaxtune.config import Config, MeshSection, ModelSection, load_config
 from jaxtune.console import warn
 from jaxtune.drift import is_print_of
 from jaxtune.errors import AdapterError, CheckpointError, ConfigError, MeshError, ModelError
-from jaxtune.files import read_json
+from jaxtune.files import expanded, read_json
 from jaxtune.leaves import Leaf, combine, fields_of, partition
 from jaxtune.mesh import complete, make_mesh, single_device_mesh
 from jaxtune.models.weights import Tree, Weight, map_tree
@@ -106,7 +106,7 @@ def _for_inference(mesh: Mesh) -> Mesh:
 
 def is_run(path: str | Path) -> bool:
     """Whether `path` is a directory that training writes to."""
-    directory = Path(path).expanduser()
+    directory = expanded(path)
     # os.path's answer where a directory may not be read is no; what reads the model there says why.
     return os.path.isfile(directory / CONFIG) and not os.path.exists(directory / "config.json")
 
@@ -115,7 +115,7 @@ def require_run(path: str | Path) -> Path:
     """The directory of a run, or CheckpointError."""
     if not is_run(path):
         raise CheckpointError(f"{path}: not a run: no {CONFIG} in it; give the train.output_dir of a run")
-    return Path(path).expanduser()
+    return expanded(path)
 
 
 def open_run(path: str | Path, dtype: str, mesh: Mesh, base: ModelSection | None = None) -> Opened:
@@ -177,7 +177,8 @@ def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh, reco
     try:
         source = Source.open(config.model, config.data.template if template is None else None, section)
     except ModelError as error:
-        hint = "; a relative path counts from where the run was started" if not Path(config.model.path).exists() else ""
+        is_there = os.path.exists(expanded(config.model.path))
+        hint = "" if is_there else "; a relative path counts from where the run was started"
         raise ModelError(f"{error} (model.path of the run{hint})") from None
     if template is not None:
         source.tokenizer.chat_template = template  # its file may be another by now, or gone

@@ -21,7 +21,7 @@ from jaxtune.config import Config, dump_config, make_config
 from jaxtune.console import say, warn
 from jaxtune.drift import LOG, REFUSE, Change, changes, fingerprint, is_print_of
 from jaxtune.errors import CheckpointError, UserError, listing
-from jaxtune.files import PARTIAL, read_json, try_lock, write_whole
+from jaxtune.files import PARTIAL, expanded, read_json, try_lock, write_whole
 from jaxtune.section import adapter_of
 from jaxtune.signals import StopSignal
 
@@ -87,7 +87,7 @@ class Run:
         """
         places, adapter = {"model": model}, adapter_of(self._config.tune)
         if adapter is not None:
-            places["adapter"] = Path(adapter).expanduser()
+            places["adapter"] = expanded(adapter)
         prints = {"data": data, **{name: fingerprint(path) for name, path in places.items()}}
         if held_out is not None:
             prints["held-out data"] = held_out
@@ -173,7 +173,7 @@ def open_run(config: Config) -> Run:
     Raises:
         CheckpointError: the directory cannot be used; the message says what is there and what to do.
     """
-    directory = Path(config.train.output_dir).expanduser()
+    directory = expanded(config.train.output_dir)
     if not processes.is_first():
         return _follow(directory, config)
     run = _hold(directory, config)

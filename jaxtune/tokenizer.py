@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.files import inside, read_json
+from jaxtune.files import expanded, inside, read_json
 from jaxtune.section import LARGEST
 
 # When it is imported, transformers would say that PyTorch is missing, as if something were wrong.
@@ -49,7 +49,7 @@ def load_tokenizer(path: Path, template: str | None = None) -> Any:
     else:
         tokenizer = _from_directory(path)
     if template is not None:
-        tokenizer.chat_template = _read_template(Path(template).expanduser())
+        tokenizer.chat_template = _read_template(expanded(template))
     if not _is_template(tokenizer.chat_template):
         where = "the tokenizer" if path.suffix == ".gguf" else "tokenizer_config.json"
         raise ModelError(

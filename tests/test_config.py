@@ -260,6 +260,12 @@ def test_an_override_that_is_none_is_refused(tmp_path, override):
     assert f'override "{override}"' in refused(tmp_path, SMALLEST, override)
 
 
+def test_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text(SMALLEST)
+    assert load_config("~/run.yaml").model.path == "m"
+
+
 def test_files_that_cannot_be_a_configuration(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
         load_config(tmp_path / "absent.yaml")

@@ -7,7 +7,7 @@ import pytest
 
 from jaxtune import files
 from jaxtune.errors import ConfigError, ModelError
-from jaxtune.files import inside, read_json, write_whole
+from jaxtune.files import check_new, inside, read_json, write_whole
 
 
 def test_a_json_object_is_read(tmp_path):
@@ -72,6 +72,13 @@ def test_only_a_snapshot_of_the_hubs_cache_may_link_to_its_repository(tmp_path):
         else:
             with pytest.raises(ModelError):
                 inside(snapshot, "file", ModelError, "here")
+
+
+def test_a_name_that_is_too_long_cannot_be_made_and_is_told(tmp_path):
+    with pytest.raises(ModelError, match="nnn: cannot be made: File name too long"):
+        check_new(tmp_path / ("n" * 300), ModelError)
+    (tmp_path / "empty").mkdir()
+    check_new(tmp_path / "empty", ModelError)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

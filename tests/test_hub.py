@@ -68,11 +68,15 @@ def test_a_directory_that_may_not_be_read_is_told(tmp_path, forbid):
     assert refusal(str(directory / "below")) == f"{directory / 'below'}: cannot be read: Permission denied"
 
 
+def test_a_name_that_is_too_long_is_told():
+    assert refusal("n" * 300) == f"{'n' * 300}: cannot be read: File name too long"
+
+
 def test_a_revision_of_a_local_path_is_refused(tmp_path):
     assert "is a local path" in refusal(str(files(tmp_path, "config.json")), "main")
 
 
-@pytest.mark.parametrize("path", ["./nowhere", "/no/where", "a/b/c", "../x/y", "~nobody/x", ""])
+@pytest.mark.parametrize("path", ["./nowhere", "/no/where", "a/b/c", "../x/y", "~nobody/x", "~no-such-user/x", ""])
 def test_a_path_that_cannot_be_a_hub_id_never_reaches_the_hub(path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
     if path:

@@ -32,7 +32,7 @@ from jaxtune.data.examples import Examples
 from jaxtune.data.formats import Rows
 from jaxtune.data.tokenise import Tokenising
 from jaxtune.errors import CheckpointError, DataError, listing
-from jaxtune.files import read_json, try_lock
+from jaxtune.files import expanded, read_json, try_lock
 from jaxtune.manifest import damages, sync, write_manifest
 from jaxtune.tokenizer import vocabulary_size
 
@@ -260,12 +260,12 @@ def _locked(place: Path, task: Tokenising) -> Iterator[None]:
 def home_of(directory: str | None) -> Path:
     """The directory of the cache, made if it is not there."""
     if directory is not None:
-        home = Path(directory).expanduser()
+        home = expanded(directory)
         with _told(home):
             home.mkdir(parents=True, exist_ok=True)
         return home
     base = os.environ.get("JAXTUNE_CACHE")
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxtune"
+    caches = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jaxtune"
     home = (Path(base) if base else caches) / "tokens"
     try:
         home.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ Face's and scripts are refused, and so are preferences, in words that say what t
 one.
 """
 
+import os
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxtune.data.hub_files import is_hub_id
 from jaxtune.data.records import kind
 from jaxtune.data_section import Columns, MixedSource, Tags
 from jaxtune.errors import DataError, listing, nearest
-from jaxtune.files import read_json
+from jaxtune.files import expanded, read_json
 
 INFO = "dataset_info.json"
 _FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}
@@ -47,7 +48,7 @@ def read_sources(section: DataSection) -> list[MixedSource]:
     Raises:
         DataError: the file cannot be read, a name is not in it, or an entry is not one of text to be imitated.
     """
-    path = Path(section.dataset_dir).expanduser() / INFO
+    path = expanded(section.dataset_dir) / INFO
     info, sources = read_json(path, DataError), []
     for name in section.datasets:
         if name not in info:
@@ -174,11 +175,11 @@ def _paths(entry: _Entry, directory: Path) -> list[str]:
     if ".." in parts.parts or parts.anchor:
         raise entry.wrong(f"file_name {name!r:.80} leads out of {directory}; it is a path inside it")
     path = directory / name
-    if path.is_dir():
+    if os.path.isdir(path):
         files = sorted(str(file) for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         if not files:
             raise entry.wrong(f"file_name {name}: no file in {path}")
         return files
-    if not path.exists():
+    if not os.path.exists(path):
         raise entry.wrong(f"file_name {name}: there is no {path}")
     return [str(path)]

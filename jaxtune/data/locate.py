@@ -9,6 +9,7 @@ from jaxtune.data.hub_files import hub_files, is_hub_id
 from jaxtune.data.sources import ALLOWED, is_data, kind_of
 from jaxtune.data_section import SourceSection
 from jaxtune.errors import DataError, listing
+from jaxtune.files import expanded
 
 
 def held_source(first: SourceSection, section: EvalSection) -> SourceSection:
@@ -35,15 +36,20 @@ def with_files(section: SourceSection, key: str = "data.path", split: str = "tra
 
 
 def _find(path: str, key: str, section: SourceSection, split: str) -> list[str]:
-    where = Path(path).expanduser()
-    if not where.exists() and is_hub_id(path):
+    where = expanded(path)
+    try:
+        is_there = where.exists()
+    except OSError as problem:
+        several = "; write several as a list: [a.json, b.json]" if "," in path else ""
+        raise DataError(f"{key} {path}: cannot be read: {problem.strerror}{several}") from None
+    if not is_there and is_hub_id(path):
         return hub_files(path, section.split or split, section.subset, section.revision)
     _only_of_the_hub(section, f"{key} {path}")
     if where.is_dir():
         return _readable(path, sorted(str(entry) for entry in where.iterdir() if entry.name[0] != "."), key)
-    if glob.has_magic(path) and not where.exists():
+    if glob.has_magic(path) and not is_there:
         return _readable(path, sorted(glob.glob(str(where), recursive=True)), key)
-    if not where.exists() and not kind_of(path)[0]:
+    if not is_there and not kind_of(path)[0]:
         raise DataError(
             f"{key} {path}: no such file or directory, and not the id of a data set on the hub (owner/name)"
         )

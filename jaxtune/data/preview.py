@@ -22,7 +22,7 @@ from jaxtune.console import console, say, stage
 from jaxtune.data.loader import Batch, Dataset, build_data
 from jaxtune.data.report import print_summary
 from jaxtune.errors import ConfigError
-from jaxtune.files import write_whole
+from jaxtune.files import expanded, write_whole
 from jaxtune.segments import PADDING, SHARED
 
 _TALKS = ("alpaca", "sharegpt", "messages")  # formats of conversations
@@ -118,7 +118,7 @@ def preview(config: Config, rows: int, html: Path | None = None, packs: bool = F
     from jaxtune.data.preview_html import page
 
     try:
-        write_whole(html, page(seen, name, packs, _facts(config, first)))
+        write_whole(expanded(html), page(seen, name, packs, _facts(config, first)))
     except OSError as error:
         raise ConfigError(f"--html {html}: cannot be written: {error.strerror}") from None
     say(f"{html}: {len(seen):,} of {whole}; open it in a browser")

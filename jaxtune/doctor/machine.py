@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 from jaxtune.checkpoint import Checkpointer, problems
 from jaxtune.doctor.check import Check, Problem
+from jaxtune.files import expanded
 
 PYTHON = (3, 11)
 SHOWN = ("jax", "jaxlib", "orbax-checkpoint", "transformers")
@@ -97,7 +98,7 @@ def require_close(what: str, found: Any, wanted: Any, tolerance: float = TOLERAN
 
 def existing(directory: Path) -> Path:
     """The directory, or the nearest above it that is there."""
-    directory = directory.expanduser().absolute()
+    directory = expanded(directory).absolute()
     return next(path for path in (directory, *directory.parents) if path.exists())
 
 

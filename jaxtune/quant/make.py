@@ -12,6 +12,7 @@ from jaxtune.config import DataSection, EvalSection, ModelSection, TrainSection
 from jaxtune.console import Bar, console, say, stage
 from jaxtune.data.loader import Dataset, build_data
 from jaxtune.errors import ConfigError, ModelError
+from jaxtune.files import expanded
 from jaxtune.hf_io import check_weights, open_source
 from jaxtune.models.decoder import Model
 from jaxtune.models.weights import Tree, leaves_with_path
@@ -51,7 +52,7 @@ def quantize_model(path: str, out: str | Path, maker: Maker, calibration: Calibr
     """
     if maker.needs_inputs and calibration is None:
         raise ConfigError("this way of quantising needs calibration data")
-    out = Path(out).expanduser()
+    out = expanded(out)
     stage(f"Reading {path}")
     source = Source.open(ModelSection(path=path))
     model, tensors = Model.create(source.config), open_source(source.path, source.config.tied)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxtune.errors import AdapterError, ConfigError, listing
-from jaxtune.files import check_new, read_json
+from jaxtune.files import check_new, expanded, read_json
 from jaxtune.tune.lora import LoraSection
 from jaxtune.tune.peft_config import CONFIG_NAME, read_config
 from jaxtune.tune.peft_files import PREFIX
@@ -123,8 +123,9 @@ def combine(
             `out` is there.
     """
     _check_options(directories, weights, way, rank, density, sign)
-    check_new(Path(out), AdapterError)
-    adapters = [Adapter.read(Path(directory)) for directory in directories]
+    out = expanded(out)
+    check_new(out, AdapterError)
+    adapters = [Adapter.read(expanded(directory)) for directory in directories]
     _check_copies(adapters)
     size = _rank_of(adapters, way, rank)
     modules = sorted({module for adapter in adapters for module in adapter.factors})
@@ -143,7 +144,7 @@ def combine(
     section = LoraSection(rank=size, alpha=size, targets=modules)
     bases = {adapter.base for adapter in adapters}
     base, revision = bases.pop() if len(bases) == 1 else (None, None)
-    write_adapter(Path(out), section, {}, {TENSORS_NAME: tensors}, base, revision=revision)
+    write_adapter(out, section, {}, {TENSORS_NAME: tensors}, base, revision=revision)
     return section
 
 

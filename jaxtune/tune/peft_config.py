@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from jaxtune.errors import AdapterError, ConfigError, listing
-from jaxtune.files import inside, read_json
+from jaxtune.files import expanded, inside, read_json
 from jaxtune.hub import ADAPTER_CONFIG
 from jaxtune.models.weights import Tree
 from jaxtune.section import Targeted, TuneSection, adapter_of
@@ -82,6 +82,7 @@ def read_config(directory: Path) -> TuneSection:
     Raises:
         AdapterError: no such file, or an option in it that we do not have; the message names each.
     """
+    directory = expanded(directory)
     where = directory / CONFIG_NAME
     tree = _read_json(directory)
     name, method = _method_of(tree, where)
@@ -110,6 +111,7 @@ def method_of(directory: Path) -> str:
     Raises:
         AdapterError: no such file, or one of a method that we do not have.
     """
+    directory = expanded(directory)
     return _method_of(_read_json(directory), directory / CONFIG_NAME)[0]
 
 
@@ -137,7 +139,7 @@ def _ordered(value: Any) -> Any:
 def _read_json(directory: Path) -> dict[str, Any]:
     try:
         there = (directory / CONFIG_NAME).is_file()
-    except PermissionError as problem:
+    except OSError as problem:
         raise AdapterError(f"{directory}: cannot be read: {problem.strerror}") from None
     if not there:
         within = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_NAME}"))

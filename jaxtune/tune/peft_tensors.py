@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxtune.errors import AdapterError, listing, nearest
-from jaxtune.files import check_readable, inside, read_json
+from jaxtune.files import check_readable, expanded, inside, read_json
 from jaxtune.leaves import Leaf
 from jaxtune.models.weights import Path, Tree, map_tree, set_path
 from jaxtune.tune.method import EMBEDDING, HEAD, declared, get_path, is_concrete
@@ -52,7 +52,7 @@ def open_adapter(directory: str | FilePath, name: str = TENSORS_NAME) -> Adapter
     Raises:
         AdapterError: no such file, only a pickled one, or not safetensors.
     """
-    path = FilePath(directory) / name
+    path = expanded(directory) / name
     if not path.is_file():
         pickled = [path.with_name(file) for file in PICKLED if path.with_name(file).exists()]
         if pickled:

@@ -13,6 +13,7 @@ from pydantic import PrivateAttr
 
 from jaxtune import ops
 from jaxtune.errors import AdapterError, ConfigError, listing
+from jaxtune.files import expanded
 from jaxtune.leaves import Axes, Leaf
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.weights import Path as WeightPath
@@ -119,7 +120,7 @@ def add_words(section: TokensSection, tokenizer: Any) -> tuple[Any, TokensSectio
 
 
 def _of_adapter(section: TokensSection, tokenizer: Any) -> tuple[Any, TokensSection]:
-    directory = Path(section.adapter or "")
+    directory = expanded(section.adapter or "")
     if max(section.token_indices) >= vocabulary_size(tokenizer) and (directory / "tokenizer.json").is_file():
         template, tokenizer = tokenizer.chat_template, load_tokenizer(directory)
         tokenizer.chat_template = template

@@ -303,10 +303,11 @@ def test_with_packs_it_shows_the_rows_of_the_run(call):
     assert out.endswith("1 of 1 rows of the first epoch\n")
 
 
-def test_a_page_is_written_in_place_of_the_rows(call, tmp_path):
-    code, out, _ = call("--html", tmp_path / "p.html", "data.max_length=64")
+def test_a_page_is_written_in_place_of_the_rows(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, out, _ = call("--html", "~/p.html", "data.max_length=64")
     assert code == 0
-    assert "«" not in out and f"{tmp_path / 'p.html'}: 3 of 3 rows of the first epoch" in out
+    assert "«" not in out and "~/p.html: 3 of 3 rows of the first epoch" in out
     assert len(Page((tmp_path / "p.html").read_text(encoding="utf-8")).hints) > 40
 
 

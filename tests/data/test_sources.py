@@ -294,6 +294,13 @@ def test_a_path_that_names_no_data_says_what_is_there(found, path, says):
     assert str(caught.value).startswith(says)
 
 
+def test_a_name_that_is_too_long_is_told_and_with_commas_in_it_how_to_name_several(found):
+    for path, hint in (("n" * 300, ""), ("a.json," * 50, "; write several as a list: [a.json, b.json]")):
+        with pytest.raises(DataError) as caught:
+            found(path)
+        assert str(caught.value) == f"data.path {path}: cannot be read: File name too long{hint}"
+
+
 def test_a_name_that_looks_like_a_pattern_may_be_a_files_own(found, tmp_path):
     (tmp_path / "a[1].jsonl").write_text("")
     assert found("a[1].jsonl") == ["a[1].jsonl"]

@@ -167,6 +167,16 @@ def test_weights_that_float32_cannot_hold_are_told(tmp_path, adapters, way):
     assert not (tmp_path / "one").exists()
 
 
+def test_home_is_found(tmp_path, adapters, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path(adapters[0]).parent))
+    names = [f"~/{Path(directory).name}" for directory in adapters]
+    section = combine(names, WEIGHTS, tmp_path / "one", "cat")
+    assert section == combine(adapters, WEIGHTS, tmp_path / "two", "cat")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(AdapterError, match="one: is there already"):
+        combine(adapters, WEIGHTS, "~/one", "cat")
+
+
 def test_an_adapter_that_is_there_is_not_written_over(tmp_path, adapters):
     before = (Path(adapters[0]) / "adapter_model.safetensors").read_bytes()
     with pytest.raises(AdapterError, match="is there already; give a new directory"):

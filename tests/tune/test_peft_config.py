@@ -193,6 +193,7 @@ def test_a_damaged_config_is_named(tmp_path, text, words):
 
 def test_a_missing_directory_is_named(tmp_path):
     assert str(tmp_path / "nowhere") in refused(tmp_path / "nowhere")
+    assert refused(Path("n" * 300)) == f"{'n' * 300}: cannot be read: File name too long"
 
 
 def test_an_adapter_one_directory_deeper_is_pointed_out(tmp_path):
@@ -217,6 +218,11 @@ def test_a_method_that_is_not_named_is_the_adapter_s(tmp_path):
     with pytest.raises(ConfigError, match=r"tune.vera_r: unknown key"):
         make_config(tree)
     assert tune_section(adapter=str(tmp_path / "none")).method == "lora"
+
+
+def test_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(written(tmp_path / "dora", use_dora=True).parent))
+    assert tune_section(adapter="~/dora").method == resolve(tune_section(adapter="~/dora")).method == "dora"
 
 
 def test_a_setting_that_agrees_with_the_adapter_s_may_stand_beside_it(tmp_path):
