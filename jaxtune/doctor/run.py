@@ -1,6 +1,6 @@
-"""What has to be right of a configuration before its run: the disk's room, the data, and that its method learns the
-same however a batch is packed and cut. Weights are neither needed nor read: a narrow random model stands for the real
-one.
+"""What has to be right of a configuration before its run: that the model fits the devices, the disk's room, the data,
+and that its method learns the same however a batch is packed and cut. Weights are neither needed nor read: a narrow
+random model stands for the real one.
 """
 
 import shutil
@@ -22,9 +22,10 @@ from jaxtune.data.loader import Data, Dataset, build_data
 from jaxtune.doctor.check import Check, NotHere, Problem
 from jaxtune.doctor.machine import existing, require_close
 from jaxtune.errors import AdapterError, UserError
+from jaxtune.leaves import count
 from jaxtune.mesh import make_mesh, single_device_mesh
 from jaxtune.models.execution import Execution
-from jaxtune.plan.program import make_step
+from jaxtune.plan.program import Step, make_step
 from jaxtune.program import Program, build
 
 HIDDEN, MLP, HEADS = 64, 128, 4  # of the model that stands for the real one
@@ -44,6 +45,7 @@ class Examined:
         look = "the message says what and where; docs/config.md has every key"
         same = "do not train with it: report it, with the configuration's `tune` section"
         return [
+            Check("model and mesh", self.fits, look),
             Check("room for checkpoints", self.room, "make room, lower checkpoint.keep, or move train.output_dir"),
             Check("data and labels", self.labels, look),
             Check("packed = unpacked", self.packing, same),
@@ -64,9 +66,23 @@ class Examined:
         vocab_size = tune.vocab_size(self.source.tuning, self.source.config)
         return build_data(config.data, config.eval, config.train, self.source.tokenizer, virtual, vocab_size)
 
+    @cached_property
+    def _whole_step(self) -> Step:
+        """That of the real model on the real mesh, without its weights."""
+        return make_step(self.config, self.source.config, make_mesh(self.config.mesh))
+
+    def fits(self) -> str:
+        """That the model is there, and fits the method, the mesh and the batch."""
+        step, size = self._whole_step, self.config.train.batch_size
+        devices = f"{step.mesh.size} x {step.mesh.devices.flat[0].device_kind}"
+        return f"{count(step.assembled.params):,} parameters and {size:,} rows a step, on {devices}"
+
     def room(self) -> str:
         """What the checkpoints need at once, and what is free."""
-        step = make_step(self.config, self.source.config, make_mesh(self.config.mesh))
+        try:
+            step = self._whole_step
+        except UserError as problem:
+            raise NotHere("the model and the mesh have to be right first") from problem
         keep = self.config.checkpoint.keep
         place = existing(Path(self.config.train.output_dir))
         need, free = (keep + 1) * state_bytes(step.program.state), shutil.disk_usage(place).free
@@ -77,6 +93,10 @@ class Examined:
 
     def labels(self) -> str:
         """How much there is to learn from, and that every token has a row in the embedding."""
+        try:
+            _ = self.source
+        except UserError as problem:
+            raise NotHere("the model has to be right first") from problem
         data, rows = self.data, tune.vocab_size(self.source.tuning, self.source.config)
         examples, largest = data.train.examples, data.train.examples.largest_token
         if largest >= rows:

@@ -146,6 +146,24 @@ def test_the_room_for_checkpoints_is_that_of_the_state_times_what_is_kept_and_on
     assert status == FAIL and "; 0.0 GB are free in /" in text
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says", "data"),
+    [
+        ({"mesh": {"tensor": 3}}, "8 devices are not divisible by 3", PASS),
+        ({"train": {"batch_size": 6, "micro_batches": 4}}, "train.batch_size 6 is not divisible", FAIL),
+        ({"model": {"path": "./nowhere"}}, "./nowhere: no such file", SKIPPED),
+    ],
+    ids=["mesh", "batch", "model"],
+)
+def test_a_model_or_a_mesh_that_does_not_fit_is_no_want_of_room(of_run, wrong, says, data):
+    status, text = of_run("model and mesh", **wrong)
+    assert status == FAIL and says in text
+    assert of_run("room for checkpoints", **wrong) == (SKIPPED, "the model and the mesh have to be right first")
+    assert of_run("data and labels", **wrong)[0] == data
+    status, text = of_run("model and mesh")
+    assert status == PASS and text.endswith(" on 8 x cpu")
+
+
 def test_data_and_labels_are_counted_and_a_token_without_a_row_is_a_failure(of_run, monkeypatch):
     status, text = of_run("data and labels", train={"batch_size": 8})
     assert status == PASS and text.startswith("20 conversations in ") and "the largest token is " in text
@@ -235,5 +253,5 @@ def test_the_command_ends_with_1_where_something_is_wrong_and_prints_no_tracebac
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     # With one device there is no ring; without data, nothing to try the method on.
-    assert "9 pass, 1 fail, 6 skipped" in done.stdout, done.stdout
+    assert "10 pass, 1 fail, 6 skipped" in done.stdout, done.stdout
     assert "none.json" in done.stdout and done.stdout.count("the data has to be right first") == 2
