@@ -324,6 +324,12 @@ def evaluate(job: Job) -> float:
 def finish(job: Job, run: Run) -> None:
     """Write what training ends with."""
     config = job.config
+    steps, skipped = job.data.train.steps, int(job.state["guard"]["skipped"])
+    if skipped == steps:
+        warn(
+            f"none of the {steps} steps was applied ({skipped} skipped): the result is what the run began with; the "
+            "warnings of the steps say why"
+        )
     params = job.program.params(job.state)
     directory = write_result(run.directory, config.tune, job.assembled, params, config.precision.params, config.model)
     run.finish()

@@ -169,7 +169,7 @@ def ledger(home):
     return [json.loads(line) for line in (home / "run" / "ledger.jsonl").read_text().splitlines()]
 
 
-def test_a_float16_run_finds_its_scale_and_goes_on_from_it(tiny_model, tmp_path):
+def test_a_float16_run_finds_its_scale_and_goes_on_from_it(tiny_model, tmp_path, capsys):
     """Its first scale overflows float32 itself, so the first steps are skipped; then it trains."""
     model, scale = tiny_model("qwen2"), {"initial": 2.0**100, "window": 2}
     whole = train(config(model, tmp_path / "whole", loss_scale={"initial": 2.0**19, "window": 3}))
@@ -179,9 +179,11 @@ def test_a_float16_run_finds_its_scale_and_goes_on_from_it(tiny_model, tmp_path)
         stopped_after(4, config(model, tmp_path / "cut", loss_scale={"initial": 2.0**19, "window": 3}))
     train(config(model, tmp_path / "cut", loss_scale={"initial": 2.0**19, "window": 3}))
     assert ledger(tmp_path / "cut") == ledger(tmp_path / "whole")
+    assert "was applied" not in capsys.readouterr().out
     lost = train(config(model, tmp_path / "lost", loss_scale=scale))
     assert [row["bad_steps"] for row in lost] == list(range(1, 9))
     assert [row["loss_scale"] for row in lost] == [2.0 ** (99 - i) for i in range(8)]
+    assert "none of the 8 steps was applied (8 skipped)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_that_goes_on_in_float16_or_with_another_first_scale_begins_with_that(tiny_model, tmp_path):
