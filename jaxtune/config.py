@@ -13,7 +13,7 @@ from jaxtune.elsewhere import METHOD_NAMES
 from jaxtune.errors import ConfigError, listing, nearest
 from jaxtune.files import expanded
 from jaxtune.mistakes import explain, shown, source_of
-from jaxtune.section import Fraction, NonNegative, Positive, Section, TuneSection
+from jaxtune.section import LARGEST, Fraction, NonNegative, Positive, Section, TuneSection
 from jaxtune.yaml_text import dump_yaml, parse_argument, parse_yaml
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -81,7 +81,7 @@ class OptimSection(Section):
         return self
 
 
-Axis = Annotated[int, Field(ge=-1)]
+Axis = Annotated[int, Field(ge=-1, le=LARGEST)]
 AXES = ("pipe", "data", "fsdp", "context", "tensor")  # of the mesh; neighbours along the last are nearest
 
 
@@ -223,7 +223,7 @@ class CheckpointSection(Section):
     """What a kill cannot take."""
 
     every: Positive = 100  # steps
-    keep: Annotated[int, Field(ge=2)] = 2  # the latest ones
+    keep: Annotated[int, Field(ge=2, le=LARGEST)] = 2  # the latest ones
     resume: Literal["auto", "never"] = "auto"  # never: refuse a directory that has a run in it
 
 

@@ -3,12 +3,15 @@ them, and each tuning method's stands beside the method.
 """
 
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator
+from pydantic_core import PydanticCustomError
 
 LARGEST = 2**31 - 1  # of an int32, in which a step counts; JAX would take a larger seed for a smaller one
+SMALLEST_NUMBER, LARGEST_NUMBER = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -16,9 +19,36 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
-    """Unknown keys are errors, `"3"` is not a number, and inf and nan are nothing at all."""
+    """Unknown keys are errors, `"3"` is not a number, and inf and nan are nothing at all. A number is one that float32
+    holds, and no text has a NUL, which no path can have.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _as_it_stands(cls, given: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        value = handler(given)
+        if type(value) is int and type(given) is not int:  # pydantic takes true and 1.0 for the 1 of a Literal
+            raise PydanticCustomError("literal_error", "should be an integer")
+        for part in _plain(value):
+            if isinstance(part, float) and part and not SMALLEST_NUMBER <= abs(part) <= LARGEST_NUMBER:
+                sizes = f"{SMALLEST_NUMBER:.3g} to {LARGEST_NUMBER:.3g}"
+                raise ValueError(f"is no number of float32: allowed are 0 and, in size, {sizes}")
+            if isinstance(part, str) and "\0" in part:
+                raise ValueError("has a NUL character; take it out")
+        return value
+
+
+def _plain(value: Any) -> Iterator[Any]:
+    """The numbers and texts in a value, but for those of sections, which look at their own."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for part in value:
+            yield from _plain(part)
+    else:
+        yield value
 
 
 class TuneSection(Section):

@@ -35,8 +35,8 @@ python -m jaxtune.train --config configs/demo.yaml train.epochs=2 optim.lr=5e-4
 
 Only `model.path` and `data.path` (or `data.sources`, or `data.dataset`) have no default. A key that is not below is an
 error, and so is a value of another type, or a key that the chosen method, format or optimiser would not use. An integer
-is at most 2^31 - 1. The file is plain YAML without aliases. The run directory holds the configuration as it was
-resolved, in `config.yaml`.
+is at most 2^31 - 1, and another number one that float32 holds. The file is plain YAML without aliases. The run
+directory holds the configuration as it was resolved, in `config.yaml`.
 
 This page is made from `jaxtune/config.py` and the methods in `jaxtune/tune/` by `python tools/config_docs.py`.
 

@@ -20,6 +20,7 @@ from jaxtune.errors import AdapterError
 from jaxtune.leaves import Axes, Leaf
 from jaxtune.models.weights import Tree
 from jaxtune.parallel import local
+from jaxtune.section import LARGEST
 from jaxtune.tune.lycoris import DEFAULTS, SETTINGS, Lycoris, uniform, written
 from jaxtune.tune.method import ShardingOf
 from jaxtune.tune.peft_files import Files
@@ -40,8 +41,8 @@ class LokrSection(Lycoris):
     @field_validator("decompose_factor")
     @classmethod
     def _positive(cls, value: int) -> int:
-        if value < 1 and value != -1:
-            raise ValueError("allowed are 1 or more, or -1")
+        if not 1 <= value <= LARGEST and value != -1:
+            raise ValueError(f"allowed are 1 to {LARGEST}, or -1")
         return value
 
 

@@ -21,7 +21,7 @@ from jaxtune.errors import AdapterError, MeshError
 from jaxtune.leaves import Axes, Leaf
 from jaxtune.models.weights import Tree
 from jaxtune.parallel import local
-from jaxtune.section import Fraction, NonNegative, Targeted
+from jaxtune.section import LARGEST, Fraction, NonNegative, Targeted
 from jaxtune.tune.method import ShardingOf
 from jaxtune.tune.peft_files import TARGET_DEFAULTS, TARGET_SETTINGS, Files
 from jaxtune.tune.plan import Part, Site
@@ -39,7 +39,7 @@ class OftSection(Targeted):
     rank: NonNegative = 0  # matrices of a module, its inputs / oft_block_size; 0: from oft_block_size
     block_share: bool = False  # one matrix for all blocks of a module
     use_cayley_neumann: bool = True  # a series for the orthogonal matrix, which is nearly one; false: exact
-    num_cayley_neumann_terms: Annotated[int, Field(ge=2)] = 5  # of the series
+    num_cayley_neumann_terms: Annotated[int, Field(ge=2, le=LARGEST)] = 5  # of the series
     module_dropout: Fraction = 0.0  # share of a module's blocks that a training step leaves as they are
     bias: Literal["none", "all", "oft_only"] = "none"  # which biases train as well
 

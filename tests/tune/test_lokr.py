@@ -83,5 +83,5 @@ def test_layers_with_matrices_of_two_kinds_are_refused_with_both_ranks():
 @pytest.mark.parametrize("factor", [0, -2])
 def test_a_factor_is_positive_or_minus_one(factor):
     tree = {"model": {"path": "-"}, "data": {"path": "-"}, "tune": {"method": "lokr", "decompose_factor": factor}}
-    with pytest.raises(ConfigError, match="decompose_factor: allowed are 1 or more, or -1"):
+    with pytest.raises(ConfigError, match="decompose_factor: allowed are 1 to 2147483647, or -1"):
         make_config(tree)
