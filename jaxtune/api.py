@@ -155,7 +155,10 @@ class LoadedModel:
         return text_pieces(self.tokenizer, (rows[0] for rows in pieces))
 
     def _checked(self, token_ids: Any) -> np.ndarray:
-        ids = np.asarray(token_ids)
+        try:
+            ids = np.asarray(token_ids)
+        except ValueError:
+            raise DataError("token_ids: expected whole numbers [batch, time]; the rows have other lengths") from None
         if ids.ndim != 2 or 0 in ids.shape or not np.issubdtype(ids.dtype, np.integer):
             raise DataError(f"token_ids: expected whole numbers [batch, time]; found {ids.dtype} {list(ids.shape)}")
         outside = ids[(ids < 0) | (ids >= self.config.vocab_size)]

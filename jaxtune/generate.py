@@ -4,6 +4,7 @@ Works on token ids; words are text.py's, drawing a token is sampling.py's.
 """
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jaxtune.models.decoder import Cache, Model
 from jaxtune.models.weights import Tree
 from jaxtune.parallel import local
 from jaxtune.parallel.layout import partitions
-from jaxtune.sampling import GREEDY, Knobs, Sampling, draw
+from jaxtune.sampling import GREEDY, Knobs, Sampling, check, draw
 
 SMALLEST_BUCKET = 64
 CHUNK = 32  # tokens drawn before the host looks at them, when nobody watches; Ctrl-C waits for as many
@@ -94,8 +95,7 @@ class Generator:
 
     def _rooms(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
         """How many tokens each row may draw."""
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens {max_new_tokens}; allowed: 1 or more")
+        check("max_new_tokens", max_new_tokens, Integral, "1 or more", lambda value: value >= 1)
         c = self.model.config
         # Dynamic scaling goes beyond the positions that the model was trained with; that is its purpose.
         positions = int(c.max_positions * c.rope.factor) if c.rope.type == "dynamic" else c.max_positions

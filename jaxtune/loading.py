@@ -70,6 +70,9 @@ def open_model(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    for name, found in (("path", path), ("adapter", "" if adapter is None else adapter)):
+        if not isinstance(found, str | os.PathLike):
+            raise ConfigError(f"{name} {found!r:.80}; expected text or a Path")
     kind, places = compute_dtype(dtype), as_mesh(mesh)
     if is_run(path):
         if adapter is not None:

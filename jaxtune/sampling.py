@@ -3,7 +3,9 @@ temperature, then top-k, then top-p.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ import numpy as np
 
 from jaxtune.errors import ConfigError
 
+COLDEST = 1e-30  # below it no token but the likeliest has a chance, and a logit may become more than float32 holds
 Knobs = dict[str, Any]  # numbers that a compiled function takes: changing them compiles nothing anew
 
 
@@ -28,17 +31,19 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        _check("temperature", self.temperature, "0 or more", 0 <= self.temperature < math.inf)
-        _check("top_k", self.top_k, "1 or more", self.top_k is None or self.top_k >= 1)
-        _check("top_p", self.top_p, "above 0, at most 1", self.top_p is None or 0 < self.top_p <= 1)
-        _check("seed", self.seed, "0 to 2**32 - 1", 0 <= self.seed < 2**32)
+        check("temperature", self.temperature, Real, "0 or more", lambda value: 0 <= value < math.inf)
+        if self.top_k is not None:
+            check("top_k", self.top_k, Integral, "1 or more", lambda value: value >= 1)
+        if self.top_p is not None:
+            check("top_p", self.top_p, Real, "above 0, at most 1", lambda value: 0 < value <= 1)
+        check("seed", self.seed, Integral, "0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
             raise ConfigError("top_k and top_p do nothing at temperature 0; set temperature, for example to 0.7")
 
     @property
     def kind(self) -> str:
         """Which program draws: greedy | plain | filtered."""
-        if self.temperature == 0:
+        if self.temperature < COLDEST:
             return "greedy"
         return "plain" if self.top_k is None and self.top_p is None else "filtered"
 
@@ -52,9 +57,15 @@ class Sampling:
         }
 
 
-def _check(name: str, value: Any, allowed: str, is_good: bool) -> None:
-    if not is_good:
-        raise ConfigError(f"{name} {value}; allowed: {allowed}")
+def check(name: str, value: Any, kind: Any, allowed: str, is_good: Callable[[Any], bool]) -> None:
+    """Refuse a setting that is no number of this kind, Real or Integral, or not a good one.
+
+    Raises:
+        ConfigError: it says what is allowed.
+    """
+    if isinstance(value, bool) or not isinstance(value, kind) or not is_good(value):
+        number = "a whole number" if kind is Integral else "a number"
+        raise ConfigError(f"{name} {value!r:.80}; allowed: {number}, {allowed}")
 
 
 GREEDY = Sampling()

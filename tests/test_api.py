@@ -83,7 +83,9 @@ def test_logits_do_not_depend_on_the_padding_that_rounds_lengths_up(model):
 
 
 @pytest.mark.parametrize(
-    "bad", [[1, 2, 3], [[1.0, 2.0]], [[]], [[384]], [[-1]], [[0] * 400], "text"], ids=lambda bad: str(bad)[:20]
+    "bad",
+    [[1, 2, 3], [[1.0, 2.0]], [[]], [[384]], [[-1]], [[0] * 400], "text", [[1, 2, 3], [1, 2]]],
+    ids=lambda bad: str(bad)[:20],
 )
 def test_tokens_that_the_model_has_no_place_for_are_refused(model, bad):
     with pytest.raises((DataError, ModelError), match="token_ids"):
@@ -125,6 +127,8 @@ def test_a_wrong_setting_is_told_at_the_call_and_not_at_the_first_piece(model):
         model.generate("x", temperature=-1.0, stream=True)
     with pytest.raises(ModelError, match="256 positions"):
         model.generate("x " * 500, stream=True)
+    with pytest.raises(ConfigError, match="max_new_tokens '2'; allowed: a whole number, 1 or more"):
+        model.generate("x", "2", stream=True)
 
 
 def test_the_seed_decides_what_is_drawn(model):
@@ -263,6 +267,9 @@ def test_what_is_no_model_is_named(tiny_model, lora, tmp_path):
         jaxtune.load_model(tmp_path / "nowhere")
     with pytest.raises(AdapterError, match="not an adapter directory"):
         jaxtune.load_model(tiny_model("qwen2"), adapter=tmp_path)
+    for wrong in ({"path": None}, {"path": "-", "adapter": 3}):
+        with pytest.raises(ConfigError, match="expected text or a Path"):
+            jaxtune.load_model(**wrong)
 
 
 def test_bfloat16_is_near_float32_and_other_types_are_refused(tiny_model, model):

@@ -62,6 +62,15 @@ def test_top_p_of_one_keeps_everything():
     np.testing.assert_array_equal(top_p(jnp.array(logits), jnp.float32(1.0)), logits)
 
 
+def test_a_temperature_that_float32_cannot_divide_by_takes_the_likeliest():
+    logits = jnp.array(random_logits())
+    for temperature in (5e-324, 1e-40, 1e-36, np.float32(1e-38)):
+        sampling = Sampling(temperature=temperature, top_k=5)
+        found = draw(logits, sampling.knobs, sampling.kind, jnp.int32(0))
+        np.testing.assert_array_equal(found, jnp.argmax(logits, axis=-1))
+    assert Sampling(temperature=np.float64(1e-20), top_k=np.int64(5), seed=np.int32(1)).kind == "filtered"
+
+
 def test_temperature_zero_takes_the_likeliest():
     logits, sampling = random_logits(), Sampling()
     assert sampling.kind == "greedy"
@@ -109,6 +118,13 @@ def test_equal_rows_draw_differently():
         ({"temperature": 1, "top_p": 0.0}, "top_p 0"),
         ({"temperature": 1, "top_p": 1.5}, "top_p 1.5"),
         ({"temperature": 1, "seed": -1}, "seed -1"),
+        ({"temperature": None}, "temperature None; allowed: a number, 0 or more"),
+        ({"temperature": "1"}, "temperature '1'; allowed: a number"),
+        ({"temperature": 1, "top_k": 2.5}, "top_k 2.5; allowed: a whole number, 1 or more"),
+        ({"temperature": 1, "top_p": "x"}, "top_p 'x'"),
+        ({"temperature": 1, "seed": 1.5}, "seed 1.5; allowed: a whole number"),
+        ({"temperature": 1, "seed": None}, "seed None"),
+        ({"temperature": 1, "seed": True}, "seed True"),
         ({"top_k": 5}, "do nothing at temperature 0"),
         ({"top_p": 0.5}, "do nothing at temperature 0"),
     ],
