@@ -88,6 +88,8 @@ _PROBLEMS = {
     "have the same indentation",
     "found character '\\t'": "a tab; indent with spaces",
     "found unexpected end of stream": "the text ends before the quotes do",
+    "could not determine a constructor for the tag 'tag:yaml.org,2002:merge'": "<<, which merges one section into "
+    "another, is not allowed: write its keys out",
     "could not determine a constructor": "a tag, which begins with !, is not allowed",
 }
 _OPENED = ("flow mapping", "flow sequence", "quoted scalar")  # what has an end of its own
