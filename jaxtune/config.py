@@ -239,6 +239,8 @@ class EvalSection(Section):
     def _one_source(self):
         if self.split is not None and self.path is None:
             raise ValueError("split belongs to path and would do nothing without it")
+        if self.path in ("", []) or (isinstance(self.path, list) and "" in self.path):
+            raise ValueError("path is empty: name a file, a directory or the id of a data set, or leave it out")
         if self.path is not None and self.fraction > 0:
             raise ValueError("eval.path and eval.fraction are both set; keep one")
         return self

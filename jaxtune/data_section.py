@@ -75,6 +75,12 @@ class SourceSection(Section):
         return [self.path] if isinstance(self.path, str) else self.path
 
     @model_validator(mode="after")
+    def _no_empty_path(self):
+        if "" in self.paths:  # it would be the directory that jaxtune was started in
+            raise ValueError("path is empty: name a file, a directory or the id of a data set")
+        return self
+
+    @model_validator(mode="after")
     def _only_this_format(self):
         of_rows = ("split", "subset", "revision", "on_bad_line", "num_samples", "without") * (self.format == "megatron")
         for name in ("system", "dialect", *of_rows) if self.format in TEXTS else ():

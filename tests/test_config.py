@@ -11,6 +11,7 @@ from jaxtune.errors import ConfigError
 from jaxtune.tune import METHODS
 
 SMALLEST = "model: {path: m}\ndata: {path: d.json}\n"
+EMPTY = "is empty: name a file, a directory or the id of a data set"
 
 
 def load(tmp_path, text, *overrides) -> Config:
@@ -186,6 +187,11 @@ def test_a_mistake_is_named_with_what_is_allowed(tmp_path, text, expected):
             "data.template is for conversations and would do nothing with format text",
         ),
         ("eval: {path: x, fraction: 0.1}", "eval.path and eval.fraction are both set; keep one"),
+        ("data: {path: ''}", f"data.path {EMPTY}"),
+        ("data: {path: [a, '']}", f"data.path {EMPTY}"),
+        ("data: {sources: [{path: ''}]}", f"data.sources.0.path {EMPTY}"),
+        ("eval: {path: ''}", f"eval.path {EMPTY}, or leave it out"),
+        ("eval: {path: []}", f"eval.path {EMPTY}, or leave it out"),
     ],
 )
 def test_a_value_is_refused_in_one_line_of_the_configurations_own_words(tmp_path, text, line):
@@ -200,6 +206,7 @@ def test_a_value_is_refused_in_one_line_of_the_configurations_own_words(tmp_path
         ("model: {path: m", "line 1, column 16", "but got the end; what it belongs to begins at line 1, column 8"),
         ("model: 'x", "line 1, column 10", "the text ends before the quotes do"),
         ("model:\n  path: b: c", "line 2, column 10", "needs quotes"),
+        ("model: {<<: {path: m}}", "line 1, column 9", "<<, which merges one section into another, is not allowed"),
         ("model: !own x", "line 1, column 8", "a tag, which begins with !, is not allowed"),
         ("model:\n  path: \0", "line 2, column 9", "is not allowed"),
     ],

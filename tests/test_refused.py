@@ -171,6 +171,8 @@ VALUES = [
     lambda: check_numbers("2f2b", 2, 4, 1),
     lambda: check_numbers("1f1b", 2, 0, 1),
     says(memory={"offload": "optimizer"}),
+    says(data={"path": ""}),
+    says(eval={"path": ""}),
 ]
 # Where combinations are judged: all of a file, or these functions of it. The configuration's judges are in classes.
 JUDGES = {
