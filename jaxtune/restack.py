@@ -19,6 +19,7 @@ from jax.sharding import Sharding
 
 from jaxtune import tune
 from jaxtune.checkpoint import Arrays, by_path
+from jaxtune.errors import CheckpointError
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.weights import Tree
 from jaxtune.parallel import local
@@ -61,7 +62,7 @@ class Move:
         result = []
         for path, shape in by_path(self.wanted).items():
             cuts = self.cuts.get(path, ())
-            names = [name for name, _, _ in cuts if name is not None]
+            names = _names(cuts)
             parts = [first[path] if name is None else found[name] for name, _, _ in cuts]
             rows = tuple((start, stop) for _, start, stop in cuts)
             join = _joiner(rows, shape.shape[1:], shape.sharding)
@@ -78,21 +79,39 @@ def move(wanted: Tree, saved: Mapping[str, list], section: TuneSection, config: 
 
     wanted: as `Move` has it. saved: type and shape of each array of the checkpoint, by path. config: the base model's.
     own: the stacks of what is wanted. A checkpoint of neither kind is not moved: to read it is refused then.
+
+    Raises:
+        CheckpointError: the weights could be moved, but not the optimiser's 8-bit moments.
     """
     other: Stacks = (range(config.num_layers),) if len(own) > 1 else tune.layout(section, config)[1]
     stacked = {path: shape for path, shape in by_path(wanted).items() if NUMBER.search(path)}
     if own == other or all(saved.get(path) == [shape.dtype.name, *shape.shape] for path, shape in stacked.items()):
         return Move(wanted)
-    cuts, pieces = {}, {}
-    for path, shape in stacked.items():
-        cuts[path] = _cuts(path, own, other, saved)
-        names = [name for name, _, _ in cuts[path] if name is not None]
-        if not names or not all(_fits(shape, saved[name]) for name in names):
-            return Move(wanted)
-        for name in names:
-            sizes = len(other[_number(name)]), *saved[name][2:]
-            pieces[name] = jax.ShapeDtypeStruct(sizes, shape.dtype, sharding=shape.sharding)
+    cuts = {path: _cuts(path, own, other, saved) for path in stacked}
+    unlike = {path for path, shape in stacked.items() if not _movable(shape, cuts[path], saved)}
+    if unlike and all(path.startswith("optimizer/") for path in unlike):
+        raise CheckpointError(
+            f"{min(unlike)}: the moments of optim.name adamw_8bit do not go from a run with mesh.pipe to one without "
+            "it or back where layers have different ranks: their blocks are cut otherwise; leave mesh.pipe as it was"
+        )
+    if unlike:
+        return Move(wanted)
+    pieces = {
+        name: jax.ShapeDtypeStruct((len(other[_number(name)]), *saved[name][2:]), shape.dtype, sharding=shape.sharding)
+        for path, shape in stacked.items()
+        for name in _names(cuts[path])
+    }
     return Move(wanted, cuts, pieces)
+
+
+def _movable(shape: jax.ShapeDtypeStruct, cuts: tuple[Cut, ...], saved: Mapping[str, list]) -> bool:
+    """Whether a stacked array can be made of its cuts."""
+    names = _names(cuts)
+    return bool(names) and all(name in saved and _fits(shape, saved[name]) for name in names)
+
+
+def _names(cuts: tuple[Cut, ...]) -> list[str]:
+    return [name for name, _, _ in cuts if name is not None]
 
 
 def _fits(shape: jax.ShapeDtypeStruct, saved: list) -> bool:
@@ -109,9 +128,15 @@ def _cuts(path: str, own: Stacks, other: Stacks, saved: Mapping[str, list]) -> t
         start, stop = max(layers.start, there.start), min(layers.stop, there.stop)
         if start < stop:
             name = NUMBER.sub(str(number), path)
-            source, first = (name, there.start) if name in saved else (None, layers.start)
+            is_there = name in saved or _has_other_parts(name, saved)
+            source, first = (name, there.start) if is_there else (None, layers.start)
             result.append((source, start - first, stop - first))
     return tuple(result)
+
+
+def _has_other_parts(path: str, saved: Mapping[str, list]) -> bool:
+    """Whether there is an array in 8 bits, which has two parts, where a whole one is wanted, or the other way round."""
+    return path.rpartition("/")[0] in saved or any(name.startswith(f"{path}/") for name in saved)
 
 
 def _number(path: str) -> int:

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 import jaxtune
 from jaxtune.config import make_config
+from jaxtune.errors import CheckpointError
 from jaxtune.export import export_run
 from jaxtune.restack import move
 from jaxtune.tune.full import FreezeSection
@@ -129,3 +130,29 @@ def test_what_is_in_neither_kind_of_stacks_is_read_as_it_is_wanted_and_so_refuse
     assert moved.cuts == {"stacks/1/weight": (("stacks/0/weight", 2, 4),)} and not moved.gaps
     assert way({"stacks/1/weight": ["float32", 2, 8]}).needed is wanted
     assert way({"stacks/0/other": ["float32", 4, 8]}).needed is wanted
+
+
+@pytest.mark.parametrize(
+    ("wanted", "first", "second"),
+    [
+        (
+            {"a": ("float32", 4, 8)},
+            {"a": ["float32", 2, 8]},
+            {"a/codes": ["uint8", 2, 8], "a/absmax": ["float32", 2, 1]},
+        ),
+        ({"a": {"codes": ("uint8", 4, 8)}}, {"a/codes": ["uint8", 2, 8]}, {"a": ["float32", 2, 8]}),
+        ({"a": {"codes": ("uint8", 4, 8)}}, {"a/codes": ["uint8", 2, 8]}, {"a/codes": ["uint8", 2, 16]}),
+    ],
+)
+def test_moments_of_8_bits_that_lie_otherwise_in_the_other_stacks_are_refused(wanted, first, second):
+    """They are no layers without a state of their own, which would begin anew."""
+    made = jax.tree.map(
+        lambda one: jax.ShapeDtypeStruct(one[1:], one[0]), wanted, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    saved = {
+        f"optimizer/stacks/{number}/{path}": s
+        for number, part in enumerate((first, second))
+        for path, s in part.items()
+    }
+    with pytest.raises(CheckpointError, match=r"optimizer/stacks/0/a.*: the moments of optim.name adamw_8bit"):
+        move({"optimizer": {"stacks": {"0": made}}}, saved, FreezeSection(freeze_first=2), CONFIG, (range(4),))
