@@ -114,6 +114,10 @@ WEIGHTS = (".safetensors", ".safetensors.index.json")
 SETTINGS = {"config.json", "quantize_config.json", "adapter_config.json"}  # others are of tokenizers and of generating
 WHOLE_BYTES = 1 << 30  # a file up to this size is read whole
 BLOCK, STRIDE = 1 << 12, 1 << 20  # of a larger one, the first BLOCK of every STRIDE
+# What tokenizers treat in many ways: cases, spaces, digits, marks, and letters of several scripts.
+PROBE = (
+    "Don't  stop: NaïVE tests,\n\tx_1 = 1234567.89 * (y[0] + 2)\r\n 我们学习。 Да, ﬁne ｗｉｄｅ e\u0301 नमस्ते 🙂 </s>"
+)
 
 
 @dataclass(frozen=True)
@@ -177,8 +181,8 @@ def fingerprint(path: Path, settings: Container[str] = SETTINGS, endings: tuple[
     """SHA-256 of a model's or adapter's weights and settings: of a directory, or of a .gguf file.
 
     Every file's name and size counts, and its bytes: all of them up to 1 GiB, and of a larger file 4 KiB of each
-    MiB, which an edit of any tensor but a small one does not miss. Tokenizers do not count: the data's own
-    fingerprint shows what they do. Dates and places do not either: a copy is the same model.
+    MiB, which an edit of any tensor but a small one does not miss. Tokenizers do not count: they have a fingerprint
+    of their own. Dates and places do not either: a copy is the same model.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -194,6 +198,17 @@ def fingerprint(path: Path, settings: Container[str] = SETTINGS, endings: tuple[
     except OSError as error:
         raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from None
     return digest.hexdigest()
+
+
+def tokenizer_print(tokenizer: Any) -> str:
+    """SHA-256 of what a tokenizer does: its vocabulary, how a sequence begins and ends, and the tokens of PROBE.
+
+    Of neither its files nor the library's form of them, which another version may write otherwise. The chat template
+    does not count.
+    """
+    words = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    does = [words, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer(PROBE)["input_ids"]]
+    return hashlib.sha256(json.dumps(does).encode()).hexdigest()
 
 
 def _add(digest: Any, path: Path) -> None:

@@ -18,7 +18,7 @@ from jaxtune import checkpoint, restack, tune
 from jaxtune.assemble import FULL, Assembled, Source, assemble
 from jaxtune.config import Config, MeshSection, ModelSection, load_config
 from jaxtune.console import warn
-from jaxtune.drift import is_print_of
+from jaxtune.drift import is_print_of, tokenizer_print
 from jaxtune.errors import AdapterError, CheckpointError, ConfigError, MeshError, ModelError
 from jaxtune.files import expanded, read_json
 from jaxtune.leaves import Leaf, combine, fields_of, partition
@@ -177,6 +177,7 @@ def open_adapter(
 def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh, record: dict[str, Any]) -> Assembled:
     """The run's base model, with the template that the run had, under this section."""
     template, prints = record.get("template"), record.get("fingerprints") or {}
+    words = config.model.tokenizer or config.model.path
     try:
         source = Source.open(config.model, config.data.template if template is None else None, section)
     except ModelError as error:
@@ -184,7 +185,13 @@ def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh, reco
         hint = "" if is_there else "; a relative path counts from where the run was started"
         raise ModelError(f"{error} (model.path of the run{hint})") from None
     if template is not None:
+        if prints and config.data.template is None and source.tokenizer.chat_template != template:
+            warn(f"{words}: has another chat template than when the run began; the run's own is used")
         source.tokenizer.chat_template = template  # its file may be another by now, or gone
+    if prints.get("tokenizer") not in (None, tokenizer_print(source.tokenizer)):
+        raise CheckpointError(
+            f"{words}: this tokenizer is not the one that the run began with; bring the old files back"
+        )
     if prints.get("model") is not None and not is_print_of(prints["model"], source.path):
         raise CheckpointError(
             f"{config.model.path}: this base model is not the one that the run began with; bring the old files back"

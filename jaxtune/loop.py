@@ -90,8 +90,7 @@ def train(config: Config) -> list[dict]:
         _look(stop)
         check_time(mesh, config.mesh, data.train.shape[-1])
         held_out = None if data.eval is None else data.eval.fingerprint
-        template = source.tokenizer.chat_template if config.data.template else None
-        run.check(data.train.fingerprint, source.path, data.train.steps, held_out, template)
+        run.check(data.train.fingerprint, source.path, data.train.steps, held_out, source.tokenizer)
         with out_of_memory.explained(config, "before the first step"):
             job = prepare(config, source, data, mesh)
         with Checkpointer(run.checkpoints, config.checkpoint.every, config.checkpoint.keep) as checkpoints:

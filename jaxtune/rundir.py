@@ -19,7 +19,7 @@ from typing import Any
 from jaxtune import __version__, processes, tune
 from jaxtune.config import Config, dump_config, make_config
 from jaxtune.console import say, warn
-from jaxtune.drift import LOG, REFUSE, Change, changes, fingerprint, is_print_of
+from jaxtune.drift import LOG, REFUSE, Change, changes, fingerprint, is_print_of, tokenizer_print
 from jaxtune.errors import CheckpointError, UserError, listing
 from jaxtune.files import PARTIAL, expanded, read_json, try_lock, write_whole
 from jaxtune.section import adapter_of
@@ -73,16 +73,16 @@ class Run:
         model: Path,
         total_steps: int | None = None,
         held_out: str | None = None,
-        template: str | None = None,
+        tokenizer: Any = None,
     ) -> None:
         """Compare what the run reads with what it began with. `begin` writes it down.
 
         data: the training data's fingerprint; model: where the base model lies; total_steps: of the whole run;
-        held_out: the fingerprint of what it is evaluated on; template: the text of data.template.
+        held_out: the fingerprint of what it is evaluated on; tokenizer: with the chat template that is in use.
 
         Raises:
-            CheckpointError: the data, the model or the adapter to start from has other contents, or the run is
-                longer already than it is to be, or ended before and has no checkpoint any more.
+            CheckpointError: the data, the model, its tokenizer or the adapter to start from has other contents, or
+                the run is longer already than it is to be, or ended before and has no checkpoint any more.
             ProcessError: another process reads other contents.
         """
         places, adapter = {"model": model}, adapter_of(self._config.tune)
@@ -91,12 +91,17 @@ class Run:
         prints = {"data": data, **{name: fingerprint(path) for name, path in places.items()}}
         if held_out is not None:
             prints["held-out data"] = held_out
+        if tokenizer is not None:
+            prints["tokenizer"] = tokenizer_print(tokenizer)
+        template = getattr(tokenizer, "chat_template", None)
         processes.compare(lambda: {f"the {name} (SHA-256)": print for name, print in prints.items()})
         before = self._record.get("fingerprints")
         if self.begun and before is not None:
             other = [name for name in places if name in before and before[name] != prints[name]]
             same = {name: prints[name] for name in other if is_print_of(before[name], places[name])}
-            self._compare(before | same, prints)
+            noted = {"tokenizer": prints.get("tokenizer")} | before | same  # an earlier version has not noted it
+            told = self._record.get("template")
+            self._compare(noted | {"template": told or template}, prints | {"template": template})
             self._compare_length(total_steps)
         log = self._record.get("changes", [])
         if self.begun and self._changes:
@@ -109,19 +114,27 @@ class Run:
             say(f"{self.directory}: no checkpoint was saved yet; it begins at step 1 again")
         self._write(**self._pending)
 
-    def _compare(self, before: dict[str, str], now: dict[str, str]) -> None:
-        paths = listing(_paths(self._config))
+    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        model, paths = self._config.model, listing(_paths(self._config))
         # Of a stream's rows that are not read yet, only the code that will read them is known.
         code = ", or jaxtune's code that reads it," if self._config.data.streaming else ""
         names = {
             "data": f"the training data ({paths}){code}",
-            "model": f"the base model ({self._config.model.path})",
+            "model": f"the base model ({model.path})",
+            "tokenizer": f"the tokenizer ({model.tokenizer or model.path})",
+            "template": f"the chat template ({self._config.data.template or model.tokenizer or model.path})",
             "adapter": f"the adapter to start from ({adapter_of(self._config.tune)})",
         }
-        changed = [names[name] for name in names if before.get(name) != now.get(name)]
+        changed = {name for name in names if before.get(name) != now.get(name)}
+        if "data" in changed and changed & {"tokenizer", "template"}:
+            changed.remove("data")  # it is what these make of the files
+        elif changed == {"template"}:
+            warn(f"{self.directory}: {names['template']} changed since this run began; the training data did not")
+            changed.clear()
         if changed:
+            told = " and ".join(what for name, what in names.items() if name in changed)
             raise CheckpointError(
-                f"{self.directory}: {' and '.join(changed)} changed since this run began; "
+                f"{self.directory}: {told} changed since this run began; "
                 "bring the old ones back, or choose another train.output_dir for a new run"
             )
         asked, held = {"eval.path", "eval.split"} & {change.key for change in self._changes}, "held-out data"

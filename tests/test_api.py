@@ -237,6 +237,41 @@ def test_a_run_whose_base_model_was_changed_is_refused(lora, tiny_model, tmp_pat
         jaxtune.load_model(run)
 
 
+@pytest.fixture
+def moved(lora, tiny_model, tmp_path):
+    """(the run, its base model): copies that a test may change."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(tiny_model("qwen2"), base)
+    shutil.copytree(lora[0], run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace(str(tiny_model("qwen2")), str(base)))
+    return run, base
+
+
+def test_a_run_whose_tokenizer_was_changed_is_refused(moved):
+    run, base = moved
+    jaxtune.load_model(run)
+    found = json.loads((base / "tokenizer.json").read_text())
+    words = found["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (base / "tokenizer.json").write_text(json.dumps(found))
+    with pytest.raises(CheckpointError, match="base: this tokenizer is not the one that the run began with"):
+        jaxtune.load_model(run)
+
+
+def test_a_run_whose_base_has_another_template_by_now_has_the_one_that_it_learnt_with_and_says_so(moved, capsys):
+    run, base = moved
+    own = jaxtune.load_model(run).tokenizer
+    assert "template" not in capsys.readouterr().out
+    own.chat_template, before = CHATML + "{# another #}", own.chat_template
+    own.save_pretrained(base)
+    assert jaxtune.load_model(run).tokenizer.chat_template == before
+    assert "base: has another chat template than when the run began" in capsys.readouterr().out
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "template": None}))  # as earlier versions have it
+    assert jaxtune.load_model(run).tokenizer.chat_template == CHATML + "{# another #}"
+
+
 def test_a_run_keeps_the_template_that_it_learnt_with(tiny_model, tmp_path):
     template = tmp_path / "t.jinja"
     template.write_text(CHATML + "{# own #}")

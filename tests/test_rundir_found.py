@@ -1,0 +1,53 @@
+"""What a run finds of before, its words, its result or its record, is as it was, or it says what is not."""
+
+import copy
+
+import pytest
+
+from jaxtune.config import make_config
+from jaxtune.errors import CheckpointError
+from jaxtune.rundir import open_run
+from tests.test_rundir import take_steps
+
+
+@pytest.fixture
+def model(tmp_path):
+    home = tmp_path / "model"
+    home.mkdir()
+    (home / "model.safetensors").write_bytes(b"weights")
+    return home
+
+
+@pytest.fixture
+def settings(tmp_path, model):
+    """A function: the configuration of a run in tmp_path/run, with some fields of `train` changed."""
+
+    def make(**train):
+        sections = {"model": {"path": str(model)}, "data": {"path": "d.json"}}
+        return make_config({**sections, "train": {"output_dir": str(tmp_path / "run"), **train}})
+
+    return make
+
+
+def test_a_changed_tokenizer_or_template_is_told_in_place_of_the_data_that_it_makes(
+    settings, model, tiny_tokenizer, capsys
+):
+    def check(data, **changed):
+        words = copy.deepcopy(tiny_tokenizer)
+        for name, value in changed.items():
+            setattr(words, name, value)
+        with open_run(settings()) as run:
+            run.check(data, model, tokenizer=words)
+            run.begin(0)
+
+    check("data")
+    take_steps(settings(), model)
+    check("data")
+    for data in ("data", "other"):
+        with pytest.raises(CheckpointError, match=r"run: the tokenizer \(.*model\) changed since"):
+            check(data, eos_token=tiny_tokenizer.bos_token or "a")
+    with pytest.raises(CheckpointError, match=r"run: the chat template \(.*model\) changed since"):
+        check("other", chat_template="another")
+    assert "Warning" not in capsys.readouterr().out
+    check("data", chat_template="another")
+    assert "changed since this run began; the training data did not" in capsys.readouterr().out
