@@ -144,10 +144,12 @@ class Run:
     def _compare_length(self, total_steps: int | None) -> None:
         names = [path.name for path in self.checkpoints.iterdir()] if self.checkpoints.is_dir() else []
         done = max((int(name) for name in names if name.isdecimal()), default=0)
-        if not done and self._result.is_dir():
+        there = self._result.is_dir()
+        if not done and (there or self._record.get("finished")):
+            found, begin = ("is", "begin with that result") if there else ("was", "do it again")
             raise CheckpointError(
-                f"{self.directory}: the run in it has ended ({self._result.name}/ is its result), and there is no "
-                "checkpoint to go on from; a new run in another train.output_dir can begin with that result"
+                f"{self.directory}: the run in it has ended ({self._result.name}/ {found} its result), and there is no "
+                f"checkpoint to go on from; a new run in another train.output_dir can {begin}"
             )
         if total_steps is not None and total_steps < done:
             raise CheckpointError(

@@ -1,13 +1,14 @@
 """What a run finds of before, its words, its result or its record, is as it was, or it says what is not."""
 
 import copy
+import shutil
 
 import pytest
 
 from jaxtune.config import make_config
 from jaxtune.errors import CheckpointError
 from jaxtune.rundir import open_run
-from tests.test_rundir import take_steps
+from tests.test_rundir import take_steps, tree
 
 
 @pytest.fixture
@@ -51,3 +52,14 @@ def test_a_changed_tokenizer_or_template_is_told_in_place_of_the_data_that_it_ma
     assert "Warning" not in capsys.readouterr().out
     check("data", chat_template="another")
     assert "changed since this run began; the training data did not" in capsys.readouterr().out
+
+
+def test_an_ended_run_whose_checkpoints_and_result_are_gone_is_not_trained_again(tmp_path, settings, model):
+    take_steps(settings(), model, finish=True)
+    for name in ("checkpoints", "adapter"):
+        shutil.rmtree(tmp_path / "run" / name)
+    before = tree(tmp_path / "run")
+    with open_run(settings()) as run:
+        with pytest.raises(CheckpointError, match=r"ended \(adapter/ was its result\), .* no checkpoint to go on from"):
+            run.check("data", model, total_steps=100)
+    assert tree(tmp_path / "run") == before
