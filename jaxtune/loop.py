@@ -88,7 +88,8 @@ def train(config: Config) -> list[dict]:
         data.report(console)
         check_positions(data.train, source.config)
         _look(stop)
-        check_time(mesh, config.mesh, data.train.shape[-1])
+        for part in filter(None, (data.train, data.eval)):
+            check_time(mesh, config.mesh, part.shape[-1])
         held_out = None if data.eval is None else data.eval.fingerprint
         run.check(data.train.fingerprint, source.path, data.train.steps, held_out, source.tokenizer)
         with out_of_memory.explained(config, "before the first step"):

@@ -113,15 +113,18 @@ def build_data(
     examples = concatenate([part.examples for part in parts if not part.held_out])
     held: Many | None = next((part.examples for part in parts if part.held_out), None)
     ends = np.cumsum([len(part.examples) for part in parts if not part.held_out])
+    # Of eval.path, which may change under a run, the training rows know nothing; eval.fraction is of these examples.
+    order = _order(section, train, _row_length(examples, section, len(virtual)), virtual)
     if eval_section.fraction:
         examples, held = _hold_out(examples, _owners(parts), eval_section.fraction, train.seed)
-    time = _row_length([examples, held] if held is not None else [examples], section, len(virtual))
-    order = _order(section, train, time, virtual)
     mixed = _sources(parts, examples, ends)
     training = Dataset(
         examples, sources=mixed, shuffle=section.shuffle, steps=train.steps, epochs=train.epochs, **order
     )
-    evaluation = Dataset(held, shuffle=False, **order) if held is not None else None
+    evaluation = None
+    if held is not None:
+        order["time"] = max(order["time"], _row_length(held, section, len(virtual)))
+        evaluation = Dataset(held, shuffle=False, **order)
     return Data(training, evaluation, parts, section, tokenizer, notes)
 
 
@@ -239,9 +242,9 @@ def _hold_out(examples: Many, owners: np.ndarray, fraction: float, seed: int) ->
     return whole.take(np.flatnonzero(~out)), whole.take(np.flatnonzero(out))
 
 
-def _row_length(parts: list[Many], section: DataSection, virtual: int) -> int:
+def _row_length(examples: Many, section: DataSection, virtual: int) -> int:
     """Tokens of a row: max_length when packing, else the longest example's rounded up, at most max_length."""
     if section.packing:
         return section.max_length
-    longest = virtual + max(int(part.lengths.max()) for part in parts)
+    longest = virtual + int(examples.lengths.max())
     return min(section.max_length, -(-longest // TIME_MULTIPLE) * TIME_MULTIPLE)

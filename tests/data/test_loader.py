@@ -395,8 +395,19 @@ def test_rows_are_as_long_as_they_must_be(write, longest, max_length, packing, t
     assert data.train.shape[-1] == time
 
 
-def test_held_out_rows_count_for_the_length(write):
-    data = build(write("a.jsonl", ["b"]), eval={"path": write("b.jsonl", ["c " * 100])}, packing=False, max_length=500)
+def test_held_out_rows_count_for_their_own_length_and_another_file_of_them_leaves_the_training_data_as_they_are(write):
+    def built(name, *texts):
+        held = {"path": write(name, texts)}
+        return build(write("a.jsonl", ["b " * 70]), eval=held, packing=False, max_length=500)
+
+    short, long = built("b.jsonl", "c"), built("c.jsonl", "c " * 200)
+    assert short.train.shape == short.eval.shape == long.train.shape == (1, 8, 128)
+    assert long.eval.shape == (1, 8, 256)
+    assert short.train.fingerprint == long.train.fingerprint
+
+
+def test_rows_held_out_of_the_training_data_are_as_long_as_they(write):
+    data = build(write("a.jsonl", ["b", "c " * 100]), eval={"fraction": 0.5}, packing=False, max_length=500)
     assert data.train.shape == data.eval.shape == (1, 8, 128)
 
 
