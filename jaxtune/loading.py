@@ -25,7 +25,7 @@ from jaxtune.leaves import Leaf, combine, fields_of, partition
 from jaxtune.mesh import complete, make_mesh, single_device_mesh
 from jaxtune.models.weights import Tree, Weight, map_tree
 from jaxtune.number_types import compute_dtype
-from jaxtune.rundir import CHECKPOINTS, CONFIG, RECORD
+from jaxtune.rundir import CHECKPOINTS, CONFIG, RECORD, has_weights
 from jaxtune.section import TuneSection
 from jaxtune.tune.peft_config import read_config
 
@@ -155,8 +155,8 @@ def open_run(path: str | Path, dtype: str, mesh: Mesh, base: ModelSection | None
 
 def _is_finished(directory: Path, config: Config) -> bool:
     """Whether its result is there, and is not that of a shorter run which goes on now."""
-    there = (directory / (ADAPTER if tune.has_adapter(config.tune) else MODEL)).is_dir()
-    return there and record_of(directory).get("finished", True)
+    result = directory / (ADAPTER if tune.has_adapter(config.tune) else MODEL)
+    return has_weights(result) and record_of(directory).get("finished", True)
 
 
 def record_of(directory: Path) -> dict[str, Any]:

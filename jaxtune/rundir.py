@@ -25,7 +25,7 @@ from jaxtune.files import PARTIAL, expanded, read_json, try_lock, write_whole
 from jaxtune.section import adapter_of
 from jaxtune.signals import StopSignal
 
-__all__ = ["Run", "StopSignal", "open_run"]
+__all__ = ["Run", "StopSignal", "has_weights", "open_run"]
 
 RECORD, CONFIG, LOCK = "run.json", "config.yaml", "run.lock"
 LEDGER, CHECKPOINTS = "ledger.jsonl", "checkpoints"
@@ -58,7 +58,7 @@ class Run:
         self._pending: dict[str, Any] = {}
         longer = {"train.steps", "train.epochs"} & {change.key for change in found}
         self._result = directory / ("adapter" if tune.has_adapter(config.tune) else "model")
-        self.finished = bool(record.get("finished")) and self._result.is_dir() and not longer
+        self.finished = bool(record.get("finished")) and has_weights(self._result) and not longer
 
     def __enter__(self) -> "Run":
         return self
@@ -144,7 +144,7 @@ class Run:
     def _compare_length(self, total_steps: int | None) -> None:
         names = [path.name for path in self.checkpoints.iterdir()] if self.checkpoints.is_dir() else []
         done = max((int(name) for name in names if name.isdecimal()), default=0)
-        there = self._result.is_dir()
+        there = has_weights(self._result)
         if not done and (there or self._record.get("finished")):
             found, begin = ("is", "begin with that result") if there else ("was", "do it again")
             raise CheckpointError(
@@ -177,6 +177,11 @@ class Run:
         with _told(self.directory):
             write_whole(self.directory / RECORD, json.dumps(self._record, indent=1, ensure_ascii=False))
             write_whole(self.directory / CONFIG, dump_config(self._config))
+
+
+def has_weights(result: Path) -> bool:
+    """Whether a run's result lies there, and not what somebody left of it."""
+    return any(result.glob("*.safetensors"))
 
 
 def open_run(config: Config) -> Run:

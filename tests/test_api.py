@@ -198,6 +198,13 @@ def test_a_run_that_has_not_finished_gives_its_last_checkpoint_and_says_so(lora,
     assert np.abs(earlier.logits(TOKENS) - ours.logits(TOKENS)).max() > 0.01
 
 
+def test_a_finished_run_without_the_weights_of_its_result_gives_its_checkpoint(lora, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(lora[0], run)
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    assert jaxtune.load_model(run).step == 4
+
+
 def test_a_result_from_before_the_run_went_on_is_not_taken_for_the_runs_own(lora, tmp_path):
     longer = tmp_path / "longer"
     shutil.copytree(lora[0], longer)

@@ -63,3 +63,14 @@ def test_an_ended_run_whose_checkpoints_and_result_are_gone_is_not_trained_again
         with pytest.raises(CheckpointError, match=r"ended \(adapter/ was its result\), .* no checkpoint to go on from"):
             run.check("data", model, total_steps=100)
     assert tree(tmp_path / "run") == before
+
+
+def test_a_result_without_its_weights_is_none_and_is_made_again(tmp_path, settings, model):
+    take_steps(settings(), model, finish=True)
+    (tmp_path / "run" / "adapter" / "adapter_model.safetensors").unlink()
+    with open_run(settings()) as run:
+        assert run.begun and not run.finished
+        run.check("data", model, total_steps=100)
+    (tmp_path / "run" / "checkpoints" / "100").rmdir()
+    with open_run(settings()) as run, pytest.raises(CheckpointError, match=r"adapter/ was its result"):
+        run.check("data", model, total_steps=100)
