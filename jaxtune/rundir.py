@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxtune import __version__, processes, tune
+from jaxtune import __version__, hf_write, processes, tune
 from jaxtune.config import Config, dump_config, make_config
 from jaxtune.console import say, warn
 from jaxtune.drift import LOG, REFUSE, Change, changes, fingerprint, is_print_of, tokenizer_print
@@ -24,6 +24,7 @@ from jaxtune.errors import CheckpointError, UserError, listing
 from jaxtune.files import PARTIAL, expanded, read_json, try_lock, write_whole
 from jaxtune.section import adapter_of
 from jaxtune.signals import StopSignal
+from jaxtune.tune import peft_io
 
 __all__ = ["Run", "StopSignal", "has_weights", "open_run"]
 
@@ -269,6 +270,7 @@ def _open(directory: Path, config: Config, lock: int, made: bool) -> Run:
         )
     if not run.finished:
         _require_access(directory)
+        (peft_io.check_target if tune.has_adapter(config.tune) else hf_write.check_target)(run._result)
     if not begun:
         run._write()
     _announce(run, found, record)

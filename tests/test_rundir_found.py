@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from jaxtune.config import make_config
-from jaxtune.errors import CheckpointError
+from jaxtune.errors import CheckpointError, UserError
 from jaxtune.rundir import open_run
 from tests.test_rundir import take_steps, tree
 
@@ -23,8 +23,8 @@ def model(tmp_path):
 def settings(tmp_path, model):
     """A function: the configuration of a run in tmp_path/run, with some fields of `train` changed."""
 
-    def make(**train):
-        sections = {"model": {"path": str(model)}, "data": {"path": "d.json"}}
+    def make(method="lora", **train):
+        sections = {"model": {"path": str(model)}, "data": {"path": "d.json"}, "tune": {"method": method}}
         return make_config({**sections, "train": {"output_dir": str(tmp_path / "run"), **train}})
 
     return make
@@ -74,3 +74,16 @@ def test_a_result_without_its_weights_is_none_and_is_made_again(tmp_path, settin
     (tmp_path / "run" / "checkpoints" / "100").rmdir()
     with open_run(settings()) as run, pytest.raises(CheckpointError, match=r"adapter/ was its result"):
         run.check("data", model, total_steps=100)
+
+
+@pytest.mark.parametrize(("method", "name"), [("lora", "adapter"), ("full", "model")])
+def test_a_file_of_the_users_among_the_result_is_told_before_a_longer_run_is_trained(
+    tmp_path, settings, model, method, name
+):
+    take_steps(settings(method), model)
+    (tmp_path / "run" / name).mkdir()
+    (tmp_path / "run" / name / "README.md").write_text("mine")
+    before = tree(tmp_path / "run")
+    with pytest.raises(UserError, match=rf"{name}: .*holds README\.md") as caught:
+        open_run(settings(method))
+    assert caught.value.exit_code == 2 and tree(tmp_path / "run") == before

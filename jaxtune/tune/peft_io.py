@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors.numpy import save
 
 from jaxtune import processes
 from jaxtune.errors import AdapterError, listing
+from jaxtune.hf_write import TOKENIZER_FILES
 from jaxtune.models.weights import Tree
 from jaxtune.section import TuneSection
 from jaxtune.tune.method import get_path
@@ -147,9 +148,7 @@ def _replace_directory(directory: Path, files: dict[str, bytes]) -> None:
     """Put the files into a new directory and give it the name; what had it before goes last."""
     if directory.exists() and not directory.is_dir():
         raise AdapterError(f"{directory}: is in the way; give another directory, or remove it")
-    others = sorted(path.name for path in directory.iterdir() if path.name not in files) if directory.is_dir() else []
-    if others:
-        raise AdapterError(f"{directory}: not an adapter directory; it holds {listing(others)}. Nothing was written")
+    _check_names(directory, lambda name: name in files)
     fresh, old = (directory.with_name(f".{directory.name}.{word}") for word in ("partial", "replaced"))
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -160,6 +159,24 @@ def _replace_directory(directory: Path, files: dict[str, bytes]) -> None:
         raise AdapterError(f"{directory}: cannot be written: {problem}") from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def check_target(directory: Path) -> None:
+    """Refuse a directory with a file that no adapter has, before there is an adapter to write to it.
+
+    Raises:
+        AdapterError: as `save_adapter`.
+    """
+    _check_names(directory, lambda name: name in (CONFIG_NAME, *TOKENIZER_FILES) or name.endswith(".safetensors"))
+
+
+def _check_names(directory: Path, are_ours: Callable[[str], bool]) -> None:
+    others = sorted(path.name for path in directory.iterdir() if not are_ours(path.name)) if directory.is_dir() else []
+    if others:
+        raise AdapterError(
+            f"{directory}: not an adapter directory; it holds {listing(others)}; move what is there away, or give "
+            "another directory. Nothing was written"
+        )
 
 
 def _write_files(directory: Path, files: dict[str, bytes]) -> None:
