@@ -17,13 +17,14 @@ from jaxtune.console import stage
 from jaxtune.errors import AdapterError, ConfigError, DataError, ModelError, SaveError
 from jaxtune.files import check_new, expanded
 from jaxtune.hf_write import check_settings, write_model
-from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, open_run, record_of, require_run
+from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, open_run, require_run
 from jaxtune.mesh import single_device_mesh
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import Model
 from jaxtune.models.weights import HOOKS, Tree
 from jaxtune.onto import ALLOWED, Onto, choose
 from jaxtune.quant.again import write_quantized
+from jaxtune.rundir import read_record
 from jaxtune.sample_loss import Sample, mean_loss, sample_of
 from jaxtune.section import TuneSection
 from jaxtune.tune.merge import merged
@@ -145,7 +146,7 @@ def export_run(
         del opened
         stage("Reading it again")
         if format == "peft":
-            record = {**record_of(require_run(run_dir)), "fingerprints": {}}  # of the base: it was looked at before
+            record = {**read_record(require_run(run_dir)), "fingerprints": {}}  # of the base: it was looked at before
             again = open_adapter(config, unchecked, "float32", record=record)
         else:
             again = open_model(unchecked)

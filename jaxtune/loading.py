@@ -20,12 +20,12 @@ from jaxtune.config import Config, MeshSection, ModelSection, load_config
 from jaxtune.console import warn
 from jaxtune.drift import is_print_of, tokenizer_print
 from jaxtune.errors import AdapterError, CheckpointError, ConfigError, MeshError, ModelError
-from jaxtune.files import expanded, read_json
+from jaxtune.files import expanded
 from jaxtune.leaves import Leaf, combine, fields_of, partition
 from jaxtune.mesh import complete, make_mesh, single_device_mesh
 from jaxtune.models.weights import Tree, Weight, map_tree
 from jaxtune.number_types import compute_dtype
-from jaxtune.rundir import CHECKPOINTS, CONFIG, RECORD, has_weights
+from jaxtune.rundir import CHECKPOINTS, CONFIG, has_weights, read_record
 from jaxtune.section import TuneSection
 from jaxtune.tune.peft_config import read_config
 
@@ -130,7 +130,7 @@ def open_run(path: str | Path, dtype: str, mesh: Mesh, base: ModelSection | None
         CheckpointError: not a run, or one that has saved nothing yet.
     """
     directory = require_run(path)
-    config, record = load_config(directory / CONFIG), record_of(directory)
+    config, record = load_config(directory / CONFIG), read_record(directory)
     if base is not None:
         record = record if base.path == config.model.path else {**record, "fingerprints": {}}
         config = config.model_copy(update={"model": base})
@@ -156,13 +156,7 @@ def open_run(path: str | Path, dtype: str, mesh: Mesh, base: ModelSection | None
 def _is_finished(directory: Path, config: Config) -> bool:
     """Whether its result is there, and is not that of a shorter run which goes on now."""
     result = directory / (ADAPTER if tune.has_adapter(config.tune) else MODEL)
-    return has_weights(result) and record_of(directory).get("finished", True)
-
-
-def record_of(directory: Path) -> dict[str, Any]:
-    """What a run's directory says of it."""
-    path = directory / RECORD
-    return read_json(path, CheckpointError) if path.exists() else {}
+    return has_weights(result) and read_record(directory).get("finished", True)
 
 
 def open_adapter(

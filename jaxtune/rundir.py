@@ -26,12 +26,18 @@ from jaxtune.section import adapter_of
 from jaxtune.signals import StopSignal
 from jaxtune.tune import peft_io
 
-__all__ = ["Run", "StopSignal", "has_weights", "open_run"]
+__all__ = ["Run", "StopSignal", "has_weights", "open_run", "read_record"]
 
 RECORD, CONFIG, LOCK = "run.json", "config.yaml", "run.lock"
 LEDGER, CHECKPOINTS = "ledger.jsonl", "checkpoints"
 TRACES = (LEDGER, CHECKPOINTS, "adapter", "model")  # something was trained here
 OWN = {RECORD, CONFIG, LOCK, RECORD + PARTIAL, CONFIG + PARTIAL}  # what there is before anything was trained
+KINDS: dict[str, tuple[Any, str]] = {  # of what a record holds
+    **dict.fromkeys(("config", "fingerprints"), (dict, "an object")),
+    "changes": (list, "a list"),
+    "finished": (bool, "true or false"),
+    "template": ((str, dict, type(None)), "a text, an object or null"),
+}
 SHARED_SECONDS = 30  # for a network file system to show one machine what another wrote
 
 
@@ -255,7 +261,7 @@ def _let_go(directory: Path, lock: int, unused: bool) -> None:
 
 
 def _open(directory: Path, config: Config, lock: int, made: bool) -> Run:
-    begun, record = _begun(directory), _read_record(directory)
+    begun, record = _begun(directory), read_record(directory)
     if begun and config.checkpoint.resume == "never":
         raise CheckpointError(
             f"{directory}: there is a run in it, and checkpoint.resume is never; "
@@ -301,18 +307,24 @@ def _announce(run: Run, found: list[Change], record: dict[str, Any]) -> None:
 
 
 def _old_config(directory: Path, record: dict[str, Any]) -> Config:
-    config = record.get("config", {})
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f'{directory / RECORD}: "config" is {type(config).__name__}, expected an object; bring the file back, or '
-            "choose another train.output_dir"
-        )
-    return make_config(config, str(directory / RECORD))
+    return make_config(record.get("config", {}), str(directory / RECORD))
 
 
-def _read_record(directory: Path) -> dict[str, Any]:
+def read_record(directory: Path) -> dict[str, Any]:
+    """What a run's directory says of it; nothing where there is no record.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not as it was written.
+    """
     path = directory / RECORD
-    return read_json(path, CheckpointError) if path.exists() else {}
+    record = read_json(path, CheckpointError) if path.exists() else {}
+    for name, (kinds, words) in KINDS.items():
+        if name in record and not isinstance(record[name], kinds):
+            raise CheckpointError(
+                f'{path}: "{name}" is {type(record[name]).__name__}, expected {words}; bring the file back, or '
+                "choose another train.output_dir"
+            )
+    return record
 
 
 def _begun(directory: Path) -> bool:

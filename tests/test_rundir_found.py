@@ -1,10 +1,12 @@
 """What a run finds of before, its words, its result or its record, is as it was, or it says what is not."""
 
 import copy
+import json
 import shutil
 
 import pytest
 
+from jaxtune import loading
 from jaxtune.config import make_config
 from jaxtune.errors import CheckpointError, UserError
 from jaxtune.rundir import open_run
@@ -87,3 +89,22 @@ def test_a_file_of_the_users_among_the_result_is_told_before_a_longer_run_is_tra
     with pytest.raises(UserError, match=rf"{name}: .*holds README\.md") as caught:
         open_run(settings(method))
     assert caught.value.exit_code == 2 and tree(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("config", 5, "is int, expected an object"),
+        ("fingerprints", [1], "is list, expected an object"),
+        ("changes", "x", "is str, expected a list"),
+        ("finished", "no", "is str, expected true or false"),
+        ("template", 1, "is int, expected a text, an object or null"),
+    ],
+)
+def test_a_record_with_a_value_of_another_kind_is_named(tmp_path, settings, model, name, value, words):
+    take_steps(settings(), model)
+    path = tmp_path / "run" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    for read in (lambda: open_run(settings()), lambda: loading.open_run(tmp_path / "run", "float32", None)):
+        with pytest.raises(CheckpointError, match=rf'run\.json: "{name}" {words}; bring the file back'):
+            read()
