@@ -236,6 +236,7 @@ def _require_shared(directory: Path, mark: str) -> None:
 
 def _hold(directory: Path, config: Config) -> Run:
     with _told(directory):
+        _require_way(directory)
         _require_ours(directory)
         made = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
@@ -335,6 +336,16 @@ def _begun(directory: Path) -> bool:
         if path.is_file() and path.stat().st_size:
             return True
     return False
+
+
+def _require_way(directory: Path) -> None:
+    """Refuse a link to nowhere, in whose place no directory can be made."""
+    for path in (directory, *directory.parents):
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(
+                f"train.output_dir {directory}: {path} is a link to {os.readlink(path)}, which is not there; make that "
+                "directory (is its disk mounted?), or choose another train.output_dir"
+            )
 
 
 def _require_ours(directory: Path) -> None:

@@ -108,3 +108,13 @@ def test_a_record_with_a_value_of_another_kind_is_named(tmp_path, settings, mode
     for read in (lambda: open_run(settings()), lambda: loading.open_run(tmp_path / "run", "float32", None)):
         with pytest.raises(CheckpointError, match=rf'run\.json: "{name}" {words}; bring the file back'):
             read()
+
+
+@pytest.mark.parametrize("below", ["", "deep"])
+def test_a_link_to_what_is_not_there_is_said_to_be_one(tmp_path, settings, below):
+    (tmp_path / "run").symlink_to(tmp_path / "unmounted")
+    config = settings(output_dir=str(tmp_path / "run" / below))
+    with pytest.raises(CheckpointError, match=r"run is a link to .*unmounted, which is not there; make that directory"):
+        open_run(config)
+    (tmp_path / "unmounted").mkdir()
+    open_run(config).__exit__()
