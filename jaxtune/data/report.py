@@ -54,8 +54,9 @@ def _table(data: Data) -> Table:
     for name in sets:
         table.add_column(name, justify="right")
     columns = [_numbers(part) for part in sets.values()]
-    for label in columns[0]:
-        table.add_row(label, *(column[label] for column in columns))
+    for labels in zip(*columns, strict=True):
+        for label in dict.fromkeys(labels):  # they differ where the two have rows of another length
+            table.add_row(label, *(column.get(label, "") for column in columns))
     return table
 
 

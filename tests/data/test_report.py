@@ -44,6 +44,13 @@ def cells(text: str) -> dict[str, list[str]]:
     return {parts[0].strip(): [part.strip() for part in parts[1:] if part.strip()] for parts in lines}
 
 
+def test_held_out_rows_of_another_length_have_a_line_of_their_own(report, tmp_path):
+    (tmp_path / "b.jsonl").write_text(json.dumps(row("c " * 100)))
+    found = cells(report(*[row()] * 6, eval={"path": "b.jsonl"}, packing=False, max_length=500))
+    assert (found["rows of 64 tokens"], found["rows of 128 tokens"]) == (["6"], ["1"])
+    assert len(found["padding"]) == 2
+
+
 def test_the_numbers_are_those_of_the_data(report):
     text = report(*[row()] * 6, row("b c d e"), train={"batch_size": 2, "epochs": 3})
     assert text.startswith("a.jsonl: 7 rows, none dropped, none truncated\n")
