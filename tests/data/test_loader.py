@@ -392,23 +392,16 @@ def test_rows_are_as_long_as_they_must_be(write, longest, max_length, packing, t
     path = write("a.jsonl", ["b", "b " * (longest - 7)])  # the question and the template are 7 tokens
     data = build(path, packing=packing, max_length=max_length)
     assert data.train.examples.lengths.max() == longest
-    assert data.train.shape[-1] == time
+    parted = build(path, packing=packing, max_length=max_length, eval={"fraction": 0.5})
+    assert data.train.shape[-1] == parted.train.shape[-1] == parted.eval.shape[-1] == time
 
 
-def test_held_out_rows_count_for_their_own_length_and_another_file_of_them_leaves_the_training_data_as_they_are(write):
-    def built(name, *texts):
-        held = {"path": write(name, texts)}
-        return build(write("a.jsonl", ["b " * 70]), eval=held, packing=False, max_length=500)
-
-    short, long = built("b.jsonl", "c"), built("c.jsonl", "c " * 200)
-    assert short.train.shape == short.eval.shape == long.train.shape == (1, 8, 128)
-    assert long.eval.shape == (1, 8, 256)
+def test_another_held_out_file_leaves_the_training_data_as_they_are(write):
+    paths = [write(f"{words}.jsonl", ["c " * words]) for words in (1, 200)]
+    train = write("a.jsonl", ["b " * 70])
+    short, long = (build(train, eval={"path": path}, packing=False, max_length=500) for path in paths)
+    assert [part.shape[-1] for part in (short.train, short.eval, long.train, long.eval)] == [128, 128, 128, 256]
     assert short.train.fingerprint == long.train.fingerprint
-
-
-def test_rows_held_out_of_the_training_data_are_as_long_as_they(write):
-    data = build(write("a.jsonl", ["b", "c " * 100]), eval={"fraction": 0.5}, packing=False, max_length=500)
-    assert data.train.shape == data.eval.shape == (1, 8, 128)
 
 
 def test_a_template_file_wins_over_the_tokenizers(write, tmp_path):
