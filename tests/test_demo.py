@@ -34,12 +34,20 @@ def test_a_merged_model_of_an_earlier_run_is_left_and_told(demo, tmp_path, capsy
     assert "is of an earlier run" in capsys.readouterr().out
 
 
+SHORT_ANSWERS = """
+import runpy
+from jaxtune.api import LoadedModel
+generate = LoadedModel.generate
+LoadedModel.generate = lambda model, prompts, max_new_tokens: generate(model, prompts, 8)
+"""
+
+
 @pytest.mark.real
 @pytest.mark.slow
 def test_the_demo_asks_trains_asks_again_and_exports(smollm2, repository, run_python, tmp_path):
     run_dir = tmp_path / "demo"
     settings = [f"train.output_dir={run_dir}", "train.steps=2", "log.every=1", "data.max_length=128"]
-    script = f"import runpy; runpy.run_path({str(repository / 'demo' / 'run.py')!r}, run_name='__main__')"
+    script = SHORT_ANSWERS + f"runpy.run_path({str(repository / 'demo' / 'run.py')!r}, run_name='__main__')"
     done = run_python(script, *settings, cwd=tmp_path, timeout=900, optimised=True)
     assert done.returncode == 0, done.stderr
     assert "step 2/2  loss " in done.stdout

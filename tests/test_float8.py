@@ -194,8 +194,8 @@ def test_delayed_sizes_are_the_largest_of_all_devices_and_micro_batches(alone, s
 
 
 PIPES = [
-    {"pipe": 2},
-    {"pipe": 3},
+    pytest.param({"pipe": 2}, marks=pytest.mark.thorough),
+    pytest.param({"pipe": 3}, marks=pytest.mark.thorough),
     {"pipe": 2, "tensor": 2, "schedule": "interleaved", "virtual_stages": 2},
 ]
 

@@ -56,7 +56,7 @@ def test_every_loss_has_fallen_alike_on_1_and_on_8_devices(page):
 
 
 @pytest.mark.real
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_page_has_what_is_measured_now(page, smollm2, tmp_path):
     command = [sys.executable, tool.__file__, "--cells", ",".join(MEASURED), "--home", str(tmp_path)]
     subprocess.run(command, check=True, timeout=900)

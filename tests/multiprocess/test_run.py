@@ -116,6 +116,7 @@ def test_sigterm_to_one_stops_both_at_the_same_saved_step(model, tmp_path, unint
     assert_close(ledger, expected)
 
 
+@pytest.mark.thorough
 def test_two_processes_with_four_devices_are_one_with_eight(model, tmp_path):
     two, one = (tmp_path / name for name in ("two", "one"))
     code, output = finish(start(configuration(model, two), devices=4))

@@ -13,7 +13,7 @@ from tests.peer import read_jsonl
 from tests.runs import write_config
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
-STEPS, EVERY, HELD_OUT = 12, 4, 8
+STEPS, EVERY, HELD_OUT = 8, 4, 8
 
 
 @pytest.fixture(scope="module")
