@@ -342,6 +342,7 @@ class Pressed:
         if name == "jaxtune.cli":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Pressed())
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from jaxtune.__main__ import main
 main(["--version"])
 """
