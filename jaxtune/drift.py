@@ -114,10 +114,6 @@ WEIGHTS = (".safetensors", ".safetensors.index.json")
 SETTINGS = {"config.json", "quantize_config.json", "adapter_config.json"}  # others are of tokenizers and of generating
 WHOLE_BYTES = 1 << 30  # a file up to this size is read whole
 BLOCK, STRIDE = 1 << 12, 1 << 20  # of a larger one, the first BLOCK of every STRIDE
-# What tokenizers treat in many ways: cases, spaces, digits, marks, and letters of several scripts.
-PROBE = (
-    "Don't  stop: NaïVE tests,\n\tx_1 = 1234567.89 * (y[0] + 2)\r\n 我们学习。 Да, ﬁne ｗｉｄｅ e\u0301 नमस्ते 🙂 </s>"
-)
 
 
 @dataclass(frozen=True)
@@ -198,17 +194,6 @@ def fingerprint(path: Path, settings: Container[str] = SETTINGS, endings: tuple[
     except OSError as error:
         raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from None
     return digest.hexdigest()
-
-
-def tokenizer_print(tokenizer: Any) -> str:
-    """SHA-256 of what a tokenizer does: its vocabulary, how a sequence begins and ends, and the tokens of PROBE.
-
-    Of neither its files nor the library's form of them, which another version may write otherwise. The chat template
-    does not count.
-    """
-    words = sorted((number, token) for token, number in tokenizer.get_vocab().items())
-    does = [words, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer(PROBE)["input_ids"]]
-    return hashlib.sha256(json.dumps(does).encode()).hexdigest()
 
 
 def _add(digest: Any, path: Path) -> None:

@@ -17,14 +17,14 @@ from jaxtune.console import stage
 from jaxtune.errors import AdapterError, ConfigError, DataError, ModelError, SaveError
 from jaxtune.files import check_new, expanded
 from jaxtune.hf_write import check_settings, write_model
-from jaxtune.loading import ADAPTER, MODEL, Opened, open_adapter, open_model, open_run, require_run
+from jaxtune.loading import Opened, open_adapter, open_model, open_run, require_run
 from jaxtune.mesh import single_device_mesh
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import Model
 from jaxtune.models.weights import HOOKS, Tree
 from jaxtune.onto import ALLOWED, Onto, choose
 from jaxtune.quant.again import write_quantized
-from jaxtune.rundir import read_record
+from jaxtune.rundir import read_record, result_directory
 from jaxtune.sample_loss import Sample, mean_loss, sample_of
 from jaxtune.section import TuneSection
 from jaxtune.tune.merge import merged
@@ -35,11 +35,6 @@ FORMATS = ("peft", "hf")
 # order of additions differs; narrower types round every weight, and a wrong export is off by far more than that.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 PROBE_ROWS, PROBE_LENGTH = 4, 64
-
-
-def result_directory(run_dir: Path, section: TuneSection) -> Path:
-    """Where training with this method puts its result."""
-    return run_dir / (ADAPTER if tune.has_adapter(section) else MODEL)
 
 
 def check_result(run_dir: Path, section: TuneSection, source: Source) -> None:

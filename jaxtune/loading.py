@@ -18,18 +18,18 @@ from jaxtune import checkpoint, restack, tune
 from jaxtune.assemble import FULL, Assembled, Source, assemble
 from jaxtune.config import Config, MeshSection, ModelSection, load_config
 from jaxtune.console import warn
-from jaxtune.drift import is_print_of, tokenizer_print
+from jaxtune.drift import is_print_of
 from jaxtune.errors import AdapterError, CheckpointError, ConfigError, MeshError, ModelError
 from jaxtune.files import expanded
 from jaxtune.leaves import Leaf, combine, fields_of, partition
 from jaxtune.mesh import complete, make_mesh, single_device_mesh
 from jaxtune.models.weights import Tree, Weight, map_tree
 from jaxtune.number_types import compute_dtype
-from jaxtune.rundir import CHECKPOINTS, CONFIG, has_weights, read_record
+from jaxtune.rundir import ADAPTER, CHECKPOINTS, CONFIG, MODEL, has_weights, read_record, result_directory
 from jaxtune.section import TuneSection
+from jaxtune.tokenizer import tokenizer_print
 from jaxtune.tune.peft_config import read_config
 
-ADAPTER, MODEL = "adapter", "model"
 INFERENCE_AXES = ("data", "fsdp", "tensor")
 DTYPES = ("float32", "bfloat16", "auto")
 
@@ -155,8 +155,7 @@ def open_run(path: str | Path, dtype: str, mesh: Mesh, base: ModelSection | None
 
 def _is_finished(directory: Path, config: Config) -> bool:
     """Whether its result is there, and is not that of a shorter run which goes on now."""
-    result = directory / (ADAPTER if tune.has_adapter(config.tune) else MODEL)
-    return has_weights(result) and read_record(directory).get("finished", True)
+    return has_weights(result_directory(directory, config.tune)) and read_record(directory).get("finished", True)
 
 
 def open_adapter(

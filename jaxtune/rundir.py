@@ -19,18 +19,20 @@ from typing import Any
 from jaxtune import __version__, hf_write, processes, tune
 from jaxtune.config import Config, dump_config, make_config
 from jaxtune.console import say, warn
-from jaxtune.drift import LOG, REFUSE, Change, changes, fingerprint, is_print_of, tokenizer_print
+from jaxtune.drift import LOG, REFUSE, Change, changes, fingerprint, is_print_of
 from jaxtune.errors import CheckpointError, UserError, listing
 from jaxtune.files import PARTIAL, expanded, read_json, try_lock, write_whole
-from jaxtune.section import adapter_of
+from jaxtune.section import TuneSection, adapter_of
 from jaxtune.signals import StopSignal
+from jaxtune.tokenizer import tokenizer_print
 from jaxtune.tune import peft_io
 
-__all__ = ["Run", "StopSignal", "has_weights", "open_run", "read_record"]
+__all__ = ["Run", "StopSignal", "has_weights", "open_run", "read_record", "result_directory"]
 
 RECORD, CONFIG, LOCK = "run.json", "config.yaml", "run.lock"
 LEDGER, CHECKPOINTS = "ledger.jsonl", "checkpoints"
-TRACES = (LEDGER, CHECKPOINTS, "adapter", "model")  # something was trained here
+ADAPTER, MODEL = "adapter", "model"  # a run's result, one or the other
+TRACES = (LEDGER, CHECKPOINTS, ADAPTER, MODEL)  # something was trained here
 OWN = {RECORD, CONFIG, LOCK, RECORD + PARTIAL, CONFIG + PARTIAL}  # what there is before anything was trained
 KINDS: dict[str, tuple[Any, str]] = {  # of what a record holds
     **dict.fromkeys(("config", "fingerprints"), (dict, "an object")),
@@ -64,7 +66,7 @@ class Run:
         self._config, self._record, self._changes, self._lock, self._made = config, record, found, lock, made
         self._pending: dict[str, Any] = {}
         longer = {"train.steps", "train.epochs"} & {change.key for change in found}
-        self._result = directory / ("adapter" if tune.has_adapter(config.tune) else "model")
+        self._result = result_directory(directory, config.tune)
         self.finished = bool(record.get("finished")) and has_weights(self._result) and not longer
 
     def __enter__(self) -> "Run":
@@ -184,6 +186,11 @@ class Run:
         with _told(self.directory):
             write_whole(self.directory / RECORD, json.dumps(self._record, indent=1, ensure_ascii=False))
             write_whole(self.directory / CONFIG, dump_config(self._config))
+
+
+def result_directory(run_dir: Path, section: TuneSection) -> Path:
+    """Where training with this method puts its result."""
+    return run_dir / (ADAPTER if tune.has_adapter(section) else MODEL)
 
 
 def has_weights(result: Path) -> bool:

@@ -3,6 +3,8 @@
 Rendering of conversations and masks is data/'s work; making one from a .gguf is gguf_tokenizer.py's.
 """
 
+import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -22,8 +24,11 @@ END_OF_TURN = (
 )
 NEEDED = "a tokenizer.json is needed, and code of its own is never run"
 MAX_TEMPLATE_BYTES = 1 << 20
-# What tokenizers cut differently: numbers, contractions, spaces and new lines, characters in several forms.
-PROBES = ("It's", "SHE'LL", "x 1234567890", "a   b", "x \n\n\t 'y", "cafe\u0301 \ufb01 \uff46", "\u4f60\u597d x1.\r\n ")
+# What tokenizers cut differently: numbers, contractions, spaces and new lines, characters in several forms and scripts.
+PROBES = (
+    *("It's", "SHE'LL", "x 1234567890", "a   b", "x \n\n\t 'y", "cafe\u0301 \ufb01 \uff46", "\u4f60\u597d x1.\r\n "),
+    "Don't  stop: NaïVE tests,\n\tx_1 = 1234567.89 * (y[0] + 2)\r\n 我们学习。 Да, ﬁne ｗｉｄｅ e\u0301 नमस्ते 🙂 </s>",
+)
 PROBED = 20_000  # tokens, whose own texts are tried too
 
 
@@ -124,6 +129,17 @@ def first_difference(one: Any, other: Any) -> str | None:
     texts = [*PROBES, *other.get_added_vocab(), *mine.decode_batch(ids, skip_special_tokens=False)]
     pairs = zip(texts, mine.encode_batch(texts), theirs.encode_batch(texts), strict=True)
     return next((text for text, a, b in pairs if a.ids != b.ids), None)
+
+
+def tokenizer_print(tokenizer: Any) -> str:
+    """SHA-256 of what a tokenizer does: its vocabulary, how a sequence begins and ends, and the tokens of PROBES.
+
+    Of neither its files nor the library's form of them, which another version may write otherwise. The chat template
+    does not count.
+    """
+    words = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    does = [words, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer([*PROBES])["input_ids"]]
+    return hashlib.sha256(json.dumps(does).encode()).hexdigest()
 
 
 def tokenizer_of(path: Path) -> Any | None:

@@ -8,7 +8,15 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxtune.errors import ModelError
-from jaxtune.tokenizer import check_tokenizer, first_difference, load_tokenizer, pad_id, stop_ids, vocabulary_size
+from jaxtune.tokenizer import (
+    check_tokenizer,
+    first_difference,
+    load_tokenizer,
+    pad_id,
+    stop_ids,
+    tokenizer_print,
+    vocabulary_size,
+)
 
 
 @pytest.fixture
@@ -129,6 +137,21 @@ def test_tokenizers_that_cut_otherwise_differ_on_some_text(tiny_tokenizer, direc
     assert first_difference(theirs, same) is None
     same.add_tokens(["<new>"])
     assert first_difference(theirs, same) == "<new>"
+
+
+def test_a_tokenizer_is_what_it_does_and_not_how_it_is_written_down(tiny_tokenizer, tmp_path):
+    before = tokenizer_print(tiny_tokenizer)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found, indent=3, sort_keys=True))
+    again = load_tokenizer(tmp_path)
+    again.chat_template = "another"
+    assert tokenizer_print(again) == before
+    again.add_tokens(["<new>"])
+    assert tokenizer_print(again) != before
+    path.write_text(json.dumps({**found, "normalizer": {"type": "Lowercase"}}))
+    assert tokenizer_print(load_tokenizer(tmp_path)) != before
 
 
 def test_an_added_token_past_the_end_counts(tiny_tokenizer, directory):

@@ -15,6 +15,7 @@ from jaxtune.drift import fingerprint
 from jaxtune.errors import CheckpointError, UserError
 from jaxtune.files import try_lock
 from jaxtune.rundir import open_run
+from tests.rundir.support import take_steps, tree
 
 HOLD = """
 import sys, time
@@ -24,49 +25,6 @@ with open_run(load_config(sys.argv[1])) as run:
     print("held", flush=True)
     time.sleep(600)
 """
-
-
-@pytest.fixture
-def model(tmp_path):
-    home = tmp_path / "model"
-    home.mkdir()
-    (home / "model.safetensors").write_bytes(b"weights")
-    return home
-
-
-@pytest.fixture
-def settings(tmp_path, model):
-    """A function: the configuration of a run in tmp_path/run, with some fields changed."""
-
-    def make(**sections):
-        base = {
-            "model": {"path": str(model)},
-            "data": {"path": "d.json"},
-            "train": {"output_dir": str(tmp_path / "run")},
-        }
-        return make_config({**base, **{name: {**base.get(name, {}), **fields} for name, fields in sections.items()}})
-
-    return make
-
-
-def take_steps(config, model, data="data", step=100, finish=False):
-    """What training leaves behind."""
-    with open_run(config) as run:
-        run.check(data, model)
-        run.begin(0)
-        (run.directory / "ledger.jsonl").write_text('{"step": 1}\n')
-        (run.checkpoints / str(step)).mkdir(parents=True, exist_ok=True)
-        if finish:
-            (run.directory / "adapter").mkdir()
-            (run.directory / "adapter" / "adapter_config.json").write_text("{}")
-            (run.directory / "adapter" / "adapter_model.safetensors").write_bytes(b"")
-            run.finish()
-
-
-def tree(directory):
-    return {
-        p.relative_to(directory): p.read_bytes() for p in directory.rglob("*") if p.is_file() and p.name != "run.lock"
-    }
 
 
 def test_a_new_run_has_its_resolved_configuration_written_down(tmp_path, settings):

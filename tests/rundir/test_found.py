@@ -7,29 +7,9 @@ import shutil
 import pytest
 
 from jaxtune import loading
-from jaxtune.config import make_config
 from jaxtune.errors import CheckpointError, UserError
 from jaxtune.rundir import open_run
-from tests.test_rundir import take_steps, tree
-
-
-@pytest.fixture
-def model(tmp_path):
-    home = tmp_path / "model"
-    home.mkdir()
-    (home / "model.safetensors").write_bytes(b"weights")
-    return home
-
-
-@pytest.fixture
-def settings(tmp_path, model):
-    """A function: the configuration of a run in tmp_path/run, with some fields of `train` changed."""
-
-    def make(method="lora", **train):
-        sections = {"model": {"path": str(model)}, "data": {"path": "d.json"}, "tune": {"method": method}}
-        return make_config({**sections, "train": {"output_dir": str(tmp_path / "run"), **train}})
-
-    return make
+from tests.rundir.support import take_steps, tree
 
 
 def test_a_changed_tokenizer_or_template_is_told_in_place_of_the_data_that_it_makes(
@@ -82,12 +62,12 @@ def test_a_result_without_its_weights_is_none_and_is_made_again(tmp_path, settin
 def test_a_file_of_the_users_among_the_result_is_told_before_a_longer_run_is_trained(
     tmp_path, settings, model, method, name
 ):
-    take_steps(settings(method), model)
+    take_steps(settings(tune={"method": method}), model)
     (tmp_path / "run" / name).mkdir()
     (tmp_path / "run" / name / "README.md").write_text("mine")
     before = tree(tmp_path / "run")
     with pytest.raises(UserError, match=rf"{name}: .*holds README\.md") as caught:
-        open_run(settings(method))
+        open_run(settings(tune={"method": method}))
     assert caught.value.exit_code == 2 and tree(tmp_path / "run") == before
 
 
@@ -113,7 +93,7 @@ def test_a_record_with_a_value_of_another_kind_is_named(tmp_path, settings, mode
 @pytest.mark.parametrize("below", ["", "deep"])
 def test_a_link_to_what_is_not_there_is_said_to_be_one(tmp_path, settings, below):
     (tmp_path / "run").symlink_to(tmp_path / "unmounted")
-    config = settings(output_dir=str(tmp_path / "run" / below))
+    config = settings(train={"output_dir": str(tmp_path / "run" / below)})
     with pytest.raises(CheckpointError, match=r"run is a link to .*unmounted, which is not there; make that directory"):
         open_run(config)
     (tmp_path / "unmounted").mkdir()
