@@ -243,6 +243,8 @@ class EvalSection(Section):
             raise ValueError("path is empty: name a file, a directory or the id of a data set, or leave it out")
         if self.path is not None and self.fraction > 0:
             raise ValueError("eval.path and eval.fraction are both set; keep one")
+        if self.every and not {"fraction", "path"} & self.model_fields_set:  # fraction: 0 turns it off by intent
+            raise ValueError("every would do nothing without held-out data; set eval.fraction or eval.path")
         return self
 
 

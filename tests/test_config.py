@@ -187,6 +187,7 @@ def test_a_mistake_is_named_with_what_is_allowed(tmp_path, text, expected):
             "data.template is for conversations and would do nothing with format text",
         ),
         ("eval: {path: x, fraction: 0.1}", "eval.path and eval.fraction are both set; keep one"),
+        ("eval: {every: 9}", "eval.every would do nothing without held-out data; set eval.fraction or eval.path"),
         ("data: {path: ''}", f"data.path {EMPTY}"),
         ("data: {path: [a, '']}", f"data.path {EMPTY}"),
         ("data: {sources: [{path: ''}]}", f"data.sources.0.path {EMPTY}"),

@@ -154,6 +154,7 @@ REST = {
     ],
     "`data.split`": [lambda: with_files(DataSection(path="-", split="test"))],
     "`eval.split`": [says(eval={"split": "test"})],
+    "`eval.every`": [says(eval={"every": 10})],
     "`data.too_long: split`": [says(data={"too_long": "split"})],
     "`data.num_samples`": [says(data={"format": "megatron", "num_samples": 2})],
     "a key of `optim`": [says(optim={"name": "sgd", "beta1": 0.5}), says(optim={"schedule": "linear", "decay": 0.2})],

@@ -61,6 +61,7 @@ window |
 it would do nothing |
 | `data.split`, `subset` or `revision` of a local path | they are of a data set on the hub |
 | `eval.split` without `eval.path` | likewise |
+| `eval.every` without `eval.fraction` or `eval.path` | there is nothing to evaluate on |
 | `data.too_long: split` with a format of conversations | later pieces would be answers without their question |
 | `data.num_samples`, `on_bad_line`, `split`, `subset`, `revision` or `without` with format megatron | it has no rows |
 | a key of `optim` that belongs to another optimiser or schedule | likewise |

@@ -200,6 +200,14 @@ def test_a_run_of_the_version_before_goes_on_with_its_model(tmp_path, settings, 
     assert json.loads(path.read_text())["fingerprints"]["model"] == fingerprint(model)
 
 
+def test_a_run_that_was_to_evaluate_on_nothing_goes_on(tmp_path, settings, model):
+    """`eval.every` without held-out data is refused now; what is written down of such a run has all keys."""
+    take_steps(settings(eval={"every": 5, "fraction": 0.0}), model)
+    assert load_config(tmp_path / "run" / "config.yaml").eval.every == 5
+    with open_run(settings()) as run:
+        assert run.begun and run.before("eval.every", 0) == 5
+
+
 def test_a_run_that_has_taken_no_step_may_begin_again_as_anything(tmp_path, settings, model):
     with open_run(settings()) as run:
         run.check("data", model)
