@@ -1,10 +1,10 @@
-"""The names that PEFT, Transformers, TRL, Axolotl and LLaMA-Factory have for keys of the configuration. They are for
-messages alone: no key has two names.
+"""The names that PEFT, Transformers, TRL, Axolotl and LLaMA-Factory have for keys of the configuration and for values.
+They are for messages alone: no key has two names.
 """
 
-# Our key, with what a reader has to know of it -> their names.
+# Our key, with what a reader has to know of it -> their names; with a section, those that are meant so in it alone.
 _NAMES = {
-    "model.path": "model_name_or_path base_model pretrained_model_name_or_path model_name model_id",
+    "model.path": "model_name_or_path base_model pretrained_model_name_or_path model_name model_id model.name",
     "model.revision": "model_revision revision_of_model",
     "model.tokenizer": "tokenizer_name_or_path tokenizer_name tokenizer_config",
     "model.quantize": "quantization_bit bnb_4bit_quant_type",
@@ -13,6 +13,9 @@ _NAMES = {
     "model.double_quant": "bnb_4bit_use_double_quant double_quantization",
     "tune.method": "finetuning_type peft_type",
     "tune.method: dora": "use_dora peft_use_dora",
+    "tune.method: pissa": "pissa_init",
+    "tune.init (pissa and loftq are values of tune.method)": "init_lora_weights peft_init_lora_weights",
+    "tune.freeze_first or tune.freeze_last (how many layers do not train)": "freeze_trainable_layers",
     "tune.adapter": "adapter_name_or_path lora_model_dir",
     "tune.rank": "r lora_r lora_rank",
     "tune.alpha": "lora_alpha",
@@ -27,12 +30,16 @@ _NAMES = {
     "data.sources": "datasets",
     "data.format (text for stage pt; alpaca, sharegpt and messages are of stage sft)": "stage",
     "data.max_length": "cutoff_len sequence_len max_seq_length max_seq_len seq_length model_max_length block_size",
+    "data.columns.text": "dataset_text_field",
+    "data.columns.messages": "field_messages",
     "data.packing": "sample_packing neat_packing",
     "data.template": "chat_template chat_template_path",
     "data.system": "default_system system_prompt",
     "data.num_samples": "max_samples max_train_samples",
     "data.train_on_prompt": "train_on_inputs",
+    "data.train_roles": "roles_to_train",
     "data.train_on: last": "mask_history",
+    "data.turn_end": "train_on_eos",
     "train.epochs": "num_train_epochs num_epochs",
     "train.steps": "max_steps",
     "train.batch_size (sequences of a whole step, of all devices and micro-batches)": (
@@ -50,9 +57,10 @@ _NAMES = {
     "optim.beta2": "adam_beta2",
     "optim.eps": "adam_epsilon epsilon",
     "optim.clip_norm": "max_grad_norm gradient_clipping grad_clip gradient_clip_val",
-    "mesh.tensor": "tensor_parallel_size",
-    "mesh.context": "context_parallel_size",
-    "mesh.pipe": "pipeline_parallel_size",
+    "mesh.data": "dp",
+    "mesh.tensor": "tensor_parallel_size tp",
+    "mesh.context": "context_parallel_size cp",
+    "mesh.pipe": "pipeline_parallel_size pp",
     "memory.remat: block": "gradient_checkpointing",
     "memory.attention": "attn_implementation flash_attn flash_attention",
     "precision.params": "torch_dtype dtype",
@@ -60,15 +68,45 @@ _NAMES = {
     "precision.compute: bfloat16": "bf16",
     "precision.compute: float16": "fp16",
     "precision.matmul: float8": "fp8",
-    "checkpoint.every": "save_steps",
+    "checkpoint.every": "save_steps checkpoint.steps",
     "checkpoint.keep": "save_total_limit",
     "checkpoint.resume": "resume_from_checkpoint auto_resume_from_checkpoints",
-    "eval.every": "eval_steps",
+    "eval.every": "eval_steps eval.steps",
     "eval.fraction": "val_size val_set_size",
     "eval.path": "eval_dataset validation_file test_datasets",
-    "log.every": "logging_steps",
+    "log.every": "logging_steps log.steps",
+    "log.tensorboard": "report_to",
 }
 ELSEWHERE = {name: ours for ours, names in _NAMES.items() for name in names.split()}
+
+# Names that no key of ours is meant by -> why.
+_BATCHES = "held-out data comes in batches of train.batch_size"
+NOWHERE = {
+    "eval.batch_size": _BATCHES,
+    "eval_batch_size": _BATCHES,
+    "per_device_eval_batch_size": _BATCHES,
+    "log.level": "how much is printed cannot be chosen",
+    "overwrite_output_dir": (
+        "no run is written over: the same train.output_dir goes on with the one in it (checkpoint.resume), and another "
+        "begins a new one"
+    ),
+}
+
+# Their values, of whatever key -> what to write.
+VALUES = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "paged_adamw_32bit": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw_8bit": "adamw_8bit",
+    "constant_with_warmup": "constant with optim.warmup",
+    "cosine_with_min_lr": "cosine with optim.min_lr",
+    "warmup_stable_decay": "wsd",
+    "openai": "messages",
+    "chatml": "messages",
+    "completion": "text",
+}
 
 # Of tuning methods: their name -> what to write.
 METHOD_NAMES = {

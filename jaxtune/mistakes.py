@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from jaxtune.elsewhere import ELSEWHERE
+from jaxtune.elsewhere import ELSEWHERE, NOWHERE, VALUES
 from jaxtune.errors import ConfigError, listing, nearest
 from jaxtune.section import Section, TuneSection, describe, section_of
 from jaxtune.yaml_text import parse_argument
@@ -154,7 +154,12 @@ def _remedy(kind: Any, found: Any) -> str:
         return "; put it in quotes to make it text"
     choices = _choices(kind)
     unknown = [name for name in (found if isinstance(found, list) else [found]) if name not in choices]
-    return nearest(f"{unknown[0]}", [f"{choice}" for choice in choices]) if unknown else ""
+    if not unknown:
+        return ""
+    ours = VALUES.get(f"{unknown[0]}")
+    if ours is not None and ours.split()[0] in choices:
+        return f"; write {ours}"
+    return nearest(f"{unknown[0]}", [f"{choice}" for choice in choices])
 
 
 def _read(text: str) -> Any:
@@ -185,9 +190,12 @@ def _unknown(place: Place) -> str:
     owners = _owners(place)
     if owners:
         return f"{place}: belongs to method {' or '.join(owners)} and would do nothing with {place.method}"
-    ours = ELSEWHERE.get(key.lower().replace("-", "_"))
+    ours, why = _told(ELSEWHERE, place), _told(NOWHERE, place)
+    if why is not None:
+        return f"{place}: unknown key; {why}"
     if ours is None:
-        here = [f"{name}.{key}" for name, kind in _sections(place) if key in kind.model_fields]
+        sections = [] if key == "name" else _sections(place)  # each section's names another thing
+        here = [f"{name}.{key}" for name, kind in sections if key in kind.model_fields]
         hint = f'; did you mean "{listing(here)}"?' if here else nearest(key, allowed)
         return f"{place}: unknown key{hint or '.'} Allowed here: {listing(allowed, 40)}"
     section, option = re.findall(r"\w+", ours)[:2]
@@ -198,6 +206,12 @@ def _unknown(place: Place) -> str:
         f"{place}: unknown key; jaxtune calls it {ours}, which belongs to method {' or '.join(owners)} and would do "
         f"nothing with {place.method}"
     )
+
+
+def _told(table: dict[str, str], place: Place) -> str | None:
+    """What a table of names from elsewhere says of a key, by its section and name or else by its name alone."""
+    names = [name.lower().replace("-", "_") for name in (f"{place}", place.path[-1])]
+    return next((table[name] for name in names if name in table), None)
 
 
 def _owners(place: Place) -> list[str]:

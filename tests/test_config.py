@@ -6,8 +6,9 @@ import re
 import pytest
 
 from jaxtune.config import MAX_CONFIG_BYTES, Config, dump_config, load_config, make_config, parse_yaml
-from jaxtune.elsewhere import ELSEWHERE
+from jaxtune.elsewhere import ELSEWHERE, VALUES
 from jaxtune.errors import ConfigError
+from jaxtune.mistakes import Place
 from jaxtune.tune import METHODS
 
 SMALLEST = "model: {path: m}\ndata: {path: d.json}\n"
@@ -247,6 +248,23 @@ def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(tmp_path):
         ("tune: {method: full, r: 8}", ["tune.rank, which belongs to method lora or", "do nothing with full"]),
         ("data: {path: d, weight_decay: 0.1}", ['; did you mean "optim.weight_decay"? Allowed here: path']),
         ("output_dir: x", ['output_dir: unknown key; did you mean "train.output_dir"?']),
+        ("eval: {steps: 50}", ["eval.steps: unknown key; jaxtune calls it eval.every"]),
+        ("checkpoint: {steps: 50}", ["checkpoint.steps: unknown key; jaxtune calls it checkpoint.every"]),
+        ("log: {steps: 50}", ["log.steps: unknown key; jaxtune calls it log.every"]),
+        ("optim: {steps: 50}", ['; did you mean "train.steps"?']),
+        ("model: {name: m}", ["model.name: unknown key; jaxtune calls it model.path"]),
+        ("train: {name: m}", ["train.name: unknown key. Allowed here: output_dir"]),
+        ("eval: {batch_size: 2}", ["eval.batch_size: unknown key; held-out data comes in batches of train.batch_size"]),
+        ("log: {level: info}", ["log.level: unknown key; how much is printed cannot be chosen"]),
+        ("train: {overwrite_output_dir: true}", ["no run is written over: the same train.output_dir goes on"]),
+        ("mesh: {dp: 2}", ["mesh.dp: unknown key; jaxtune calls it mesh.data"]),
+        ("tune: {init_lora_weights: pissa}", ["calls it tune.init (pissa and loftq are values of tune.method)"]),
+        ("tune: {freeze_trainable_layers: 2}", ["calls it tune.freeze_first or", "which belongs to method freeze"]),
+        ("data: {path: d, train_on_eos: turn}", ["jaxtune calls it data.turn_end"]),
+        ("optim: {name: adamw_torch}", ["found 'adamw_torch'; write adamw"]),
+        ("optim: {schedule: constant_with_warmup}", ["found 'constant_with_warmup'; write constant with optim.warmup"]),
+        ("data: {path: d, format: openai}", ["data.format", "found 'openai'; write messages"]),
+        ("data: {sources: [{path: d, format: completion}]}", ["data.sources.0.format", "'completion'; write text"]),
         ("tune: {method: qlora}", ["no method 'qlora'; write lora with model.quantize: nf4. Allowed are full"]),
         ("tune: {method: [lora]}", ["no method ['lora']", "Allowed are full"]),
     ],
@@ -258,12 +276,21 @@ def test_a_name_from_elsewhere_is_answered_with_ours(tmp_path, text, expected):
 
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_what_names_from_elsewhere_are_answered_with_is_there(name):
-    section, key, *value = re.match(r"(\w+)\.(\w+)(?:: (.*))?", ELSEWHERE[name]).groups()
-    kind = METHODS["lora"].section if section == "tune" else Config.model_fields[section].annotation
-    assert key in kind.model_fields and name not in kind.model_fields
-    if value != [None]:
+    path, value = re.match(r"([\w.]+)(?:: (.*))?", ELSEWHERE[name]).groups()
+    section, key = path.split(".")[:2]
+    places = [path, name if "." in name else f"{section}.{name}"]
+    ours, theirs = ({Place.of(at.split("."), Config, method).kind for method in METHODS} for at in places)
+    assert ours != {None} and theirs == {None}
+    if value is not None:
         tree = {"model": {"path": "m"}, "data": {"path": "d"}}
-        make_config({**tree, section: {**tree.get(section, {}), key: parse_yaml(value[0], "")}})
+        make_config({**tree, section: {**tree.get(section, {}), key: parse_yaml(value, "")}})
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_what_values_from_elsewhere_are_answered_with_is_there(tmp_path, name):
+    texts = [f"optim: {{name: {name}}}", f"optim: {{schedule: {name}}}", f"data: {{path: d, format: {name}}}"]
+    hints = [hint for text in texts for hint in [refused(tmp_path, beside(text)).partition("; write ")[2]] if hint]
+    assert hints == [VALUES[name]]
 
 
 def test_every_mistake_is_told_at_once(tmp_path):
