@@ -74,6 +74,11 @@ class SourceSection(Section):
     def paths(self) -> list[str]:
         return [self.path] if isinstance(self.path, str) else self.path
 
+    @property
+    def several(self) -> str | None:
+        """The key that names sources in place of this one, if any does."""
+        return None
+
     @model_validator(mode="after")
     def _no_empty_path(self):
         if "" in self.paths:  # it would be the directory that jaxtune was started in
@@ -82,6 +87,8 @@ class SourceSection(Section):
 
     @model_validator(mode="after")
     def _only_this_format(self):
+        if self.several:  # each has its own
+            return self
         of_rows = ("split", "subset", "revision", "on_bad_line", "num_samples", "without") * (self.format == "megatron")
         for name in ("system", "dialect", *of_rows) if self.format in TEXTS else ():
             if getattr(self, name) != SourceSection.model_fields[name].default:
@@ -131,6 +138,10 @@ class DataSection(SourceSection):
         return [name.strip() for name in names]
 
     @property
+    def several(self) -> str | None:
+        return "dataset" if self.datasets else "sources" if self.sources else None
+
+    @property
     def only_texts(self) -> bool:
         """Whether there are no conversations, as far as the configuration alone tells."""
         return not self.datasets and all(part.format in TEXTS for part in self.parts)
@@ -171,13 +182,12 @@ class DataSection(SourceSection):
 
     @model_validator(mode="after")
     def _one_way_to_name_files(self):
-        several = "dataset" if self.datasets else "sources" if self.sources else None
-        if several:
+        if self.several:
             if self.datasets and self.sources:
                 raise ValueError("dataset and sources are both set; keep one")
             for name, field in SourceSection.model_fields.items():
-                if getattr(self, name) != field.default and (several, name) != ("dataset", "system"):
-                    raise ValueError(f"{name} is for a single source; with {several}, each has its own")
+                if getattr(self, name) != field.default and (self.several, name) != ("dataset", "system"):
+                    raise ValueError(f"{name} is for a single source; with {self.several}, each has its own")
         elif not self.paths:
             raise ValueError("path is missing: name a file, several, sources with a path each, or a dataset")
         if self.dataset_dir != type(self).model_fields["dataset_dir"].default and not self.datasets:

@@ -316,6 +316,8 @@ def test_a_list_that_cannot_be_read_is_refused(tmp_path, text):
     [
         ({"dataset": "x", "path": "a.json"}, "path is for a single source; with dataset, each has its own"),
         ({"dataset": "x", "format": "text"}, "format is for a single source; with dataset"),
+        ({"dataset": "x", "tags": {"role": "r"}}, "tags is for a single source; with dataset, each has its own"),
+        ({"dataset": "x", "columns": {"messages": "m"}}, "columns is for a single source; with dataset"),
         ({"dataset": "x", "sources": [{"path": "a"}]}, "dataset and sources are both set; keep one"),
         ({"path": "a.json", "dataset_dir": "d"}, "dataset_dir would do nothing without dataset"),
         ({}, "path is missing: name a file, several, sources with a path each, or a dataset"),

@@ -35,6 +35,7 @@ def test_each_source_is_read_in_its_own_format(two):
     ("change", "message"),
     [
         ({"path": "c.json"}, "data.path is for a single source; with sources, each has its own"),
+        ({"tags": {"role": "r"}}, "data.tags is for a single source; with sources, each has its own"),
         ({"system": "Be brief."}, "data.system is for a single source; with sources, each has its own"),
         ({"sources": []}, "data.path is missing: name a file, several, sources with a path each, or a data"),
     ],
