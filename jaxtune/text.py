@@ -19,8 +19,8 @@ def encode_prompt(tokenizer: Any, prompt: str | Messages, system: str | None = N
     """The token ids that a model is asked with.
 
     prompt: plain text, encoded as the tokenizer does it but for an end of text behind it, after which nothing would
-    follow; or messages (role and content), which go through the chat template up to the point where the assistant
-    begins. system: the first message where there is none.
+    follow; or messages (role and content, a text or parts of type text), which go through the chat template up to the
+    point where the assistant begins. system: the first message where there is none.
 
     Raises:
         DataError: not messages, not UTF-8, no chat template, or one that refuses these messages.
@@ -28,7 +28,7 @@ def encode_prompt(tokenizer: Any, prompt: str | Messages, system: str | None = N
     if isinstance(prompt, str):
         _check_utf8(prompt)
         return _without_end(tokenizer, tokenizer(prompt, return_special_tokens_mask=True))
-    _check_messages(prompt)
+    prompt = _as_texts(prompt)
     if system is not None and all(message["role"] != "system" for message in prompt):
         prompt = [{"role": "system", "content": system}, *prompt]
     for message in prompt:
@@ -47,16 +47,29 @@ def _without_end(tokenizer: Any, found: Any) -> list[int]:
     return list(ids[:-1] if ends else ids)
 
 
-def _check_messages(messages: Any) -> None:
+def _as_texts(messages: Any) -> Messages:
+    """Messages each of whose contents is one text: parts are joined, as they are in data."""
     if not isinstance(messages, list) or not messages:
         raise DataError(f"expected a text, or a list of messages; found {messages!r:.80}")
     for message in messages:
-        fits = isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
-        if not fits:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise DataError(
                 f'expected messages such as {{"role": "user", "content": "Hello"}}, with a role out of '
                 f"{', '.join(ROLES)}; found {message!r:.80}"
             )
+    return [{**message, "content": _text_of(message)} for message in messages]
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [part["text"] for part in parts if isinstance(part, dict) and part.get("type") == "text" and "text" in part]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        raise DataError(
+            f"the {message['role']}'s message: expected a content of text, or of parts such as "
+            f'{{"type": "text", "text": "Hello"}}; found {content!r:.80}'
+        )
+    return "".join(texts)
 
 
 def _check_utf8(text: str) -> None:

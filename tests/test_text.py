@@ -69,12 +69,33 @@ def test_a_system_line_is_put_before_messages_that_have_none(tiny_tokenizer):
 
 
 @pytest.mark.parametrize(
-    "bad",
-    [[], None, [{"role": "user"}], [{"role": "tool", "content": "x"}], ["hello"], [{"role": "user", "content": 3}]],
+    ("bad", "what"),
+    [
+        ([], "a list of messages"),
+        (None, "a list of messages"),
+        (["hello"], "with a role"),
+        ([{"role": "tool", "content": "x"}], "with a role"),
+        ([{"role": "user"}], "the user's message: expected a content"),
+        ([{"role": "user", "content": 3}], "the user's message: expected a content of text, .*; found 3"),
+        (
+            [*QUESTION, {"role": "assistant", "content": None}],
+            "the assistant's message: expected a content .*; found None",
+        ),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "expected a content of text, or of parts"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "expected a content"),
+        ([{"role": "user", "content": ["hello"]}], "expected a content"),
+    ],
 )
-def test_what_is_not_messages_is_refused(tiny_tokenizer, bad):
-    with pytest.raises(DataError, match="expected"):
+def test_what_is_not_messages_is_refused(tiny_tokenizer, bad, what):
+    with pytest.raises(DataError, match=what):
         encode_prompt(tiny_tokenizer, bad)
+
+
+def test_text_in_parts_is_joined_as_in_data(tiny_tokenizer):
+    parts = [{"type": "text", "text": text} for text in ("What is ", "your name?")]
+    given = [{"role": "user", "content": parts}]
+    assert encode_prompt(tiny_tokenizer, given) == encode_prompt(tiny_tokenizer, QUESTION)
+    assert given == [{"role": "user", "content": parts}]
 
 
 def test_text_that_is_not_utf8_is_refused_with_its_place(tiny_tokenizer):
