@@ -203,8 +203,8 @@ def load_model(
 def train(config: Config | dict | str | Path) -> list[dict]:
     """Train as `jaxtune train` does, and give the rows of the run's metrics.jsonl.
 
-    config: a Config, its sections as a dict, or the path of a YAML file. A run that was stopped goes on; one that
-    has finished gives its rows again.
+    config: a Config, its sections as a dict, in which paths may be Paths, or the path of a YAML file. A run that was
+    stopped goes on; one that has finished gives its rows again.
 
     Raises:
         UserError: of the kind that fits; the message names what is wrong.

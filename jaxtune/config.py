@@ -3,6 +3,7 @@
 Each section's docstring and field comments are the reference; `docs/config.md` is made from nothing else.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -296,11 +297,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def make_config(tree: dict, where: str = "config", overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The configuration that a plain dict of sections describes.
+    """The configuration that a plain dict of sections describes. A path in it may be a Path.
 
     overrides: what the command line put into it; a mistake in their keys is said to be the command line's.
     """
-    wrong = []
+    tree, wrong = _as_in_yaml(tree), []
     try:
         tune = make_tune(tree.get("tune", {}))
         method = tune.method
@@ -317,6 +318,15 @@ def make_config(tree: dict, where: str = "config", overrides: list[str] | tuple[
     if not wrong:
         return config
     raise ConfigError("\n".join(explain(wrong, Config, tree, method, where, overrides)))
+
+
+def _as_in_yaml(value: Any) -> Any:
+    """The same with text in the place of each Path."""
+    if isinstance(value, dict):
+        return {key: _as_in_yaml(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_as_in_yaml(part) for part in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def tune_section(**options: Any) -> TuneSection:

@@ -2,6 +2,7 @@
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 
@@ -383,6 +384,17 @@ def test_text_that_looks_like_something_else_is_read_back_from_a_run_as_text(tex
 
 def test_a_dict_serves_in_place_of_a_file():
     assert make_config({"model": {"path": "m"}, "data": {"path": "d"}}).model.path == "m"
+
+
+def test_a_path_in_a_dict_may_be_a_path(tmp_path):
+    tree = {"model": {"path": tmp_path / "m"}, "data": {"sources": [{"path": [tmp_path / "a.json", "b.json"]}]}}
+    tree["tune"] = {"adapter": tmp_path / "adapter"}
+    config = make_config(tree)
+    assert (config.model.path, config.tune.adapter) == (f"{tmp_path / 'm'}", f"{tmp_path / 'adapter'}")
+    assert config.data.sources[0].path == [f"{tmp_path / 'a.json'}", "b.json"]
+    assert make_config(parse_yaml(dump_config(config), "again")) == config
+    with pytest.raises(ConfigError, match=r"^config: train.steps: expected integer > 0 or null; found '/3'$"):
+        make_config({**tree, "train": {"steps": Path("/3")}})
 
 
 def test_a_configuration_cannot_be_changed():
