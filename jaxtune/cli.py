@@ -243,13 +243,9 @@ def combine(
     """Make one LoRA adapter of several, each times its weight, as PEFT's add_weighted_adapter does."""
     with _one_line_errors():
         from jaxtune.console import say
-        from jaxtune.errors import ConfigError
         from jaxtune.tune.combine import combine as make_one
 
-        try:
-            factors = [1.0] * len(adapters) if weights is None else [float(part) for part in weights.split(",")]
-        except ValueError:
-            raise ConfigError(f"--weights {weights!r}: expected numbers with commas between, such as 0.7,0.3") from None
+        factors = [1.0] * len(adapters) if weights is None else _factors(weights, adapters)
         made = make_one(adapters, factors, out, way, rank=rank, density=density, sign=sign, seed=seed)
         say(f"{out}: {way} of {len(adapters)} adapters, rank {made.rank}, on {len(made.targets)} modules")
 
@@ -361,6 +357,29 @@ def _load(model: str | None, adapter: str | None, run: str | None, dtype: str):
         require_run(run)
     stage(f"Loading {run or model}")
     return load_model(run or model or "", adapter=adapter, dtype=dtype)
+
+
+def _factors(weights: str, adapters: list[Path]) -> list[float]:
+    """The numbers of --weights. adapters: what stands beside it, among which are those behind a space."""
+    from jaxtune.errors import ConfigError
+
+    astray = [f"{path}" for path in adapters if _is_number(f"{path}") and not path.is_dir()]
+    if astray:
+        meant = ",".join([weights.rstrip(","), *astray])
+        raise ConfigError(
+            f"adapter {astray[0]}: no such directory, but a number; write --weights {meant}, without spaces"
+        )
+    parts = weights.split(",")
+    if not all(map(_is_number, parts)):
+        raise ConfigError(f"--weights {weights!r}: expected numbers with commas between, such as 0.7,0.3")
+    return [float(part) for part in parts]
+
+
+def _is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        float(text)
+        return True
+    return False
 
 
 def _one_of(**options: str | None) -> None:

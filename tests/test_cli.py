@@ -173,6 +173,10 @@ def test_a_wrong_command_line_ends_with_code_2(call, arguments):
         (["export", "--run", "none", "--out", "o", "--format", "hf"], "not a run"),
         (["export", "--run", "none", "--out", "o", "--format", "zip"], "allowed: peft, hf"),
         (["chat", "--model", "MODEL", "--top-p", "2"], "top_p 2"),
+        (["combine", "a", "b", "--weights", "0.7", "0.3", "--out", "o"], "a number; write --weights 0.7,0.3, without"),
+        (["combine", "a", "b", "--out", "o", "--weights", "0.7,", ".3"], "a number; write --weights 0.7,.3, without"),
+        (["combine", "a", "b", "--weights", "0.7;0.3", "--out", "o"], "--weights '0.7;0.3': expected numbers with"),
+        (["combine", "a", "b", "--weights", "1", "--out", "o"], "2 adapters and 1 weights"),
     ],
 )
 def test_what_is_wrong_with_a_model_or_a_setting_is_said(call, tiny_model, arguments, message):
