@@ -78,7 +78,7 @@ def train(config: Config) -> list[dict]:
         config = config.model_copy(update={"tune": source.tuning})
         check_fit(config, mesh, source.config)
         check_result(run.directory, config.tune, source)
-        for note in tune.check(config.tune, source.config):
+        for note in tune.check(config.tune, source.config, source.scheme):
             warn(note)
         _look(stop)
         stage("Reading the data")

@@ -27,7 +27,7 @@ from jaxtune.tune.bottleneck import HOULSBY, PARALLEL, PFEIFFER
 from jaxtune.tune.dora import DORA
 from jaxtune.tune.full import FREEZE, FULL
 from jaxtune.tune.ia3 import IA3
-from jaxtune.tune.loftq import LOFTQ
+from jaxtune.tune.loftq import LOFTQ, LoftqSection, notes
 from jaxtune.tune.loha import LOHA, LohaSection
 from jaxtune.tune.lokr import LOKR
 from jaxtune.tune.lora import LORA, Ranked
@@ -130,17 +130,20 @@ def layout(section: TuneSection, config: ModelConfig, one_stack: bool = False) -
     )
 
 
-def check(section: TuneSection, config: ModelConfig) -> list[str]:
+def check(section: TuneSection, config: ModelConfig, scheme: Any = None) -> list[str]:
     """What a user should know of a section on a model, before its weights are read: of the methods of two narrow
-    matrices, that they are not narrow.
+    matrices, that they are not narrow; of LoftQ, that PEFT will not load what it leaves.
+
+    scheme: how the model's linear maps are quantised.
 
     Raises:
         AdapterError: as layout.
     """
     section = resolve(section)
     config, _ = layout(section, config)
+    told = notes(section, scheme) if isinstance(section, LoftqSection) else []
     if not isinstance(section, (Ranked, AdaloraSection, LohaSection)):
-        return []
+        return told
     sites = make_plan(section, _declare(config, hooks(section, config))).sites.values()
     wide = [
         f"{site.rank} on {site.modules[0].rsplit('.', 1)[-1]}, of {site.in_out[0]} and {site.in_out[1]}"
@@ -148,11 +151,12 @@ def check(section: TuneSection, config: ModelConfig) -> list[str]:
         if site.rank > max(site.in_out)
     ]
     if not wide:
-        return []
+        return told
     named = "tune.init_r" if isinstance(section, AdaloraSection) else "tune.rank or rank_pattern"
     return [
+        *told,
         f"{named}: a rank above both sides of a weight ({'; '.join(wide)}): the adapter is larger "
-        "than the weight itself, and can do no more than full tuning"
+        "than the weight itself, and can do no more than full tuning",
     ]
 
 

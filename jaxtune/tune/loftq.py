@@ -17,6 +17,7 @@ import numpy as np
 from jaxtune.errors import ConfigError
 from jaxtune.models.weights import Tree, Weight
 from jaxtune.parallel import local
+from jaxtune.quant.four_bit import FourBit
 from jaxtune.quant.scheme import AtLoad
 from jaxtune.section import Positive
 from jaxtune.tune.lora import LORA_FILES, LORA_KIND, LoraSection, Ranked, lora_rate
@@ -27,6 +28,7 @@ from jaxtune.tune.plan import make_plan
 from jaxtune.tune.sites import site_method, wrap_with
 
 BITS = {"nf4": 4, "fp4": 4, "int4": 4, "int8": 8}
+NOT_PEFT_S = ("fp4", "int4", "nf4 double_quant", "fp4 double_quant")  # bases that PEFT's loftq_init cannot make
 
 
 class LoftqSection(Ranked):
@@ -85,17 +87,39 @@ def wrap(section: LoftqSection, params: Tree, weights: Tree, seed: int, sharding
     return wrap_with(lambda site, leaf, bias: leaf, section, params, weights)
 
 
+def notes(section: LoftqSection, scheme: Any) -> list[str]:
+    """What a user should know before a run over weights that are quantised so."""
+    kind = _name(scheme.kind, scheme.double) if isinstance(scheme, AtLoad) else None
+    if section.loftq_iter == 1 or kind not in NOT_PEFT_S:
+        return []
+    return [
+        f"tune.loftq_iter {section.loftq_iter} over {kind}: PEFT makes the base of such an adapter itself, of nf4 "
+        "without double_quant or of int8, and will refuse this one; jaxtune loads it. For other tools, export with "
+        "--onto dequantized, or set loftq_iter: 1 or another model.quantize"
+    ]
+
+
+def _name(kind: str, double: bool) -> str:
+    return f"{kind} double_quant" if double else kind
+
+
 def as_lora(section: LoftqSection, weights: Tree, params: Tree) -> tuple[Any, Tree]:
-    """After one round the base is what plain quantising gives, and the adapter a LoRA like others over it."""
+    """After one round the base is what plain quantising gives, and the adapter a LoRA like others over it. After more,
+    PEFT makes the base anew from `loftq_config`: where it would make another, the bits are a name, which it refuses.
+    """
     if section.loftq_iter > 1:
-        return section, params
+        leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, FourBit))
+        names = {_name(leaf.kind, leaf.nested is not None) for leaf in leaves if isinstance(leaf, FourBit)}
+        foreign = sorted(names.intersection(NOT_PEFT_S))
+        return section.model_copy(update={"loftq_bits": foreign[0]}) if foreign else section, params
     shared = section.model_fields_set & LoraSection.model_fields.keys() - {"method"}
     return LoraSection.model_validate({name: getattr(section, name) for name in shared}), params
 
 
 def read(tree: dict[str, Any], where: Path) -> dict[str, Any]:
     config = tree.get("loftq_config") or {}
-    return {name: config[name] for name in ("loftq_bits", "loftq_iter") if name in config}
+    options = {name: config[name] for name in ("loftq_bits", "loftq_iter") if name in config}
+    return options | ({"loftq_bits": 4} if options.get("loftq_bits") in NOT_PEFT_S else {})
 
 
 def write(section: LoftqSection, weights: Tree) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """LoftQ's start: what quantising a weight loses, fitted by the low-rank product, as peft's loftq_init does it."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from jaxtune.errors import ConfigError
 from jaxtune.mesh import make_mesh, single_device_mesh
 from jaxtune.quant.four_bit import FourBit
 from jaxtune.quant.scheme import AtLoad
+from jaxtune.tune import check
 from jaxtune.tune.loftq import _split
 from jaxtune.tune.low_rank import LowRank
 from jaxtune.tune.merge import merged
@@ -75,8 +78,8 @@ def test_the_start_is_peft_s(monkeypatch, times):
     np.testing.assert_allclose(product, (b @ a).numpy(), atol=1e-5)
 
 
-def assembled(path, mesh=None, section=None, quantize="nf4", init="pretrained"):
-    source = Source.open(ModelSection(path=str(path), quantize=quantize))
+def assembled(path, mesh=None, section=None, quantize="nf4", init="pretrained", double_quant=False):
+    source = Source.open(ModelSection(path=str(path), quantize=quantize, double_quant=double_quant))
     section = section or tune_section(method="loftq", rank=4, loftq_iter=2, layers=[1], targets=["q_proj", "down_proj"])
     where = single_device_mesh() if mesh is None else make_mesh(MeshSection(**mesh), jax.devices()[:8])
     return assemble(source, section, where, init=init)
@@ -120,6 +123,38 @@ def test_an_adapter_is_a_plain_one_where_the_base_is_plainly_quantised(tiny_mode
     assert section.method == method and getattr(section, "loftq_iter", 1) == times
     again = assembled(path, section=section)
     np.testing.assert_array_equal(logits(again.model, again.params), logits(made.model, made.params))
+
+
+@pytest.mark.parametrize(
+    ("quantize", "double", "stored"),
+    [("nf4", False, 4), ("int8", False, 8), ("int4", False, "int4"), ("fp4", True, "fp4 double_quant")],
+)
+@pytest.mark.filterwarnings("ignore:::peft")
+def test_an_adapter_whose_base_peft_would_make_otherwise_is_refused_by_peft_and_told_of(
+    tiny_model, tmp_path, quantize, double, stored
+):
+    """PEFT's loftq_init knows bitsandbytes' nf4, its scales as they are, and int8."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    path, bits = tiny_model("qwen2"), 8 if quantize == "int8" else 4
+    section = tune_section(method="loftq", rank=4, targets=["q_proj"], loftq_iter=2, loftq_bits=bits)
+    made = assembled(path, section=section, quantize=quantize, double_quant=double)
+    save_adapter(tmp_path / "adapter", section, made.model.weights, made.params)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["loftq_config"] == {
+        "loftq_bits": stored,
+        "loftq_iter": 2,
+    }
+    assert read_config(tmp_path / "adapter").loftq_bits == bits
+    once = section.model_copy(update={"loftq_iter": 1})
+    assert check(once, made.source.config, made.source.scheme) == []
+    told = check(section, made.source.config, made.source.scheme)
+    if stored == bits:
+        assert told == []
+        return
+    assert f"tune.loftq_iter 2 over {stored}: PEFT" in told[0] and "--onto dequantized" in told[0]
+    with pytest.raises(ValueError, match="Only nf4 and int8 quantization is supported"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
