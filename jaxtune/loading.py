@@ -21,7 +21,7 @@ from jaxtune.console import warn
 from jaxtune.drift import is_print_of
 from jaxtune.errors import AdapterError, CheckpointError, ConfigError, MeshError, ModelError
 from jaxtune.files import expanded
-from jaxtune.leaves import Leaf, combine, fields_of, partition
+from jaxtune.leaves import Leaf, combine, fields_of, partition, rebased
 from jaxtune.mesh import complete, make_mesh, single_device_mesh
 from jaxtune.models.weights import Tree, Weight, map_tree
 from jaxtune.number_types import compute_dtype
@@ -216,7 +216,9 @@ def _with_trained(made: Assembled, base: Assembled, section: TuneSection) -> Ass
 def _restored(directory: Path, config: Config, step: int, dtype: str, mesh: Mesh, record: dict[str, Any]) -> Assembled:
     """The run's model with what a checkpoint holds in place of the first values."""
     # What trains has the type that the checkpoint has it in: an adapter float32, a whole model the run's own.
-    loaded = dtype if tune.has_adapter(config.tune) else config.precision.params
+    # An adapter that took its start away from the weights goes with what is left of them in the run's type.
+    is_adapter, rebases = tune.has_adapter(config.tune), tune.METHODS[config.tune.method].rebases
+    loaded = dtype if is_adapter and not rebases else config.precision.params
     assembled = _assemble(config, config.tune, loaded, mesh, record)
     trainable, frozen = partition(assembled.params, assembled.mask)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainable)
@@ -224,8 +226,10 @@ def _restored(directory: Path, config: Config, step: int, dtype: str, mesh: Mesh
     saved, own = checkpoint.arrays(home, step), assembled.model.stacks
     way = restack.move({"trainable": shapes}, saved, source.tuning, source.config, own)
     found = way.joined(checkpoint.restore(home, step, way.needed, partial=True), {})
+    if rebases:
+        frozen = map_tree(lambda leaf: rebased(leaf, lambda base: _cast_leaf(base, dtype)), frozen)
     params = combine(found["trainable"], frozen)
-    return replace(assembled, params=params if loaded == dtype else _cast(params, dtype))
+    return replace(assembled, params=params if is_adapter or loaded == dtype else _cast(params, dtype))
 
 
 def _cast(params: Tree, dtype: str) -> Tree:

@@ -53,6 +53,7 @@ class Method:
     declares. adapted: likewise, of the weights that stay as they are and carry something that trains.
     wrap: (section, params, weights, seed, sharding_of) -> params with the method's typed leaves, as they start.
     needs_tokenizer: wrap takes the model's tokenizer after these.
+    rebases: it starts from the weights and takes its start away from them, so that both depend on the weights' type.
     separates: a head tied to the embedding becomes a weight of its own where either is trained or adapted.
     files: how PEFT stores it; None: it ends in a whole model, not in an adapter.
     hooks: (section, model settings) -> what it adds to the decoder beside the weights; None: nothing.
@@ -68,6 +69,7 @@ class Method:
     trained: Callable[[Any, Tree], set[str]]
     adapted: Callable[[Any, Tree], set[str]] = lambda section, weights: set()
     wrap: Callable[..., Tree] = lambda section, params, *rest: params
+    rebases: bool = False
     separates: bool = False
     files: "Files | None" = None
     needs_tokenizer: bool = False

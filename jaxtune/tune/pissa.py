@@ -141,4 +141,5 @@ def _joined(site: Site, leaf: Principal) -> LowRank:
 
 
 FILES = replace(LORA_FILES, fixed={"init_lora_weights": "pissa"}, stored=as_lora, read=lambda tree, where: {})
-PISSA = site_method(PissaSection, Kind(pissa_parts, pissa_start, pissa_leaf, lora_tensors), FILES, rate=lora_rate)
+KIND = Kind(pissa_parts, pissa_start, pissa_leaf, lora_tensors)
+PISSA = replace(site_method(PissaSection, KIND, FILES, rate=lora_rate), rebases=True)

@@ -10,16 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxtune
 from jaxtune import ops
-from jaxtune.config import tune_section
+from jaxtune.assemble import Source, assemble
+from jaxtune.config import make_config, tune_section
 from jaxtune.errors import AdapterError, ConfigError
 from jaxtune.float8 import Float8
 from jaxtune.leaves import combine
+from jaxtune.loading import open_run
+from jaxtune.mesh import single_device_mesh
 from jaxtune.tune.merge import merged
 from jaxtune.tune.peft_io import save_adapter
 from jaxtune.tune.pissa import factors, pissa_start
 from jaxtune.tune.plan import make_plan
 from tests.programs import Stepper
+from tests.runs import sections, unfinish
 from tests.tune.support import logits, peer_logits, peer_model, tuned
 from tests.tune.test_peft_methods import difference, our_losses, peer_losses
 
@@ -115,6 +120,23 @@ def test_a_resumed_run_goes_on_bit_for_bit():
     assert second.run(2, first=3) == losses[2:]
     pairs = (combine(stepper.state["trainable"], stepper.frozen) for stepper in (whole, second))
     jax.tree.map(np.testing.assert_array_equal, *pairs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_unfinished_run_is_read_with_the_start_that_it_grew_from(tiny_model, tmp_path, dtype):
+    """That is of the weights in the run's type, whatever the type that they are read in; the adapter stays float32."""
+    tune = {"method": "pissa", "rank": 4, "targets": ["q_proj"], "modules_to_save": ["model.norm"]}
+    tree = sections(tiny_model(), tmp_path, steps=2, tune=tune, precision={"params": "bfloat16"})
+    jaxtune.train(tree)
+    source = Source.open(make_config(tree).model, tuning=tune_section(**tune))
+    started = assemble(source, source.tuning, single_device_mesh(), dtype="bfloat16")
+    unfinish(tmp_path / "run")
+    read = open_run(tmp_path / "run", dtype, single_device_mesh()).assembled
+    for name in ("first_a", "first_b", "base"):
+        np.testing.assert_array_equal(getattr(leaf(read), name), getattr(leaf(started), name))
+    moved = leaf(read).a - leaf(read).first_a
+    assert 0 < np.abs(moved).max() < 0.1 and moved.dtype == read.params["norm"]["weight"].dtype == "float32"
+    assert leaf(read).base.dtype == read.params["embed"]["weight"].dtype == dtype
 
 
 def test_a_quantised_base_and_a_rank_beyond_the_weight_s_are_refused():
