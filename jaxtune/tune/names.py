@@ -15,6 +15,8 @@ from jaxtune.tune.method import declared
 
 T = TypeVar("T")
 ALL_LINEAR = "all-linear"
+# What PEFT makes of an entry of modules_to_save, and of a key of rank_pattern or alpha_pattern.
+SAVED, PATTERN = r"(^|.*\.){}($|\..*)", r"(.*\.)?({})$"
 LAYER_NUMBER = re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\.")
 
 
@@ -81,12 +83,19 @@ def suggestion(name: str, names: Iterable[str]) -> str:
     return nearest(name, names)
 
 
-def compiled(pattern: str, where: str) -> re.Pattern:
-    """The regex, or an error that says where it stands."""
+def compiled(pattern: str, where: str, form: str = "{}") -> re.Pattern:
+    """The regex, as `form` has it, or an error that says where it stands."""
     try:
-        return re.compile(pattern)
+        whole = re.compile(pattern)
     except re.error as error:
         raise AdapterError(f'{where}: "{pattern}" is not a regular expression: {error}') from None
+    try:
+        return whole if form == "{}" else re.compile(form.format(pattern))
+    except re.error as error:
+        raise AdapterError(
+            f'{where}: "{pattern}" stands within a longer regular expression: {error}; '
+            "write a flag such as (?i)name as (?i:name)"
+        ) from None
 
 
 def is_named(name: str, listed: list[str] | str) -> bool:
@@ -110,7 +119,7 @@ def is_feedforward(name: str, listed: list[str] | str) -> bool:
 
 def in_saved(name: str, modules_to_save: Iterable[str]) -> bool:
     """PEFT's rule for what a target never touches: a module of modules_to_save, or one inside it."""
-    return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in modules_to_save)
+    return any(re.match(SAVED.format(entry), name) for entry in modules_to_save)
 
 
 def in_layers(name: str, listed: list[str] | str, layers: list[int] | int | None) -> bool:
@@ -124,7 +133,7 @@ def in_layers(name: str, listed: list[str] | str, layers: list[int] | int | None
 
 def pattern_of(name: str, patterns: Iterable[str]) -> str | None:
     """The first of rank_pattern's or alpha_pattern's keys that is a regex for the end of the name."""
-    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)), None)
+    return next((pattern for pattern in patterns if re.match(PATTERN.format(pattern), name)), None)
 
 
 def by_pattern(name: str, patterns: dict[str, T], default: T) -> T:

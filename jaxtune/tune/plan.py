@@ -169,7 +169,7 @@ def _hint(targets: list[str] | str, modules: Modules) -> str:
 
 
 def _check_patterns(section: Targeted) -> None:
-    """Every regex compiles."""
+    """Every regex compiles, in the form in which it is used."""
     inputs = getattr(section, INPUTS, None)
     regexes = {
         "targets": [section.targets] if isinstance(section.targets, str) else [],
@@ -178,9 +178,10 @@ def _check_patterns(section: Targeted) -> None:
         **{option: list(getattr(section, option, ())) for option in section.PATTERNS},
         "modules_to_save": section.modules_to_save,
     }
+    forms = {**dict.fromkeys(section.PATTERNS, names.PATTERN), "modules_to_save": names.SAVED}
     for option, patterns in regexes.items():
         for pattern in patterns:
-            names.compiled(pattern, f"tune.{option}")
+            names.compiled(pattern, f"tune.{option}", forms.get(option, "{}"))
     if isinstance(section.targets, str) and not is_all_linear(section.targets) and section.layers is not None:
         raise AdapterError("tune.layers does not go with a regex in tune.targets: put the layers into the regex")
 

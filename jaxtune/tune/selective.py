@@ -45,7 +45,7 @@ def target_norms(section: LayerNormSection, weights: Tree) -> set[str]:
     if isinstance(section.exclude, str):
         names.compiled(section.exclude, "tune.exclude")
     for entry in section.modules_to_save:
-        names.compiled(entry, "tune.modules_to_save")
+        names.compiled(entry, "tune.modules_to_save", names.SAVED)
     found = [name for name in modules.all if names.is_named(name, section.targets)]
     if section.exclude is not None and section.adapter is None:
         check_exclude(section.exclude, found)

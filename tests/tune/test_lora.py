@@ -267,6 +267,9 @@ def test_adapters_lie_along_their_base_s_axes():
         ({"rank_pattern": {"k_proj": 2}}, ["tune.rank_pattern", '"k_proj" decides for no target']),
         ({"alpha_pattern": {"q_proj": 2, ".*q_proj": 3}}, ["tune.alpha_pattern", "decides for no target"]),
         ({"rank_pattern": {"(": 2}}, ["tune.rank_pattern", "not a regular expression"]),
+        ({"rank_pattern": {"(?i)Q_proj": 4}}, ['tune.rank_pattern: "(?i)Q_proj" stands within', "(?i:name)"]),
+        ({"alpha_pattern": {"(?i)Q_proj": 4}}, ['tune.alpha_pattern: "(?i)Q_proj" stands within', "(?i:name)"]),
+        ({"modules_to_save": ["(?i)norm"]}, ['tune.modules_to_save: "(?i)norm" stands within', "(?i:name)"]),
         ({"modules_to_save": ["lm_hed"]}, ["tune.modules_to_save", 'did you mean "lm_head"']),
         ({"modules_to_save": ["q_proj", "roj"]}, ["both match"]),
         ({"modules_to_save": ["self_attn"]}, ["saved whole"]),
@@ -279,6 +282,11 @@ def test_a_setting_that_matches_nothing_or_does_nothing_is_named(settings, words
     with pytest.raises(AdapterError) as error:
         tune.layout(tune_section(**settings), model_config())
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_pattern_with_a_flag_for_itself_decides():
+    made = tuned(tune_section(targets=["q_proj"], rank_pattern={"(?i:Q_PROJ)": 4}))
+    assert leaf(made).a.shape[-1] == 4
 
 
 def test_biases_of_a_model_without_any_cannot_be_trained():

@@ -105,6 +105,7 @@ def test_layers_that_an_adapter_leaves_alone_stay_as_they_were_in_one_stack(tmp_
         ({"exclude": ["input_layernorm", "post_attention_layernorm", "norm"]}, "leaves no norm"),
         ({"exclude": ["q_proj"]}, 'tune.exclude: "q_proj" excludes no target'),
         ({"modules_to_save": ["("]}, 'tune.modules_to_save: "[(]" is not a regular expression'),
+        ({"modules_to_save": ["(?i)lm_head"]}, r'tune.modules_to_save: "\(\?i\)lm_head" stands within'),
         ({"exclude": ["layernorm"]}, "tune.exclude"),
         ({"targets": "["}, "regular expression"),
     ],
