@@ -237,8 +237,10 @@ def combine(
     ] = "svd",
     rank: Annotated[int | None, typer.Option(help="Of the result, with a way that ends in svd.")] = None,
     density: Annotated[float | None, typer.Option(help="Share of the numbers that thinning leaves.")] = None,
-    sign: Annotated[str, typer.Option(help="How ties elects a sign.", metavar="total|frequency")] = "total",
-    seed: Annotated[int, typer.Option(help="Of dare's draws.")] = 0,
+    sign: Annotated[
+        str | None, typer.Option(help="How ties elects a sign; total by default.", metavar="total|frequency")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of dare's draws; 0 by default.")] = None,
 ) -> None:
     """Make one LoRA adapter of several, each times its weight, as PEFT's add_weighted_adapter does."""
     with _one_line_errors():

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtune.errors import AdapterError, ConfigError, listing
 from jaxtune.files import check_new, expanded, read_json
 from jaxtune.tune.lora import LoraSection
+from jaxtune.tune.names import is_saved
 from jaxtune.tune.peft_config import CONFIG_NAME, read_config
 from jaxtune.tune.peft_files import PREFIX
 from jaxtune.tune.peft_io import write_adapter
@@ -29,7 +30,7 @@ WAYS = ("linear", "cat", "svd", *THINNING, *(f"{way}_svd" for way in THINNING))
 SIGNS = ("total", "frequency")
 NAMES = re.compile(r"(?P<module>.+)\.lora_(?P<kind>A\.weight|B\.weight|embedding_A|embedding_B)")
 FIRST = ("lora_A.weight", "lora_embedding_A")
-BASE_WEIGHT = ".base_layer.weight"
+BASE_WEIGHT, TABLES = ".base_layer.weight", (".lm_head.weight", ".embed_tokens.weight")
 
 Factors = tuple[np.ndarray, np.ndarray]  # A [rank, in], B [out, rank], as PEFT's file has them
 
@@ -41,7 +42,7 @@ class Adapter:
     section: LoraSection
     factors: dict[str, Factors]
     file: AdapterFile
-    copies: list[str]  # the keys of frozen base weights, which PEFT stores with LoRA on a head or an embedding
+    copies: list[str]  # the keys of frozen base weights: PEFT stores head and embedding with LoRA on one, or when asked
     base: tuple[str | None, str | None]  # the base model's name and revision, as far as the file tells
 
     @classmethod
@@ -50,7 +51,7 @@ class Adapter:
         if not isinstance(section, LoraSection):
             raise AdapterError(f"{directory}: method {section.method}; only plain LoRA adapters can be combined")
         found: dict[str, dict[str, np.ndarray]] = {}
-        copies = [key for key in file.shapes if _is_copy(key, file)]
+        copies = [key for key in file.shapes if _is_copy(key, section, file)]
         for key in (key for key in file.shapes if key not in copies):
             match = NAMES.fullmatch(key.removeprefix(PREFIX))
             if match is None:
@@ -74,19 +75,25 @@ class Adapter:
         return max(self.section.rank, *self.section.rank_pattern.values(), 0)
 
 
-def _is_copy(key: str, file: AdapterFile) -> bool:
-    """Whether a tensor is the weight under the factors of its module."""
-    module = key.removesuffix(BASE_WEIGHT)
-    return key.endswith(BASE_WEIGHT) and any(f"{module}.{name}" in file.shapes for name in FIRST)
+def _is_copy(key: str, section: LoraSection, file: AdapterFile) -> bool:
+    """Whether a tensor is the weight under the factors of its module, or a table that does not train."""
+    if key.endswith(BASE_WEIGHT):
+        return any(f"{_module_of(key)}.{name}" in file.shapes for name in FIRST)
+    return key.endswith(TABLES) and not is_saved(_module_of(key), section.modules_to_save)
+
+
+def _module_of(key: str) -> str:
+    """Of a weight, also where it lies under factors."""
+    return key.removesuffix(BASE_WEIGHT).removesuffix(".weight")
 
 
 def _check_copies(adapters: list[Adapter]) -> None:
     """The copies say what model an adapter was made for."""
-    first: dict[str, AdapterFile] = {}
+    first: dict[str, tuple[AdapterFile, str]] = {}
     for adapter in adapters:
         for key in adapter.copies:
-            other = first.setdefault(key, adapter.file)
-            mine, theirs = (file.read(key, ...) for file in (adapter.file, other))
+            other, name = first.setdefault(_module_of(key), (adapter.file, key))
+            mine, theirs = adapter.file.read(key, ...), other.read(name, ...)
             if mine.shape != theirs.shape or not are_one_weight(mine, theirs):
                 raise AdapterError(
                     f"{adapter.file.path}: {key} is another weight than in {other.path}; the adapters were made for "
@@ -109,20 +116,21 @@ def combine(
     *,
     rank: int | None = None,
     density: float | None = None,
-    sign: str = "total",
-    seed: int = 0,
+    sign: str | None = None,
+    seed: int | None = None,
 ) -> LoraSection:
     """Write the adapter that these make together, each times its weight, and give its settings.
 
     way: one of WAYS. rank: of what a way with svd makes; None: the largest of the adapters'. density: the share of
-    numbers that thinning leaves, above 0 and up to 1. sign: by which ties elects a sign. seed: of dare's draws.
+    numbers that thinning leaves, above 0 and up to 1. sign: one of SIGNS, by which ties elects one; None: total.
+    seed: of dare's draws, 0 or more; None: 0.
 
     Raises:
         ConfigError: an option is wrong, or does nothing with this way.
         AdapterError: not plain LoRA adapters of one model, or `linear` and the like with ranks or modules that differ;
             `out` is there.
     """
-    _check_options(directories, weights, way, rank, density, sign)
+    _check_options(directories, weights, way, rank, density, sign, seed)
     out = expanded(out)
     check_new(out, AdapterError)
     adapters = [Adapter.read(expanded(directory)) for directory in directories]
@@ -137,7 +145,7 @@ def combine(
             if module in adapter.factors
         ]
         _check_shapes(module, [term.factors for term in terms], way)
-        thin = _thinning(way, density, sign, zlib.crc32(module.encode()) + seed)
+        thin = _thinning(way, density, sign or SIGNS[0], zlib.crc32(module.encode()) + (seed or 0))
         a, b = _padded(_finite(module, lambda: _factors(way, terms, thin, size)), size)  # noqa: B023
         names = ("lora_embedding_A", "lora_embedding_B") if _is_table(module) else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{PREFIX}{module}.{name}": part for name, part in zip(names, (a, b), strict=True)}
@@ -159,7 +167,7 @@ def _finite(module: str, make: Callable[[], Factors]) -> Factors:
     raise AdapterError(f"{module}: what comes out is more than float32 holds; give smaller weights")
 
 
-def _check_options(directories, weights, way, rank, density, sign) -> None:
+def _check_options(directories, weights, way, rank, density, sign, seed) -> None:
     if way not in WAYS:
         raise ConfigError(f"way {way!r}; allowed: {', '.join(WAYS)}")
     if len(directories) != len(weights) or len(directories) < 2:
@@ -175,8 +183,11 @@ def _check_options(directories, weights, way, rank, density, sign) -> None:
         raise ConfigError(f"density {density}; allowed: above 0, up to 1")
     if rank is not None and (not way.endswith("svd") or rank < 1):
         raise ConfigError(f"rank {rank}: 1 or more, and only with a way that ends in svd; way is {way}")
-    if sign not in SIGNS:
-        raise ConfigError(f"sign {sign!r}; allowed: {', '.join(SIGNS)}")
+    kind = way.removesuffix("_svd")
+    if sign is not None and (not kind.endswith("ties") or sign not in SIGNS):
+        raise ConfigError(f"sign {sign!r}: {' or '.join(SIGNS)}, and only with ties and dare_ties; way is {way}")
+    if seed is not None and (not kind.startswith("dare") or seed < 0):
+        raise ConfigError(f"seed {seed}: 0 or more, and only with dare_linear and dare_ties, which draw; way is {way}")
 
 
 def _rank_of(adapters: list[Adapter], way: str, rank: int | None) -> int:

@@ -147,7 +147,15 @@ def test_the_base_model_is_named_where_all_have_the_same(tmp_path, adapters, sec
         ({"way": "linear", "density": 0.5}, "density goes with"),
         ({"way": "ties", "density": 1.5}, "above 0, up to 1"),
         ({"way": "cat", "rank": 4}, "only with a way that ends in svd"),
-        ({"way": "ties", "density": 0.5, "sign": "loudest"}, "total, frequency"),
+        ({"way": "ties", "density": 0.5, "sign": "loudest"}, "total or frequency"),
+        ({"way": "dare_linear", "density": 0.5, "sign": "total"}, "only with ties and dare_ties; way is dare_linear"),
+        ({"way": "linear", "sign": "frequency"}, "only with ties and dare_ties; way is linear"),
+        (
+            {"way": "svd", "seed": 0},
+            "and only with dare_linear and dare_ties, which draw; way is svd",
+        ),
+        ({"way": "ties_svd", "density": 0.5, "seed": 1}, "only with dare_linear and dare_ties"),
+        ({"way": "dare_linear", "density": 0.5, "seed": -(2**40)}, "seed -1099511627776: 0 or more"),
         ({"weights": [1.0]}, "a weight each"),
         ({"weights": [float("nan"), 1.0, 1.0]}, "weights nan, 1, 1; allowed: finite numbers"),
         ({"weights": [1.0, float("inf"), 1.0]}, "finite numbers"),
@@ -206,11 +214,38 @@ def test_the_base_weight_that_peft_stores_with_a_head_s_factors_is_no_part_of_th
         combine([tmp_path / "float32", tmp_path / "other"], [1, 1], tmp_path / "none", "linear")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_that_peft_was_asked_to_store_are_no_part_of_the_adapter(tmp_path, tied):
+    """`save_embedding_layers` writes the base model's own under the names that they would have if they trained."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
+    for name in ("plain", "whole", "other"):
+        base = peer_model(tied=tied)
+        torch.manual_seed(0)
+        model = get_peft_model(base, config).eval()
+        if name == "other":
+            model.get_input_embeddings().weight.data += 0.1
+        model.save_pretrained(tmp_path / name, save_embedding_layers=name != "plain")
+        if name == "whole":
+            expected = peer_logits(model)
+    assert "base_model.model.model.embed_tokens.weight" in load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    made = tuned(tune_section(adapter=str(tmp_path / "whole")), tied=tied)
+    assert difference(logits(made.model, made.params), expected) < 1e-4
+    combine([tmp_path / "plain", tmp_path / "whole"], [0.5, 0.5], tmp_path / "both", "cat")
+    made = tuned(tune_section(adapter=str(tmp_path / "both")), tied=tied)
+    assert difference(logits(made.model, made.params), expected) < 1e-4
+    with pytest.raises(AdapterError, match=r"weight is another weight than in .*different base"):
+        combine([tmp_path / "whole", tmp_path / "other"], [1, 1], tmp_path / "none", "linear")
+
+
 def test_adapters_that_cannot_be_added_up_are_refused(tmp_path, adapters):
     for name, options in {
         "rank": {"rank": 2},
         "pattern": {"rank": 4, "rank_pattern": {"q_proj": 2}},
         "saved": {"modules_to_save": ["norm"]},
+        "head": {"modules_to_save": ["lm_head"]},
         "ia3": {"method": "ia3"},
     }.items():
         one = tuned(tune_section(**options))
@@ -219,6 +254,7 @@ def test_adapters_that_cannot_be_added_up_are_refused(tmp_path, adapters):
         "rank": "ranks must agree",
         "pattern": r"q_proj: way linear .* found \[4, 2\]",
         "saved": "train whole",
+        "head": "lm_head.weight is no factor .* train whole",
         "ia3": "only plain LoRA",
     }.items():
         with pytest.raises(AdapterError, match=words):
