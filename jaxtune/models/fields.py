@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from jaxtune.errors import ModelError, nearest
 
 # Fields of Hugging Face configs that do not change what a decoder computes in training or evaluation.
+# With pad_token_id transformers looks up a row of the embedding that gets no gradient; here it gets one like any other.
 _HARMLESS = """
 architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cls_token_id
 decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id

@@ -1,5 +1,8 @@
-"""Full tuning and freezing: which weights train."""
+"""Full tuning and freezing: which weights train. The peer is transformers."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxtune import tune
@@ -7,7 +10,7 @@ from jaxtune.config import tune_section
 from jaxtune.errors import AdapterError
 from jaxtune.models.decoder import Model
 from jaxtune.models.weights import leaves_with_path
-from tests.tune.support import base_params, model_config, settings_id
+from tests.tune.support import TOKENS, base_params, model_config, peer_model, settings_id, tuned
 
 
 def trained(tied: bool = True, **settings) -> set[str]:
@@ -31,6 +34,26 @@ def in_layers(*layers: int) -> set[str]:
 def test_full_trains_every_weight():
     assert len(ALL) == 2 + 3 * (2 + 7 + 3)
     assert trained(tied=False, method="full") == ALL | {"lm_head.weight"}
+
+
+def test_the_padding_token_s_row_trains_like_any_other():
+    """transformers, which makes `pad_token_id` the embedding's `padding_idx`, gives it no gradient."""
+    import torch
+
+    made, peer, pad = tuned(tune_section(method="full"), tied=False), peer_model(tied=False), int(TOKENS[0, 0])
+    peer.get_input_embeddings().padding_idx = pad
+    peer(torch.tensor(TOKENS)).logits.square().mean().backward()
+    theirs = peer.get_input_embeddings().weight.grad.numpy()
+
+    def loss(params):
+        where = jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
+        hidden, _ = made.model.hidden(params, TOKENS, where, jnp.ones_like(TOKENS))
+        return jnp.mean(made.model.logits(params, hidden) ** 2)
+
+    ours = np.asarray(jax.jit(jax.grad(loss))(made.params)["embed"]["weight"])
+    assert not theirs[pad].any() and np.abs(ours[pad]).max() > 0.1 * np.abs(theirs).max()
+    rest = np.arange(len(ours)) != pad
+    np.testing.assert_allclose(ours[rest], theirs[rest], atol=1e-4 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize(
