@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtune import tune
 from jaxtune.config import ModelSection
 from jaxtune.console import warn
-from jaxtune.errors import ConfigError, MeshError
+from jaxtune.errors import MeshError
 from jaxtune.hf_io import load_params, open_source, resolve_model
 from jaxtune.hub import holds_adapter
 from jaxtune.mesh import axes_sharding, check_model, shardings
@@ -60,10 +60,6 @@ class Source:
 
         weights: whether those of a model on the hub are wanted too.
         """
-        if section.overrides and section.init != "random":
-            raise ConfigError(
-                "model.overrides: the weights of a pretrained model fix its settings; set model.init: random"
-            )
         weights = weights and section.init == "pretrained"
         path = resolve_model(section.path, section.revision, weights=weights)
         if weights and holds_adapter(path) and adapter_of(tuning) is None:

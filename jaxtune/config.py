@@ -36,6 +36,8 @@ class ModelSection(Section):
         if self.double_quant and self.quantize not in ("nf4", "fp4"):
             found = f"with {self.quantize}" if self.quantize else "without it"
             raise ValueError(f"double_quant belongs to quantize nf4 and fp4 and would do nothing {found}")
+        if self.overrides and self.init != "random":
+            raise ValueError("overrides: the weights of a pretrained model fix its settings; set model.init: random")
         return self
 
 

@@ -185,6 +185,10 @@ def test_a_mistake_is_named_with_what_is_allowed(tmp_path, text, expected):
             "model.double_quant belongs to quantize nf4 and fp4 and would do nothing without it",
         ),
         (
+            "model: {path: m, overrides: {num_hidden_layers: 2}}",
+            "model.overrides: the weights of a pretrained model fix its settings; set model.init: random",
+        ),
+        (
             "data: {path: d, format: text, template: x}",
             "data.template is for conversations and would do nothing with format text",
         ),

@@ -17,8 +17,7 @@ import pytest
 from jax.sharding import Mesh
 from pydantic import ValidationError
 
-from jaxtune.assemble import Source
-from jaxtune.config import Config, DataSection, ModelSection, OptimSection, make_tune
+from jaxtune.config import Config, DataSection, OptimSection, make_tune
 from jaxtune.data.locate import with_files
 from jaxtune.errors import UserError
 from jaxtune.loading import as_mesh
@@ -163,7 +162,7 @@ REST = {
         says(model={"double_quant": True}),
         says(model={"quantize": "int8", "double_quant": True}),
     ],
-    "`model.overrides`": [lambda: Source.open(ModelSection(path="-", overrides={"num_hidden_layers": 2}))],
+    "`model.overrides`": [says(model={"overrides": {"num_hidden_layers": 2}})],
     "`eval.path` and": [says(eval={"path": "-", "fraction": 0.1})],
 }
 PAGES = {"parallelism.md": PARALLELISM, "precision.md": PRECISION, "config.md": REST}
@@ -177,7 +176,6 @@ VALUES = [
 ]
 # Where combinations are judged: all of a file, or these functions of it. The configuration's judges are in classes.
 JUDGES = {
-    "assemble.py": {"open"},
     "data/locate.py": {"_only_of_the_hub"},
     "config.py": None,
     "data_section.py": None,
