@@ -58,7 +58,7 @@ def search_and_print(config: Config, target: Target, budget: int | None) -> Foun
             bar.start()
             stack.callback(bar.stop)
         found = search(config, model_settings(config), target, budget, tell)
-    print_found(found, target, budget, time.monotonic() - started, console)
+    print_found(found, config, target, budget, time.monotonic() - started, console)
     return found
 
 

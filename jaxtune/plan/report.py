@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jaxtune.config import Config
 from jaxtune.plan.compiling import Plan
 from jaxtune.plan.memory import DEVICE, HOST
 from jaxtune.plan.search import Found, pasteable
@@ -24,8 +25,8 @@ def print_plan(plan: Plan, target: Target, budget: int | None, console: Console)
     console.print(transfers_table(plan))
 
 
-def print_found(found: Found, target: Target, budget: int, seconds: float, console: Console) -> None:
-    """The best few that a search found, each with its numbers and as YAML."""
+def print_found(found: Found, config: Config, target: Target, budget: int, seconds: float, console: Console) -> None:
+    """The best few that a search found, each with its numbers and as YAML to paste over the configuration."""
     _line(
         console,
         f"{found.candidates:,} candidates, {found.compiled} compiled in {seconds:.0f} s for {target.name}; "
@@ -34,11 +35,11 @@ def print_found(found: Found, target: Target, budget: int, seconds: float, conso
     if found.nearest is not None:
         used = size(found.nearest.memory.peak)
         _line(console, f"The smallest that was compiled needs {used} on each device:", "bold red")
-        _line(console, pasteable(found.nearest.step.config))
+        _line(console, pasteable(found.nearest.step.config, config))
     for number, (plan, estimated) in enumerate(zip(found.plans, found.seconds, strict=True), 1):
         console.print()
         _line(console, f"# {number}: {drivers(plan, estimated)}", "bold")
-        _line(console, pasteable(plan.step.config))
+        _line(console, pasteable(plan.step.config, config))
 
 
 def drivers(plan: Plan, seconds: float) -> str:

@@ -236,13 +236,14 @@ def _words(candidate: Candidate) -> str:
     return ", ".join(axes + more)
 
 
-def pasteable(config: Config) -> str:
-    """The sections that a search chose, as YAML, without what is the default."""
-    default = make_config({"model": {"path": "-"}, "data": {"path": "-"}})
+def pasteable(config: Config, over: Config) -> str:
+    """The sections that a search chose, as YAML: without what is both the default and in the configuration that they
+    are pasted over, so that they may take the place of its sections or of single keys in them."""
     sections: dict = {"train": {"batch_size": config.train.batch_size, "micro_batches": config.train.micro_batches}}
+    default = make_config({"model": {"path": "-"}, "data": {"path": "-"}})
     for name in ("mesh", "memory"):
-        chosen, usual = getattr(config, name).model_dump(), getattr(default, name).model_dump()
-        sections[name] = {key: value for key, value in chosen.items() if value != usual[key]}
+        chosen, *others = (getattr(one, name).model_dump() for one in (config, default, over))
+        sections[name] = {key: value for key, value in chosen.items() if any(value != one[key] for one in others)}
     lines = [
         f"{name}: {yaml.safe_dump(values, default_flow_style=True, sort_keys=False, width=1000).strip()}"
         for name, values in sections.items()

@@ -58,9 +58,23 @@ def test_what_is_printed_loads_back_to_the_same_settings():
         memory={"remat": "block", "offload": ["optimizer"]},
         train={"batch_size": 16, "micro_batches": 4},
     )
-    again = config(**parse_yaml(pasteable(settings), "pasted"))
+    again = config(**parse_yaml(pasteable(settings, settings), "pasted"))
     assert (again.mesh, again.memory, again.train) == (settings.mesh, settings.memory, settings.train)
     step_of(again)
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"fsdp": 2, "pipe": 2, "zero": 1, "schedule": "gpipe"}])
+def test_what_is_printed_gives_the_layout_over_a_configuration_with_another(mesh):
+    mine = {
+        "mesh": {"fsdp": 1, "tensor": 2, "sequence_parallel": True, "context": 2, "context_attention": "ulysses"},
+        "memory": {"remat": "none", "offload": ["optimizer"], "attention": "xla"},
+    }
+    chosen = config(mesh=mesh, memory={"attention": "xla"})
+    printed = parse_yaml(pasteable(chosen, config(**mine)), "pasted")
+    by_key = {name: {**mine.get(name, {}), **keys} for name, keys in printed.items()}
+    for pasted in (by_key, {**mine, **printed}):
+        again = config(**pasted)
+        assert (again.mesh, again.memory) == (chosen.mesh, chosen.memory)
 
 
 def test_a_batch_that_no_mesh_can_share_is_refused():
