@@ -24,7 +24,7 @@ from jaxtune.plan.flops import model_flops
 from jaxtune.plan.memory import tree_bytes
 from jaxtune.quant.scheme import scheme_of
 
-TOTAL_STEPS = 1_000_000  # of the schedule of learning rates, which changes nothing that is counted here
+TOTAL_STEPS = 1_000_000  # where the run is as long as its epochs, which only the data says
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def make_step(config: Config, model: ModelConfig, mesh: Mesh) -> Step:
     names and shapes of its tensors. Rows are data.max_length long.
 
     Raises:
-        MeshError, AdapterError: as a run of this configuration would.
+        MeshError, AdapterError, ConfigError: as a run of this configuration would.
     """
     check_fit(config, mesh, model)
     check_time(mesh, config.mesh, config.data.max_length)
@@ -121,7 +121,8 @@ def make_step(config: Config, model: ModelConfig, mesh: Mesh) -> Step:
         dtype=config.precision.params,
         execution=_execution(config, mesh, model),
     )
-    built = program.build(config, assembled.model, mesh, assembled.params, assembled.mask, TOTAL_STEPS)
+    steps = config.train.steps or TOTAL_STEPS
+    built = program.build(config, assembled.model, mesh, assembled.params, assembled.mask, steps)
     return Step(config, assembled, mesh, built)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from jaxtune import loop
 from jaxtune.config import make_config
-from jaxtune.errors import ModelError
+from jaxtune.errors import ConfigError, ModelError
 from jaxtune.mesh import make_mesh
 from jaxtune.models.families import parse_config
 from jaxtune.plan.command import model_settings
@@ -78,6 +78,19 @@ def test_a_plan_has_the_bytes_that_the_run_compiles(name, tiny_model, tmp_path, 
     assert ours.temporaries == theirs.temp_size_in_bytes
     assert plan.parameters.total() + plan.optimizer.total() <= theirs.argument_size_in_bytes
     assert ours.temporaries >= plan.gradients.total() * 0.5
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"optim": {"schedule": "wsd", "warmup": 3, "decay": 3}}, "3 and 3 steps of a run of 4"),
+        ({"tune": {"method": "adalora", "tinit": 3, "tfinal": 3}}, "leave none of 4 steps"),
+    ],
+)
+def test_what_is_longer_than_the_run_is_refused_as_the_run_does(section, words):
+    step_of(config(**section))
+    with pytest.raises(ConfigError, match=words):
+        step_of(config(**section, train={"steps": 4}))
 
 
 def test_without_the_hub_it_is_said_that_config_json_is_enough(monkeypatch):
