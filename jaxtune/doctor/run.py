@@ -69,7 +69,8 @@ class Examined:
     @cached_property
     def _whole_step(self) -> Step:
         """That of the real model on the real mesh, without its weights."""
-        return make_step(self.config, self.source.config, make_mesh(self.config.mesh))
+        config = self.config.model_copy(update={"tune": self.source.tuning})
+        return make_step(config, self.source.config, make_mesh(config.mesh))
 
     def fits(self) -> str:
         """That the model is there, and fits the method, the mesh and the batch."""

@@ -3,8 +3,9 @@
 import contextlib
 import time
 
+from jaxtune import tune
 from jaxtune.config import Config
-from jaxtune.console import Bar, console, stage
+from jaxtune.console import Bar, console, stage, warn
 from jaxtune.errors import ModelError, UserError
 from jaxtune.hub import resolve_model
 from jaxtune.mesh import make_mesh
@@ -15,6 +16,8 @@ from jaxtune.plan.program import make_step
 from jaxtune.plan.report import print_found, print_plan
 from jaxtune.plan.search import TRIES, Found, search
 from jaxtune.plan.target import Target
+from jaxtune.tokenizer import load_tokenizer
+from jaxtune.tune.tokens import TokensSection
 
 
 def plan(config: Config, target: Target, budget: int | None) -> Plan:
@@ -27,7 +30,7 @@ def plan(config: Config, target: Target, budget: int | None) -> Plan:
     """
     config = for_target(config, target)
     model = model_settings(config)
-    step = make_step(config, model, make_mesh(config.mesh, target.devices))
+    step = make_step(with_words(config), model, make_mesh(config.mesh, target.devices))
     stage(f"Compiling the step for {len(target.devices)} x {target.name}")
     done = compile_step(step, target)
     print_plan(done, target, budget or target.memory, console)
@@ -44,6 +47,7 @@ def search_and_print(config: Config, target: Target, budget: int | None) -> Foun
     if budget is None:
         raise UserError("--search needs --budget, such as --budget 80GB: the memory of one device")
     config = for_target(config, target)
+    model, asked = model_settings(config), with_words(config)
     bar = Bar(TRIES) if console.is_terminal else None
     started = time.monotonic()
 
@@ -57,7 +61,7 @@ def search_and_print(config: Config, target: Target, budget: int | None) -> Foun
         if bar is not None:
             bar.start()
             stack.callback(bar.stop)
-        found = search(config, model_settings(config), target, budget, tell)
+        found = search(asked, model, target, budget, tell)
     print_found(found, config, target, budget, time.monotonic() - started, console)
     return found
 
@@ -73,6 +77,23 @@ def model_settings(config: Config) -> ModelConfig:
     except ModelError as problem:
         raise ModelError(f"{problem}. A plan reads its config.json and nothing else") from None
     return read_config(path, config.model.overrides)
+
+
+def with_words(config: Config) -> Config:
+    """The configuration with the ids of tune.new_tokens, where the tokenizer is here to give them."""
+    section = config.model
+    if not isinstance(config.tune, TokensSection) or not config.tune.new_tokens:
+        return config
+    words = (section.tokenizer, None) if section.tokenizer else (section.path, section.revision)
+    try:
+        tokenizer = load_tokenizer(resolve_model(*words, weights=False))
+    except ModelError as problem:
+        warn(
+            f"tune.new_tokens: {problem}. Without the tokenizer each is counted as a row more, where a run takes the "
+            "rows that no token has first"
+        )
+        return config
+    return config.model_copy(update={"tune": tune.words(config.tune, tokenizer)[1]})
 
 
 def for_target(config: Config, target: Target) -> Config:

@@ -164,6 +164,14 @@ def test_a_model_or_a_mesh_that_does_not_fit_is_no_want_of_room(of_run, wrong, s
     assert status == PASS and text.endswith(" on 8 x cpu")
 
 
+def test_new_tokens_take_the_spare_rows_of_the_model(tiny_model, tmp_path):
+    """It has two more than the tokenizer has tokens, so that the mesh goes on dividing them."""
+    new = {"method": "trainable_tokens", "new_tokens": ["<zz>"]}
+    tree = sections(tiny_model(vocab_size=386), tmp_path, tune=new, mesh={"tensor": 2})
+    status, text = found(run.Examined(make_config(tree)).checks(), "model and mesh")
+    assert status == PASS, text
+
+
 def test_data_and_labels_are_counted_and_a_token_without_a_row_is_a_failure(of_run, monkeypatch):
     status, text = of_run("data and labels", train={"batch_size": 8})
     assert status == PASS and text.startswith("20 conversations in ") and "the largest token is " in text

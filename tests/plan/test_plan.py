@@ -8,14 +8,14 @@ import pytest
 
 from jaxtune import loop
 from jaxtune.config import make_config
-from jaxtune.errors import ConfigError, ModelError
+from jaxtune.errors import ConfigError, MeshError, ModelError
 from jaxtune.mesh import make_mesh
 from jaxtune.models.families import parse_config
-from jaxtune.plan.command import model_settings
+from jaxtune.plan.command import model_settings, plan, with_words
 from jaxtune.plan.compiling import compile_step
 from jaxtune.plan.program import make_step
 from jaxtune.plan.target import GENERIC, Target
-from tests.plan.shapes import LARGE, config, step_of
+from tests.plan.shapes import LARGE, config, step_of, target
 from tests.runs import sections
 
 FULL = {"method": "full"}
@@ -71,13 +71,13 @@ def test_a_plan_has_the_bytes_that_the_run_compiles(name, tiny_model, tmp_path, 
 
     (tmp_path / "data.json").unlink()  # a plan does not read it
     step = make_step(settings, model_settings(settings), make_mesh(settings.mesh, devices))
-    plan = compile_step(step, Target("cpu", devices, GENERIC))
-    ours = plan.memory
+    made = compile_step(step, Target("cpu", devices, GENERIC))
+    ours = made.memory
     assert ours.arguments + ours.host == theirs.argument_size_in_bytes
     assert ours.outputs + ours.host == theirs.output_size_in_bytes
     assert ours.temporaries == theirs.temp_size_in_bytes
-    assert plan.parameters.total() + plan.optimizer.total() <= theirs.argument_size_in_bytes
-    assert ours.temporaries >= plan.gradients.total() * 0.5
+    assert made.parameters.total() + made.optimizer.total() <= theirs.argument_size_in_bytes
+    assert ours.temporaries >= made.gradients.total() * 0.5
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,24 @@ def test_what_is_longer_than_the_run_is_refused_as_the_run_does(section, words):
     step_of(config(**section))
     with pytest.raises(ConfigError, match=words):
         step_of(config(**section, train={"steps": 4}))
+
+
+def test_new_tokens_take_the_spare_rows_as_in_a_run(tiny_model, tmp_path, capsys):
+    """The model has two rows more than the tokenizer has tokens."""
+    model = tiny_model(vocab_size=386)
+    new = {"method": "trainable_tokens", "new_tokens": ["<zz>"]}
+    tree = sections(model, tmp_path, tune=new, mesh={"fsdp": 1, "tensor": 2})
+    done = plan(make_config(tree), target(2), None)
+    assert done.step.assembled.params["embed"]["weight"].size == 386
+    assert "Warning" not in capsys.readouterr().out
+
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_bytes((model / "config.json").read_bytes())
+    with pytest.raises(MeshError, match="not the 387"):
+        plan(make_config(tree | {"model": {"path": str(tmp_path / "bare")}}), target(2), None)
+    assert "tune.new_tokens: " in capsys.readouterr().out
+    own = {"path": str(tmp_path / "bare"), "tokenizer": str(model)}
+    assert with_words(make_config(tree | {"model": own})).tune.ids(386) == (384,)
 
 
 def test_without_the_hub_it_is_said_that_config_json_is_enough(monkeypatch):
