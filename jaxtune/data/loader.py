@@ -25,7 +25,7 @@ from jaxtune.data_section import TEXTS, MixedSource, SourceSection
 from jaxtune.errors import ConfigError, DataError, listing
 from jaxtune.tokenizer import vocabulary_size
 
-__all__ = ["Batch", "Data", "Dataset", "Part", "build_data"]
+__all__ = ["Batch", "Data", "Dataset", "Part", "build_data", "check_sections"]
 
 LEAST = 2  # tokens of a conversation: one to be asked with, one to learn
 
@@ -85,14 +85,9 @@ def build_data(
 
     Raises:
         DataError: a file, a row, the template or the lengths are wrong, or nothing is left to learn from.
-        ConfigError: train.batch_size does not split into train.micro_batches, or data.max_length has no room for
-            more than the virtual tokens.
+        ConfigError: of check_sections; or train.batch_size does not split into train.micro_batches.
     """
-    if section.max_length - len(virtual) < LEAST:
-        raise ConfigError(
-            f"data.max_length {section.max_length}: tune.num_virtual_tokens {len(virtual)} of them stand before every "
-            f"conversation, which needs {LEAST} tokens at least; raise it, or lower tune.num_virtual_tokens"
-        )
+    check_sections(section, eval_section, train, virtual)
     if train.batch_size % train.micro_batches:
         raise ConfigError(
             f"train.batch_size {train.batch_size} does not split into train.micro_batches {train.micro_batches}; "
@@ -101,7 +96,6 @@ def build_data(
     size = max(vocab_size, vocabulary_size(tokenizer))
     sources, held_out = _named(section, eval_section)
     if section.streaming:
-        _check_stream(eval_section, train)
         parts = list(_parts(held_out, section, tokenizer, len(virtual), size))
         order = _order(section, train, section.max_length, virtual)
         names = _names([source for source, _ in sources])
@@ -141,10 +135,20 @@ def _order(section: DataSection, train: TrainSection, time: int, virtual: range)
     }
 
 
-def _check_stream(eval_section: EvalSection, train: TrainSection) -> None:
-    if train.steps is None:
+def check_sections(section: DataSection, eval_section: EvalSection, train: TrainSection, virtual: range) -> None:
+    """Refuse what no data can mend.
+
+    Raises:
+        ConfigError: data.max_length has no room for more than the virtual tokens, or a stream would have to be counted.
+    """
+    if section.max_length - len(virtual) < LEAST:
+        raise ConfigError(
+            f"data.max_length {section.max_length}: tune.num_virtual_tokens {len(virtual)} of them stand before every "
+            f"conversation, which needs {LEAST} tokens at least; raise it, or lower tune.num_virtual_tokens"
+        )
+    if section.streaming and train.steps is None:
         raise ConfigError("data.streaming: nobody knows how many rows an epoch has; set train.steps")
-    if eval_section.fraction:
+    if section.streaming and eval_section.fraction:
         raise ConfigError("data.streaming: a share of rows that nobody has counted cannot be held out; set eval.path")
 
 

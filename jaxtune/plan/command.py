@@ -6,6 +6,7 @@ import time
 from jaxtune import tune
 from jaxtune.config import Config
 from jaxtune.console import Bar, console, stage, warn
+from jaxtune.data.loader import check_sections
 from jaxtune.errors import ModelError, UserError
 from jaxtune.hub import resolve_model
 from jaxtune.mesh import make_mesh
@@ -28,9 +29,8 @@ def plan(config: Config, target: Target, budget: int | None) -> Plan:
     Raises:
         UserError: as a run of this configuration would.
     """
-    config = for_target(config, target)
-    model = model_settings(config)
-    step = make_step(with_words(config), model, make_mesh(config.mesh, target.devices))
+    config, model = settled(config, target)
+    step = make_step(config, model, make_mesh(config.mesh, target.devices))
     stage(f"Compiling the step for {len(target.devices)} x {target.name}")
     done = compile_step(step, target)
     print_plan(done, target, budget or target.memory, console)
@@ -46,8 +46,7 @@ def search_and_print(config: Config, target: Target, budget: int | None) -> Foun
     budget = budget or target.memory
     if budget is None:
         raise UserError("--search needs --budget, such as --budget 80GB: the memory of one device")
-    config = for_target(config, target)
-    model, asked = model_settings(config), with_words(config)
+    config, model = settled(config, target)
     bar = Bar(TRIES) if console.is_terminal else None
     started = time.monotonic()
 
@@ -61,9 +60,22 @@ def search_and_print(config: Config, target: Target, budget: int | None) -> Foun
         if bar is not None:
             bar.start()
             stack.callback(bar.stop)
-        found = search(asked, model, target, budget, tell)
+        found = search(config, model, target, budget, tell)
     print_found(found, config, target, budget, time.monotonic() - started, console)
     return found
+
+
+def settled(config: Config, target: Target) -> tuple[Config, ModelConfig]:
+    """(the configuration with what is to be known of the target and the tokenizer, the model's settings).
+
+    Raises:
+        ModelError: of model_settings.
+        ConfigError: what a run would refuse when it reads its data, whatever they are.
+    """
+    model = model_settings(config)
+    config = with_words(for_target(config, target))
+    check_sections(config.data, config.eval, config.train, tune.virtual_ids(config.tune, model))
+    return config, model
 
 
 def model_settings(config: Config) -> ModelConfig:

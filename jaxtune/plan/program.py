@@ -17,6 +17,7 @@ from jaxtune.loss import chunk_of
 from jaxtune.mesh import batch_shards, check_time
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.execution import Execution, worth_unrolling
+from jaxtune.models.kernels import OWNERS, PLATFORMS
 from jaxtune.number_types import compute_dtype
 from jaxtune.parallel.checks import check_fit
 from jaxtune.parallel.schedule import Schedule, bubble, make_schedule
@@ -135,8 +136,16 @@ def _execution(config: Config, mesh: Mesh, model: ModelConfig) -> Execution:
 
 
 def _attention(config: Config, mesh: Mesh, model: ModelConfig) -> str:
-    """Tiles where the devices are a CPU's, also where they stand for others: a fused kernel keeps no scores either."""
-    asked = "xla" if config.memory.attention == "xla" else "auto"
-    dtype, platform = compute_dtype(config.precision.compute), mesh.devices.flat[0].platform
-    kernel, _ = choose(asked, model, dtype, platform, ring_of(config, mesh), config.data.share_prefix)
+    """Tiles where the devices are a CPU's, also where they stand for others: a fused kernel keeps no scores either.
+
+    Raises:
+        ConfigError: a kernel is asked for by name that a run on its own platform could not take.
+    """
+    asked, here = config.memory.attention, mesh.devices.flat[0].platform
+    dtype, where = compute_dtype(config.precision.compute), (ring_of(config, mesh), config.data.share_prefix)
+    if asked in OWNERS:  # a CPU's devices stand for those that have it
+        there = next(name for name, kernel in PLATFORMS.items() if kernel == asked) if here == "cpu" else here
+        theirs = jnp.bfloat16 if there != "cpu" and config.precision.compute == "auto" else dtype
+        choose(asked, model, theirs, there, *where)
+    kernel, _ = choose("xla" if asked == "xla" else "auto", model, dtype, here, *where)
     return "tiles" if kernel == "tiles" else "xla"

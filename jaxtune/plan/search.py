@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from jaxtune.config import AXES, Config, MemorySection, MeshSection, make_config
-from jaxtune.errors import AdapterError, MeshError, UserError
+from jaxtune.errors import AdapterError, ConfigError, MeshError, UserError
 from jaxtune.mesh import check_time, make_mesh
 from jaxtune.models.config import ModelConfig
 from jaxtune.parallel.checks import check_fit
@@ -74,7 +74,7 @@ def search(config: Config, model: ModelConfig, target: Target, budget: int, tell
     while (chosen := hunt.next()) is not None:
         try:
             step = make_step(chosen.config, model, make_mesh(chosen.config.mesh, target.devices))
-        except (MeshError, AdapterError) as error:  # the tuning method is not for this mesh
+        except (MeshError, AdapterError, ConfigError) as error:  # the method or a kernel is not for this mesh
             refusal = error
             hunt.give_up(chosen.sizes)
             continue

@@ -93,6 +93,35 @@ def test_what_is_longer_than_the_run_is_refused_as_the_run_does(section, words):
         step_of(config(**section, train={"steps": 4}))
 
 
+STREAM = {"streaming": True}
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"tune": {"method": "prompt", "num_virtual_tokens": 63}}, "data.max_length 64: tune.num_virtual_tokens 63"),
+        ({"data": STREAM, "train": {"steps": None}}, "data.streaming: nobody knows how many rows"),
+        ({"data": STREAM, "eval": {"fraction": 0.1}}, "data.streaming: a share of rows"),
+    ],
+)
+def test_what_no_data_can_mend_is_refused_without_looking_at_them(section, words, tiny_model, tmp_path):
+    settings = make_config(sections(tiny_model(), tmp_path, **section))
+    (tmp_path / "data.json").unlink()
+    with pytest.raises(ConfigError, match=words):
+        plan(settings, target(8), None)
+
+
+def test_a_kernel_that_is_asked_for_by_name_is_refused_as_on_its_own_platform():
+    step_of(config(memory={"attention": "cudnn"}))  # where auto is bfloat16
+    refused = {
+        "cuDNN computes in bfloat16": {"memory": {"attention": "cudnn"}, "precision": {"compute": "float32"}},
+        "the ring has its own tiles": {"memory": {"attention": "tiles"}, "mesh": {"context": 2}},
+    }
+    for words, section in refused.items():
+        with pytest.raises(ConfigError, match=words):
+            step_of(config(**section))
+
+
 def test_new_tokens_take_the_spare_rows_as_in_a_run(tiny_model, tmp_path, capsys):
     """The model has two rows more than the tokenizer has tokens."""
     model = tiny_model(vocab_size=386)

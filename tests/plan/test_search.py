@@ -100,6 +100,13 @@ def test_a_mesh_that_the_tuning_method_does_not_go_over_is_passed_over(uncompile
     assert found.plans and all(plan.step.mesh.shape["tensor"] == 1 for plan in found.plans)
 
 
+def test_a_mesh_over_which_a_kernel_does_not_go_is_passed_over(uncompiled):
+    odd = replace(SMALL, num_heads=3, num_kv_heads=3, num_layers=1)  # data, fsdp or context may be 2
+    asked = config(memory={"attention": "tiles"}, data={"max_length": 8192}, train={"batch_size": 2})
+    found = search(asked, odd, target(2), 10**9, lambda *_: None)
+    assert len(found.plans) == 2 and all(plan.step.mesh.shape["context"] == 1 for plan in found.plans)
+
+
 def test_where_the_tuning_method_goes_over_none_its_refusal_is_told(uncompiled):
     odd = replace(SMALL, num_layers=1)
     blocks = {"method": "oft", "targets": ["down_proj"], "oft_block_size": 128}
