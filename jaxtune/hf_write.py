@@ -29,6 +29,7 @@ from jaxtune.safetensors_io import INDEX, SINGLE
 from jaxtune.tokenizer import (
     first_difference,
     load_tokenizer,
+    save_tokenizer,
     shares_ids,
     special_ids,
     stop_ids,
@@ -261,7 +262,7 @@ def _write_tokenizer(directory: Path, source: Path, tokenizer: Any, own: Any) ->
                 shutil.copyfile(inside(source, name, ModelError, str(source)), directory / name)
         return
     tokenizer = tokenizer or load_tokenizer(source)
-    tokenizer.save_pretrained(directory)
+    save_tokenizer(tokenizer, directory)
     again = load_tokenizer(directory)
     text = first_difference(tokenizer, again)
     if text is not None:

@@ -66,6 +66,20 @@ def load_tokenizer(path: Path, template: str | None = None) -> Any:
     return tokenizer
 
 
+def save_tokenizer(tokenizer: Any, directory: Path, **options: Any) -> None:
+    """Write its files. options: save_pretrained's.
+
+    Raises:
+        OSError: they cannot be written; of a full disk the tokenizers library raises a bare Exception.
+    """
+    try:
+        tokenizer.save_pretrained(directory, **options)
+    except Exception as problem:
+        if type(problem) is not Exception:
+            raise
+        raise OSError(f"{directory}: {problem}") from problem
+
+
 def _from_directory(path: Path) -> Any:
     from transformers import AutoTokenizer
 

@@ -297,6 +297,19 @@ def test_a_write_that_fails_anywhere_leaves_what_was_there(tiny_model, tmp_path,
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_tokenizer_that_finds_no_room_leaves_what_was_there(tiny_model, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise Exception("No space left on device (os error 28)")  # as the tokenizers library says it
+
+    out = rewrite(tiny_model("llama"), tmp_path / "out")
+    before = contents(out)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("qwen2"), eos_token="<|im_start|>")
+    monkeypatch.setattr(tokenizer, "save_pretrained", full)
+    with pytest.raises(ModelError, match=r"out: cannot be written: .*No space left on device"):
+        rewrite(tiny_model("qwen2"), out, tokenizer=tokenizer)
+    assert contents(out) == before
+
+
 def test_a_last_rename_that_fails_puts_the_old_model_back(tiny_model, tmp_path, monkeypatch):
     out = rewrite(tiny_model("llama"), tmp_path / "out")
     before = contents(out)

@@ -1,6 +1,7 @@
 """Tokenizers are loaded without running anybody's code, and must fit the model's embedding."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from jaxtune.tokenizer import (
     first_difference,
     load_tokenizer,
     pad_id,
+    save_tokenizer,
     stop_ids,
     tokenizer_print,
     vocabulary_size,
@@ -191,6 +193,14 @@ def test_ends_that_are_no_ids_are_refused(directory, ids):
     edit(directory, "generation_config.json", eos_token_id=ids)
     with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id"):
         stop_ids(load_tokenizer(directory), directory)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])  # the library's in Rust, transformers'
+def test_a_full_disk_is_an_os_error_for_whichever_file(tiny_tokenizer, tmp_path, name):
+    (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        save_tokenizer(tiny_tokenizer, tmp_path)
 
 
 @pytest.mark.real

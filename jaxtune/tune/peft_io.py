@@ -19,6 +19,7 @@ from jaxtune.errors import AdapterError, listing
 from jaxtune.hf_write import TOKENIZER_FILES
 from jaxtune.models.weights import Tree
 from jaxtune.section import TuneSection
+from jaxtune.tokenizer import save_tokenizer
 from jaxtune.tune.method import get_path
 from jaxtune.tune.peft_config import CONFIG_NAME, is_resolved, read_config, resolve, to_peft
 from jaxtune.tune.peft_files import Entry, Files
@@ -66,7 +67,7 @@ def save_adapter(
         made = {name: _to_host(array) for name, array in derived.tensors(section, params).items()}
         tensors = {files.tensors_name: made, derived.file: tensors[files.tensors_name]}
     if processes.is_first():
-        words = _tokenizer_files(tokenizer)
+        words = _tokenizer_files(tokenizer, directory)
         write_adapter(Path(directory), section, weights, tensors, base_model_name, words, revision)
     processes.barrier("adapter saved")
 
@@ -93,13 +94,17 @@ def write_adapter(
     _replace_directory(directory, {**files, **others})
 
 
-def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+def _tokenizer_files(tokenizer: Any, directory: str | Path) -> dict[str, bytes]:
+    """By their names. directory: where they will lie, for what is told."""
     if tokenizer is None:
         return {}
-    with tempfile.TemporaryDirectory() as directory:
-        several = isinstance(tokenizer.chat_template, dict)  # they would be files of a directory of their own
-        tokenizer.save_pretrained(directory, save_jinja_files=not several)
-        return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+    several = isinstance(tokenizer.chat_template, dict)  # they would be files of a directory of their own
+    try:
+        with tempfile.TemporaryDirectory() as home:
+            save_tokenizer(tokenizer, Path(home), save_jinja_files=not several)
+            return {path.name: path.read_bytes() for path in Path(home).iterdir()}
+    except OSError as problem:
+        raise AdapterError(f"{directory}: cannot be written: {problem}") from None
 
 
 def adapter_tensors(section: TuneSection, weights: Tree, params: Tree) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """Adapter directories: strict both ways, written whole or not at all, the same bytes for the same numbers."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import jax
@@ -26,9 +27,9 @@ NORM = "base_model.model.model.norm.weight"
 KINDS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
-def save(directory: Path, section: TuneSection = SECTION):
+def save(directory: Path, section: TuneSection = SECTION, **options):
     made = randomised(tuned(section))
-    save_adapter(directory, made.section, made.model.weights, made.params, "base")
+    save_adapter(directory, made.section, made.model.weights, made.params, "base", **options)
     return made
 
 
@@ -123,6 +124,22 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.undo()
     save(tmp_path / "adapter", tune_section(rank=2))
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_tokenizer_that_finds_no_room_leaves_what_was_there(tmp_path, tiny_tokenizer, monkeypatch):
+    def full(*_, **__):
+        raise Exception("No space left on device (os error 28)")  # as the tokenizers library says it
+
+    save(tmp_path / "adapter")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tiny_tokenizer), "save_pretrained", full)
+        with pytest.raises(AdapterError, match=r"adapter: cannot be written: .*No space left on device"):
+            save(tmp_path / "adapter", tokenizer=tiny_tokenizer)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(AdapterError, match=r"adapter: cannot be written: .*No such file or directory: '.*nowhere"):
+        save(tmp_path / "adapter", tokenizer=tiny_tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert not (tmp_path / "adapter" / "tokenizer.json").exists()
 
 
 def test_an_adapter_that_cannot_get_its_name_leaves_what_was_there(tmp_path, monkeypatch):
