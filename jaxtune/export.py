@@ -14,7 +14,7 @@ from jaxtune.api import LoadedModel
 from jaxtune.assemble import FULL, Assembled, Source
 from jaxtune.config import ModelSection
 from jaxtune.console import stage
-from jaxtune.errors import AdapterError, ConfigError, DataError, ModelError, SaveError
+from jaxtune.errors import AdapterError, ConfigError, DataError, ModelError, SaveError, UserError
 from jaxtune.files import check_new, expanded
 from jaxtune.hf_write import check_settings, write_model
 from jaxtune.loading import Opened, open_adapter, open_model, open_run, require_run
@@ -118,6 +118,7 @@ def export_run(
             had.
         DataError: the data that losses are measured on cannot be read.
         ModelError: `out` is there already, or what was written gives other logits than it should or too high a loss.
+        SaveError: the disk is full.
     """
     out = expanded(out)
     _check_request(out, format, dtype, onto, base)
@@ -151,9 +152,19 @@ def export_run(
             losses = Losses(before, mean_loss(again.assembled, sample), sample.name, sample.tokens)
             report = replace(report, losses=_checked(out, losses))
         unchecked.rename(out)
+    except (AdapterError, ModelError) as error:
+        raise _named(error, unchecked, out) from None
     finally:
         shutil.rmtree(unchecked, ignore_errors=True)
     return replace(report, onto=target.words)
+
+
+def _named(error: UserError, unchecked: Path, out: Path) -> UserError:
+    """The error with the name that the user gave, and what to do where the disk is full."""
+    text = str(error).replace(str(unchecked), str(out))
+    if error.exit_code == SaveError.exit_code:
+        return SaveError(f"{text}; make room, or mend the disk, then run the same command again")
+    return type(error)(text)
 
 
 def _check_run(run_dir: str | Path, opened: Opened, format: str) -> None:

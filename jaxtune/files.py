@@ -5,12 +5,14 @@ import errno
 import fcntl
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from jaxtune.errors import UserError
+from jaxtune.errors import SaveError, UserError
 
 PARTIAL = ".partial"  # what a file is called until it is whole
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a full or broken one
 MAX_JSON_BYTES = 256 << 20  # a tokenizer.json has been seen at 33 MB, an index at 12 MB
 
 
@@ -82,6 +84,19 @@ def check_new(directory: Path, error: type[UserError]) -> None:
 
 def _is_empty(directory: Path) -> bool:
     return not any(directory.iterdir())
+
+
+def is_disks(problem: Exception) -> bool:
+    """Whether it is the disk's fault, and no other place has to be asked for. Libraries in Rust say so in words."""
+    found = re.search(r"\(os error (\d+)\)", str(problem))
+    return (int(found[1]) if found else getattr(problem, "errno", None)) in DISK
+
+
+def unwritten(error: type[UserError], directory: str | Path, problem: Exception) -> UserError:
+    """What to raise where a directory cannot be written: a failure, where it is the disk's fault."""
+    made = error(f"{directory}: cannot be written: {' '.join(str(problem).split())}")
+    made.exit_code = SaveError.exit_code if is_disks(problem) else error.exit_code
+    return made
 
 
 def write_whole(path: Path, text: str) -> None:

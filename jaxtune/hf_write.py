@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from jaxtune import processes
 from jaxtune.errors import ModelError, listing
-from jaxtune.files import inside, read_json
+from jaxtune.files import inside, read_json, unwritten
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.families import QUANTIZE_CONFIG, to_hf
 from jaxtune.models.weights import Path as WeightPath
@@ -81,7 +81,7 @@ def write_model(
             _put_in_place(partial, directory)
         processes.barrier("model saved")
     except (OSError, SafetensorError) as problem:
-        raise ModelError(f"{directory}: cannot be written: {' '.join(str(problem).split())}") from None
+        raise unwritten(ModelError, directory, problem) from None
     finally:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -107,7 +107,7 @@ def new_directory(
         yield partial
         _put_in_place(partial, directory)
     except (OSError, SafetensorError) as problem:
-        raise ModelError(f"{directory}: cannot be written: {' '.join(str(problem).split())}") from None
+        raise unwritten(ModelError, directory, problem) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -123,7 +123,7 @@ def check_settings(home: Path, source: Path, config: ModelConfig, tokenizer: Any
         with TemporaryDirectory(prefix=".", dir=home) as directory:
             _write_settings(Path(directory), source, config, config_json(config, "float32"), tokenizer)
     except OSError as problem:
-        raise ModelError(f"{home}: cannot be written: {' '.join(str(problem).split())}") from None
+        raise unwritten(ModelError, home, problem) from None
 
 
 def check_target(directory: Path) -> None:

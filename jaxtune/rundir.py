@@ -20,8 +20,8 @@ from jaxtune import __version__, hf_write, processes, tune
 from jaxtune.config import Config, dump_config, make_config
 from jaxtune.console import say, warn
 from jaxtune.drift import LOG, REFUSE, Change, changes, fingerprint, is_print_of
-from jaxtune.errors import CheckpointError, UserError, listing
-from jaxtune.files import PARTIAL, expanded, read_json, try_lock, write_whole
+from jaxtune.errors import CheckpointError, SaveError, UserError, listing
+from jaxtune.files import PARTIAL, expanded, is_disks, read_json, try_lock, write_whole
 from jaxtune.section import TuneSection, adapter_of
 from jaxtune.signals import StopSignal
 from jaxtune.tokenizer import tokenizer_print
@@ -405,11 +405,10 @@ def _told(directory: Path):
     try:
         yield
     except OSError as error:
-        where = error.filename or directory
-        raise CheckpointError(
-            f"train.output_dir {directory}: cannot be used: {where}: {error.strerror}; "
-            "choose a directory that you may write to"
-        ) from None
+        told = f"train.output_dir {directory}: cannot be used: {error.filename or directory}: {error.strerror}"
+        if is_disks(error):
+            raise SaveError(f"{told}; make room, or mend the disk, then run the same command again") from None
+        raise CheckpointError(f"{told}; choose a directory that you may write to") from None
 
 
 def _paths(config: Config) -> list[str]:

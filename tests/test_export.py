@@ -5,10 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 import jaxtune
 from jaxtune import assemble, export
-from jaxtune.errors import ConfigError, ModelError, SaveError
+from jaxtune.errors import ConfigError, ModelError, SaveError, UserError
 from jaxtune.export import export_run, probe_tokens
 from jaxtune.tune import peft_io
 from tests.peer import write_tokenizer
@@ -237,6 +238,27 @@ def test_nothing_is_written_over(run_of, tmp_path):
     with pytest.raises(ModelError, match="is there already"):
         export_run(run_of("lora"), tmp_path / "out", "hf")
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("format", "at"),
+    [("hf", "hf_write.save_file"), ("hf", "hf_write.write_json"), ("peft", "tune.peft_io._write_files")],
+)
+@pytest.mark.parametrize("problem", [OSError(28, "No space left on device"), OSError(13, "Permission denied")])
+def test_a_disk_without_room_for_an_export_is_a_failure_and_named_as_asked_for(
+    run_of, tmp_path, monkeypatch, format, at, problem
+):
+    def fail(*_, **__):
+        raise SafetensorError(f"I/O error: {problem.strerror} (os error {problem.errno})") if rust else problem
+
+    rust = at.endswith("save_file")
+    monkeypatch.setattr(f"jaxtune.{at}", fail)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/out: cannot be written: .*{problem.strerror}") as caught:
+        export_run(run_of("lora"), tmp_path / "out", format)
+    full = problem.errno == 28
+    assert caught.value.exit_code == (1 if full else 2)
+    assert ("make room, or mend the disk, then run the same command again" in str(caught.value)) == full
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from safetensors.numpy import save
 
 from jaxtune import processes
 from jaxtune.errors import AdapterError, listing
+from jaxtune.files import unwritten
 from jaxtune.hf_write import TOKENIZER_FILES
 from jaxtune.models.weights import Tree
 from jaxtune.section import TuneSection
@@ -104,7 +105,7 @@ def _tokenizer_files(tokenizer: Any, directory: str | Path) -> dict[str, bytes]:
             save_tokenizer(tokenizer, Path(home), save_jinja_files=not several)
             return {path.name: path.read_bytes() for path in Path(home).iterdir()}
     except OSError as problem:
-        raise AdapterError(f"{directory}: cannot be written: {problem}") from None
+        raise unwritten(AdapterError, directory, problem) from None
 
 
 def adapter_tensors(section: TuneSection, weights: Tree, params: Tree) -> dict[str, np.ndarray]:
@@ -161,7 +162,7 @@ def _replace_directory(directory: Path, files: dict[str, bytes]) -> None:
         _write_files(fresh, files)
         _put_in_place(fresh, directory, old)
     except OSError as problem:
-        raise AdapterError(f"{directory}: cannot be written: {problem}") from None
+        raise unwritten(AdapterError, directory, problem) from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

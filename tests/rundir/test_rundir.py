@@ -12,7 +12,7 @@ import pytest
 
 from jaxtune.config import load_config, make_config
 from jaxtune.drift import fingerprint
-from jaxtune.errors import CheckpointError, UserError
+from jaxtune.errors import CheckpointError, SaveError, UserError
 from jaxtune.files import try_lock
 from jaxtune.rundir import open_run
 from tests.rundir.support import take_steps, tree
@@ -428,8 +428,11 @@ def test_a_full_disk_leaves_the_record_as_it_was(tmp_path, settings, model, monk
     with open_run(settings(optim={"lr": 0.5})) as run:
         run.check("data", model)
         monkeypatch.setattr("os.fsync", full)
-        with pytest.raises(CheckpointError, match="No space left on device"):
+        with pytest.raises(
+            SaveError, match=r"No space left on device; make room, .* run the same command again$"
+        ) as caught:
             run.begin(100)
+    assert caught.value.exit_code == 1
     after = {path: data for path, data in tree(tmp_path / "run").items() if path.suffix != ".partial"}
     assert after == before
 
