@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jaxtune.errors import SaveError, UserError
+from jaxtune.errors import ConfigError, SaveError, UserError
 
 PARTIAL = ".partial"  # what a file is called until it is whole
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a full or broken one
@@ -36,8 +36,24 @@ def _refuse_constant(name: str):
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with a home directory in place of `~`; of a user that the system does not know, as it stands."""
-    return Path(os.path.expanduser(path))
+    """The path with a home directory in place of `~`; of a user that the system does not know, as it stands.
+
+    Raises:
+        ConfigError: one's own cannot be found; a directory would be made that is called `~`.
+    """
+    found = os.path.expanduser(path)
+    if os.fspath(found).split(os.sep)[0] == "~":
+        raise ConfigError(f"{path}: your home directory cannot be found; set HOME, or give the whole path")
+    return Path(found)
+
+
+def user_cache() -> Path:
+    """Where what can be made again is kept for a user.
+
+    Raises:
+        ConfigError: as `expanded`.
+    """
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jaxtune"
 
 
 def check_readable(path: Path, error: type[UserError]) -> None:

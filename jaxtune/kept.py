@@ -5,9 +5,11 @@ JAX is imported when it is needed: where programs are kept has to be said before
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
+
+from jaxtune.errors import ConfigError
+from jaxtune.files import user_cache
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -15,8 +17,8 @@ if TYPE_CHECKING:
 
 def keep_programs() -> None:
     """Before JAX is imported: where it keeps compiled programs, unless the environment says so already."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "jaxtune" / "xla"))
+    with suppress(ConfigError):  # without a home none are kept
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(user_cache() / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 

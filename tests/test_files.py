@@ -7,7 +7,7 @@ import pytest
 
 from jaxtune import files
 from jaxtune.errors import ConfigError, ModelError
-from jaxtune.files import check_new, inside, read_json, write_whole
+from jaxtune.files import check_new, expanded, inside, read_json, write_whole
 
 
 def test_a_json_object_is_read(tmp_path):
@@ -32,6 +32,14 @@ def test_a_file_past_the_limit_is_not_read(tmp_path, monkeypatch):
 def test_a_directory_in_the_files_place_is_named(tmp_path):
     with pytest.raises(ModelError, match="Is a directory"):
         read_json(tmp_path, ModelError)
+
+
+def test_a_home_that_cannot_be_found_is_told_and_other_users_names_stand(monkeypatch):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    for path in ("~", "~/runs", Path("~/runs")):
+        with pytest.raises(ConfigError, match="your home directory cannot be found; set HOME, or give the whole path"):
+            expanded(path)
+    assert [expanded(path) for path in ("~me/runs", "./~")] == [Path("~me/runs"), Path("./~")]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../a", "/a", "a/b", "a\\b", "a\0", None, 3, "./a", "a/"])

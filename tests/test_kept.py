@@ -92,6 +92,14 @@ def test_a_pipeline_s_step_runs_again_as_it_ran_first(kept):
     assert first == again
 
 
+def test_without_a_home_none_are_kept(monkeypatch):
+    for name in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where HOME is not set and nobody knows the user
+    keep_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
 def test_programs_are_kept_at_home_unless_the_environment_says_otherwise(monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -31,8 +31,8 @@ from jaxtune.data.encode import Lengths
 from jaxtune.data.examples import Examples
 from jaxtune.data.formats import Rows
 from jaxtune.data.tokenise import Tokenising
-from jaxtune.errors import CheckpointError, DataError, listing
-from jaxtune.files import expanded, read_json, try_lock
+from jaxtune.errors import CheckpointError, ConfigError, DataError, listing
+from jaxtune.files import expanded, read_json, try_lock, user_cache
 from jaxtune.manifest import damages, sync, write_manifest
 from jaxtune.tokenizer import vocabulary_size
 
@@ -148,12 +148,11 @@ def _open(place: Path, task: Tokenising) -> Entry | None:
     try:
         if not found:
             entry = _read(place, task.source.paths)
-            os.utime(place)  # so that entries which nobody needs can be told by their age
+            with contextlib.suppress(OSError):  # somebody else's, or of a disk that is only read
+                os.utime(place)  # so that entries which nobody needs can be told by their age
             return entry
     except (CheckpointError, KeyError, TypeError, ValueError) as error:
         found = [str(error)]
-    except PermissionError:  # somebody else's
-        return _read(place, task.source.paths)
     warn(f"{place}: damaged ({listing(found, 3)}); it is made again")
     return None
 
@@ -265,18 +264,17 @@ def home_of(directory: str | None) -> Path:
             home.mkdir(parents=True, exist_ok=True)
         return home
     base = os.environ.get("JAXTUNE_CACHE")
-    caches = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jaxtune"
-    home = (Path(base) if base else caches) / "tokens"
     try:
+        home = (expanded(base) if base else user_cache()) / "tokens"
         home.mkdir(parents=True, exist_ok=True)
         if os.access(home, os.W_OK):
             return home
-        reason = "Permission denied"
+        problem = f"{home}: cannot be written (Permission denied)"
     except OSError as error:
-        reason = error.strerror or "OSError"
-    warn(
-        f"{home}: cannot be written ({reason}); tokens are kept for this run alone. data.cache names another directory"
-    )
+        problem = f"{home}: cannot be written ({error.strerror or 'OSError'})"
+    except ConfigError as error:
+        problem = str(error)
+    warn(f"{problem}; tokens are kept for this run alone. data.cache names another directory")
     return _temporary()
 
 

@@ -19,7 +19,7 @@ from jaxtune.data import build_data, cache, encode, tokenise
 from jaxtune.data.formats import read_rows
 from jaxtune.data.template import ChatTemplate
 from jaxtune.data.worker import hello
-from jaxtune.errors import DataError
+from jaxtune.errors import ConfigError, DataError
 from tests.conftest import child_environment
 from tests.data.templates import MARKED, MISTRAL, say, tokenizer, word_tokenizer
 from tests.peer import CHATML
@@ -237,6 +237,30 @@ def test_without_a_place_for_it_a_run_keeps_its_tokens_to_itself(home, monkeypat
     (home / "a.jsonl").write_text("")
     assert build().train.rows > 0
     assert "cannot be written (Not a directory); tokens are kept for this run alone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", [None, "~/tokens"])
+def test_without_a_home_no_directory_is_called_by_its_sign(home, monkeypatch, capsys, place):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("JAXTUNE_CACHE", place) if place else monkeypatch.delenv("JAXTUNE_CACHE")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where HOME is not set and nobody knows the user
+    assert build().train.rows > 0
+    assert ": your home directory cannot be found; set HOME, or give the whole path; tokens are kept for this run" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(ConfigError, match=r"^~/x: your home directory cannot be found"):
+        build(cache="~/x")
+    assert not Path("~").exists()
+
+
+def test_an_entry_on_a_disk_that_is_only_read_is_used(home, no_reading, monkeypatch):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    whole = build().train.fingerprint
+    no_reading()
+    monkeypatch.setattr("os.utime", refuse)
+    assert build(cache=str(home)).train.fingerprint == whole
 
 
 def test_a_full_disk_is_told(home, monkeypatch):
