@@ -269,6 +269,8 @@ def _search(directory: Path) -> tuple[int | None, set[int]]:
             if damaged:
                 warn(f"going back to the checkpoint of step {step}")
             return step, set(damaged)
+        if step not in saved_steps(directory):
+            continue  # a live run has deleted it meanwhile
         damaged[step] = f"{directory / str(step)}: this checkpoint is damaged: {listing(wrong, 3)}"
         warn(damaged[step])
     if damaged:

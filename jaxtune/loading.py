@@ -4,6 +4,7 @@ Training does not pass through here; assemble.py is what both stand on.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from jaxtune.tune.peft_config import read_config
 
 INFERENCE_AXES = ("data", "fsdp", "tensor")
 DTYPES = ("float32", "bfloat16", "auto")
+ATTEMPTS = 5  # to read a checkpoint of a run that goes on
 
 
 @dataclass(frozen=True)
@@ -141,15 +143,14 @@ def open_run(path: str | Path, dtype: str, mesh: Mesh, base: ModelSection | None
         if base is not None:
             made = _with_trained(made, _assemble(config, FULL, dtype, mesh, record), config.tune)
         return Opened(made, FULL, jnp.dtype(dtype), config)
-    step = checkpoint.latest_valid(directory / CHECKPOINTS)
-    if step is None:
+    if not checkpoint.saved_steps(directory / CHECKPOINTS):
         raise CheckpointError(
             f"{path}: this run has not finished and has no checkpoint yet; let it train, or take its base model, "
             f"{config.model.path}"
         )
+    assembled, step = _restored(directory, config, dtype, mesh, record)
     if base is None:
         warn(f"{path}: this run has not finished; this is its checkpoint of step {step}")
-    assembled = _restored(directory, config, step, dtype, mesh, record)
     return Opened(assembled, assembled.source.tuning, jnp.dtype(dtype), config, step)
 
 
@@ -213,8 +214,8 @@ def _with_trained(made: Assembled, base: Assembled, section: TuneSection) -> Ass
     return replace(made, params=map_tree(pick, base.model.weights, made.params, base.params))
 
 
-def _restored(directory: Path, config: Config, step: int, dtype: str, mesh: Mesh, record: dict[str, Any]) -> Assembled:
-    """The run's model with what a checkpoint holds in place of the first values."""
+def _restored(directory: Path, config: Config, dtype: str, mesh: Mesh, record: dict[str, Any]) -> tuple[Assembled, int]:
+    """The run's model with what its last valid checkpoint holds in place of the first values, and that one's step."""
     # What trains has the type that the checkpoint has it in: an adapter float32, a whole model the run's own.
     # An adapter that took its start away from the weights goes with what is left of them in the run's type.
     is_adapter, rebases = tune.has_adapter(config.tune), tune.METHODS[config.tune.method].rebases
@@ -223,13 +224,35 @@ def _restored(directory: Path, config: Config, step: int, dtype: str, mesh: Mesh
     trainable, frozen = partition(assembled.params, assembled.mask)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainable)
     home, source = directory / CHECKPOINTS, assembled.source
-    saved, own = checkpoint.arrays(home, step), assembled.model.stacks
-    way = restack.move({"trainable": shapes}, saved, source.tuning, source.config, own)
-    found = way.joined(checkpoint.restore(home, step, way.needed, partial=True), {})
+
+    def take(step: int) -> Tree:
+        saved, own = checkpoint.arrays(home, step), assembled.model.stacks
+        way = restack.move({"trainable": shapes}, saved, source.tuning, source.config, own)
+        return way.joined(checkpoint.restore(home, step, way.needed, partial=True), {})
+
+    found, step = _from_last(home, take)
     if rebases:
         frozen = map_tree(lambda leaf: rebased(leaf, lambda base: _cast_leaf(base, dtype)), frozen)
     params = combine(found["trainable"], frozen)
-    return replace(assembled, params=params if is_adapter or loaded == dtype else _cast(params, dtype))
+    return replace(assembled, params=params if is_adapter or loaded == dtype else _cast(params, dtype)), step
+
+
+def _from_last(home: Path, take: Callable[[int], Tree]) -> tuple[Tree, int]:
+    """What `take(step)` gives of the last valid checkpoint, and its step. A live run may delete the one that is read:
+    then of the one that is the last by now."""
+    for _ in range(ATTEMPTS):
+        before = checkpoint.saved_steps(home)
+        try:
+            step = checkpoint.latest_valid(home)
+            if step is not None:
+                return take(step), step
+        except CheckpointError:
+            if checkpoint.saved_steps(home) == before:
+                raise
+    raise CheckpointError(
+        f"{home}: the run deletes its checkpoints before they are read; wait for its end, or start it again with a "
+        "larger checkpoint.keep or checkpoint.every"
+    )
 
 
 def _cast(params: Tree, dtype: str) -> Tree:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxtune
-from jaxtune import attention_kernel, loop
+from jaxtune import attention_kernel, checkpoint, loop
 from jaxtune.errors import AdapterError, CheckpointError, ConfigError, DataError, MeshError, ModelError
 from jaxtune.export import export_run
 from tests.peer import CHATML
@@ -196,6 +196,43 @@ def test_a_run_that_has_not_finished_gives_its_last_checkpoint_and_says_so(lora,
     earlier = jaxtune.load_model(half)
     assert earlier.step == 2
     assert np.abs(earlier.logits(TOKENS) - ours.logits(TOKENS)).max() > 0.01
+
+
+@pytest.mark.parametrize("at", ["problems", "arrays", "restore"])
+def test_a_checkpoint_that_a_live_run_deletes_meanwhile_gives_way_to_the_last_one(
+    lora, tmp_path, monkeypatch, capsys, at
+):
+    live = tmp_path / "live"
+    shutil.copytree(lora[0], live)
+    unfinish(live)
+    steps, real = live / "checkpoints", getattr(checkpoint, at)
+    (steps / "4").rename(tmp_path / "4")
+
+    def go_on(directory, step, *rest, **options):
+        if step == 2 and (steps / "2").exists():
+            (tmp_path / "4").rename(steps / "4")
+            shutil.rmtree(steps / "2")
+        return real(directory, step, *rest, **options)
+
+    monkeypatch.setattr(checkpoint, at, go_on)
+    assert jaxtune.load_model(live).step == 4
+    out = capsys.readouterr().out
+    assert "this is its checkpoint of step 4" in out and "step 2" not in out and "damaged" not in out
+
+
+def test_a_run_that_deletes_every_checkpoint_before_it_is_read_is_told(lora, tmp_path, monkeypatch):
+    live = tmp_path / "live"
+    shutil.copytree(lora[0], live)
+    unfinish(live)
+
+    def go_on(directory, step, *_, **__):
+        (directory / str(step)).rename(directory / str(step + 1))
+        raise CheckpointError("this checkpoint cannot be read")
+
+    monkeypatch.setattr(checkpoint, "restore", go_on)
+    monkeypatch.setattr(checkpoint, "problems", lambda *_, **__: [])
+    with pytest.raises(CheckpointError, match=r"deletes its checkpoints before they are read; wait .*checkpoint\.keep"):
+        jaxtune.load_model(live)
 
 
 def test_a_finished_run_without_the_weights_of_its_result_gives_its_checkpoint(lora, tmp_path):
