@@ -152,13 +152,13 @@ def _to_host(array: jax.Array) -> np.ndarray:
 
 def _replace_directory(directory: Path, files: dict[str, bytes]) -> None:
     """Put the files into a new directory and give it the name; what had it before goes last."""
-    if directory.exists() and not directory.is_dir():
-        raise AdapterError(f"{directory}: is in the way; give another directory, or remove it")
     _check_names(directory, lambda name: name in files)
     fresh, old = (directory.with_name(f".{directory.name}.{word}") for word in ("partial", "replaced"))
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
+        if old.is_symlink():
+            old.unlink()
         _write_files(fresh, files)
         _put_in_place(fresh, directory, old)
     except OSError as problem:
@@ -168,7 +168,7 @@ def _replace_directory(directory: Path, files: dict[str, bytes]) -> None:
 
 
 def check_target(directory: Path) -> None:
-    """Refuse a directory with a file that no adapter has, before there is an adapter to write to it.
+    """Refuse what is no directory of its own, or has a file that no adapter has, before there is an adapter to write.
 
     Raises:
         AdapterError: as `save_adapter`.
@@ -177,6 +177,8 @@ def check_target(directory: Path) -> None:
 
 
 def _check_names(directory: Path, are_ours: Callable[[str], bool]) -> None:
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise AdapterError(f"{directory}: is in the way; give another directory, or remove it")
     others = sorted(path.name for path in directory.iterdir() if not are_ours(path.name)) if directory.is_dir() else []
     if others:
         raise AdapterError(

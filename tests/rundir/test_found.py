@@ -71,6 +71,16 @@ def test_a_file_of_the_users_among_the_result_is_told_before_a_longer_run_is_tra
     assert caught.value.exit_code == 2 and tree(tmp_path / "run") == before
 
 
+@pytest.mark.parametrize(("method", "name"), [("lora", "adapter"), ("full", "model")])
+def test_a_result_that_is_a_link_is_told_before_a_longer_run_is_trained(tmp_path, settings, model, method, name):
+    take_steps(settings(tune={"method": method}), model)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name}: is in the way"):
+        open_run(settings(tune={"method": method}))
+    assert (tmp_path / "run" / name).is_symlink()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [

@@ -14,7 +14,7 @@ from jaxtune import tune
 from jaxtune.config import TuneSection, tune_section
 from jaxtune.errors import AdapterError
 from jaxtune.models.weights import leaves_with_path
-from jaxtune.tune.peft_io import load_adapter, save_adapter
+from jaxtune.tune.peft_io import check_target, load_adapter, save_adapter
 from jaxtune.tune.peft_tensors import are_one_weight
 from tests.tune.support import peer_adapter, randomised, tuned
 
@@ -124,6 +124,19 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.undo()
     save(tmp_path / "adapter", tune_section(rank=2))
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_link_is_neither_written_through_nor_taken_away(tmp_path):
+    save(tmp_path / "elsewhere")
+    (tmp_path / "adapter").symlink_to("elsewhere")
+    for write in (save, check_target):
+        with pytest.raises(AdapterError, match="adapter: is in the way; give another directory, or remove it"):
+            write(tmp_path / "adapter")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "elsewhere"]
+    (tmp_path / "adapter").rename(tmp_path / ".elsewhere.replaced")  # as a version before left it
+    save(tmp_path / "elsewhere", tune_section(rank=2))
+    assert load_adapter(tmp_path / "elsewhere")[0].rank == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
 
 
 def test_a_tokenizer_that_finds_no_room_leaves_what_was_there(tmp_path, tiny_tokenizer, monkeypatch):
