@@ -12,7 +12,7 @@ import numpy as np
 from jaxtune import processes, tune
 from jaxtune.api import LoadedModel
 from jaxtune.assemble import FULL, Assembled, Source
-from jaxtune.config import ModelSection
+from jaxtune.config import Config, ModelSection
 from jaxtune.console import stage
 from jaxtune.errors import AdapterError, ConfigError, DataError, ModelError, SaveError, UserError
 from jaxtune.files import check_new, expanded
@@ -141,11 +141,7 @@ def export_run(
         probe, expected = _write(unchecked, opened, format, dtype, target)
         del opened
         stage("Reading it again")
-        if format == "peft":
-            record = {**read_record(require_run(run_dir)), "fingerprints": {}}  # of the base: it was looked at before
-            again = open_adapter(config, unchecked, "float32", record=record)
-        else:
-            again = open_model(unchecked)
+        again = open_model(unchecked) if format == "hf" else _on_base(config, unchecked, run_dir)
         found = LoadedModel(again).logits(probe)
         report = _compare(out, expected, found, TOLERANCE["float32" if format == "peft" else dtype], step)
         if sample is not None:
@@ -157,6 +153,12 @@ def export_run(
     finally:
         shutil.rmtree(unchecked, ignore_errors=True)
     return replace(report, onto=target.words)
+
+
+def _on_base(config: Config, adapter: Path, run_dir: str | Path) -> Opened:
+    """The adapter on the run's base model."""
+    record = {**read_record(require_run(run_dir)), "fingerprints": {}}  # of the base: it was looked at before
+    return open_adapter(config, adapter, "float32", record=record)
 
 
 def _named(error: UserError, unchecked: Path, out: Path) -> UserError:
