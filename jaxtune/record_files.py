@@ -6,6 +6,8 @@ What goes into them is metrics.py's business.
 import contextlib
 import json
 import os
+import re
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -120,16 +122,26 @@ class TensorBoard:
     TAGS = {name: f"train/{name}" for name in TRAIN} | {"eval_loss": "eval/loss"}
 
     def __init__(self, directory: Path, step: int):
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
 
         directory.mkdir(exist_ok=True)
         self._step = step
-        # The pid keeps two processes of the same second apart.
-        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}")
-        start = SessionLog(status=SessionLog.START)
-        self._writer.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+        self._writer = RecordWriter(str(directory / self._name(directory)))
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._write(Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)))
         self._writer.flush()
+
+    @staticmethod
+    def _name(directory: Path) -> str:
+        """Of a file behind all that are there, also where the clock was set back: TensorBoard reads them by name, and
+        nothing of one that stands before what it has read."""
+        found = (re.match(r"events\.out\.tfevents\.(\d+)\.", path.name) for path in directory.iterdir())
+        newest = max((int(one[1]) for one in found if one), default=0)
+        return f"events.out.tfevents.{max(int(time.time()), newest + 1)}.{socket.gethostname()}"
+
+    def _write(self, event: Any) -> None:
+        self._writer.write(event.SerializeToString())
 
     def append(self, row: Row) -> None:
         self._step = row["step"]
@@ -142,8 +154,7 @@ class TensorBoard:
         values = {tag: fields[name] for name, tag in self.TAGS.items() if fields.get(name) is not None}
         values |= {f"sources/{name}": count for name, count in fields.get("source_examples", {}).items()}
         for tag, value in values.items():
-            event = Event(wall_time=time.time(), step=self._step, summary=scalar(tag, value))
-            self._writer.write_event(event)
+            self._write(Event(wall_time=time.time(), step=self._step, summary=scalar(tag, value)))
         self._writer.flush()
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from jaxtune import metrics
+from jaxtune import metrics, record_files
 from jaxtune.config import LogSection
 from jaxtune.errors import CheckpointError, SaveError
 from jaxtune.metrics import Recorder, duration, read_rows
@@ -337,13 +337,14 @@ def test_a_record_that_may_not_be_read_is_told(tmp_path, forbid, name):
 
 
 def events(directory):
-    """(step, tag, value) of each scalar, and ("start", step) of each session, read with tensorboardX's own types."""
+    """(step, tag, value) of each scalar, and ("start", step) of each session, read with tensorboardX's own types in the
+    order of names, as TensorBoard does."""
     import struct
 
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     found = []
-    for path in sorted(directory.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(directory.iterdir()):
         data = path.read_bytes()
         while data:
             (length,) = struct.unpack("<Q", data[:8])
@@ -387,6 +388,14 @@ def test_tensorboard_is_told_where_a_resumed_run_starts(tmp_path):
     run_until(tmp_path, 6, done=3, tensorboard=True)
     assert events(tmp_path / "first")[0] == ("start", 1)
     assert events(tmp_path / "tensorboard")[0] == ("start", 4)
+
+
+def test_tensorboard_reads_a_resumed_run_last_also_where_the_clock_was_set_back(tmp_path, monkeypatch):
+    for seconds, done in ((2e9, 0), (1e9, 3), (2e9, 4)):
+        monkeypatch.setattr(record_files.time, "time", lambda now=seconds: now)
+        run_until(tmp_path, done + 2, done=done, tensorboard=True)
+    found = [event for event in events(tmp_path / "tensorboard") if event[0] == "start"]
+    assert found == [("start", 1), ("start", 4), ("start", 5)]
 
 
 def test_tensorboard_can_be_turned_off(tmp_path):
