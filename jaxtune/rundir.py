@@ -276,7 +276,8 @@ def _open(directory: Path, config: Config, lock: int, made: bool) -> Run:
             "choose another train.output_dir, or set checkpoint.resume: auto to go on with it"
         )
     found = changes(_old_config(directory, record), config) if begun else []
-    _refuse(directory, found)
+    moved = [change for change in found if _is_moved(change, record)]
+    _refuse(directory, [change for change in found if change not in moved])
     run = Run(directory, config, record if begun else {}, found, lock, made)
     if run._result.exists() and not run._result.is_dir():
         raise CheckpointError(
@@ -285,10 +286,16 @@ def _open(directory: Path, config: Config, lock: int, made: bool) -> Run:
     if not run.finished:
         _require_access(directory)
         (peft_io.check_target if tune.has_adapter(config.tune) else hf_write.check_target)(run._result)
-    if not begun:
+    if not begun or (run.finished and found and found == moved):  # so that whoever loads it finds the model
         run._write()
-    _announce(run, found, record)
+    _announce(run, found, moved, record)
     return run
+
+
+def _is_moved(change: Change, record: dict[str, Any]) -> bool:
+    """Whether the base model that the run began with lies in another place now."""
+    told, place = record.get("fingerprints", {}).get("model"), expanded(str(change.new))
+    return change.key == "model.path" and told is not None and place.exists() and is_print_of(told, place)
 
 
 def _refuse(directory: Path, found: list[Change]) -> None:
@@ -302,11 +309,13 @@ def _refuse(directory: Path, found: list[Change]) -> None:
         )
 
 
-def _announce(run: Run, found: list[Change], record: dict[str, Any]) -> None:
+def _announce(run: Run, found: list[Change], moved: list[Change], record: dict[str, Any]) -> None:
+    for change in moved:
+        say(f"{change}: the same model")
     if run.finished:
         say(f"{run.directory}: this run is finished; raise train.steps or train.epochs to train for longer")
         return
-    for change in found:
+    for change in (one for one in found if one not in moved):
         (warn if change.rule == LOG else say)(f"{change}")
     if run.begun:
         say(f"{run.directory}: going on with the run in it")

@@ -185,6 +185,29 @@ def test_a_changed_base_model_or_adapter_is_refused_by_name(tmp_path, settings, 
         run.check("data", model)
 
 
+@pytest.mark.parametrize("finish", [False, True])
+def test_a_base_model_that_was_moved_is_the_same_and_another_in_another_place_is_not(
+    tmp_path, settings, model, capsys, finish
+):
+    take_steps(settings(), model, finish=finish)
+    moved, other = model.rename(tmp_path / "moved"), tmp_path / "other"
+    other.mkdir()
+    (other / "model.safetensors").write_bytes(b"weightz")
+    before = tree(tmp_path / "run")
+    for place in (other, tmp_path / "nowhere"):
+        with pytest.raises(CheckpointError, match=f"model.path: was {model}, now {place}\n"):
+            open_run(settings(model={"path": str(place)}))
+    assert tree(tmp_path / "run") == before
+    config = settings(model={"path": str(moved)})
+    with open_run(config) as run:
+        assert run.finished == finish
+        if not finish:
+            run.check("data", moved)
+            run.begin(100)
+    assert f"model.path: was {model}, now {moved}: the same model\n" in capsys.readouterr().out
+    assert load_config(tmp_path / "run" / "config.yaml") == config  # so that whoever loads the run finds it
+
+
 def test_a_run_of_the_version_before_goes_on_with_its_model(tmp_path, settings, model):
     take_steps(settings(), model)
     (model / "tokenizer_config.json").write_text("{}")
