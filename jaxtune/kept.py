@@ -4,9 +4,14 @@ JAX is imported when it is needed: where programs are kept has to be said before
 """
 
 import os
-from collections.abc import Iterator
+import re
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jaxtune.errors import ConfigError
 from jaxtune.files import user_cache
@@ -14,12 +19,45 @@ from jaxtune.files import user_cache
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+ZSTD = b"\x28\xb5\x2f\xfd"  # what a program begins with where JAX finds zstandard; else it takes zlib
+
 
 def keep_programs() -> None:
     """Before JAX is imported: where it keeps compiled programs, unless the environment says so already."""
     with suppress(ConfigError):  # without a home none are kept
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(user_cache() / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    warnings.showwarning = partial(_show, warnings.showwarning)
+
+
+def _show(otherwise: Callable[..., None], message: Warning | str, *rest: Any, **options: Any) -> None:
+    """Show a warning; where it is of a kept program that a kill or a full disk cut off, remove that: JAX warns at each
+    start, compiles it anew, and does not write over what is there."""
+    found = re.match(r"Error reading persistent compilation cache entry for '(\w+)'", str(message))
+    home = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    torn = [path for path in Path(home).glob(f"{found[1]}-*-cache") if _is_torn(path)] if found and home else []
+    if not torn:
+        otherwise(message, *rest, **options)
+        return
+    from jaxtune.console import warn
+
+    for path in torn:
+        with suppress(OSError):
+            path.unlink()
+        warn(f"{path}: this compiled program was cut off; it is made again")
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a kept program is not all there, as far as the standard library can tell."""
+    try:
+        content = path.read_bytes()
+        if not content.startswith(ZSTD):
+            zlib.decompress(content)
+    except zlib.error:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Programs for several CPU devices are neither kept on disk nor taken from there; all others are."""
 
 import os
+import warnings
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import jaxtune
-from jaxtune.kept import compiled_anew, keep_programs
+from jaxtune.kept import ZSTD, compiled_anew, keep_programs
 from tests.programs import LORA, Stepper
 from tests.runs import sections
 
@@ -90,6 +92,25 @@ def test_a_pipeline_s_step_runs_again_as_it_ran_first(kept):
     options = {"mesh": {"fsdp": 1, "tensor": 2, "context": 2, "pipe": 2}, "train": {"micro_batches": 4}}
     first, again = (Stepper(tune=LORA, **options).run(2) for _ in range(2))
     assert first == again
+
+
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_program_that_was_cut_off_is_made_again_and_kept(kept, monkeypatch, capsys, left):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(kept))
+    compile_one("first")
+    (entry,) = kept.glob("jit_first-*")
+    whole = entry.read_bytes()
+    if whole.startswith(ZSTD):
+        pytest.skip("what zstandard has packed is left to JAX")
+    entry.write_bytes(whole[:left])
+    with warnings.catch_warnings(record=True) as raw:
+        warnings.simplefilter("always")
+        keep_programs()
+        for _ in range(2):
+            compile_one("first")
+        warnings.warn("another", stacklevel=1)
+    assert capsys.readouterr().out == f"Warning: {entry}: this compiled program was cut off; it is made again\n"
+    assert zlib.decompress(entry.read_bytes()) and [str(one.message) for one in raw] == ["another"]
 
 
 def test_without_a_home_none_are_kept(monkeypatch):
