@@ -152,7 +152,6 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
                 compute_dtype(config.precision.compute),
                 kernel,
                 one_document=data.one_each,
-                document=data.train.usual_length,
                 unroll=worth_unrolling(config, mesh, source.config, data.train.steps * math.prod(data.train.shape)),
             ),
             progress=progress,

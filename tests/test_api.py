@@ -461,13 +461,12 @@ def test_an_adapter_that_is_not_there_or_has_a_name_that_is_taken_is_refused(tin
         other.add_adapter("scaled", adapters["scaled"])
 
 
-def test_attention_is_told_whether_a_row_may_hold_two_examples_and_how_long_they_are(tiny_model, tmp_path, monkeypatch):
-    """On a GPU it then needs no mask; on a CPU the tiles of short ones are small."""
-    settled, assembled, lengths, settle, assemble = [], [], [], attention_kernel.settle, loop.assemble
+def test_attention_is_told_whether_a_row_may_hold_two_examples(tiny_model, tmp_path, monkeypatch):
+    """On a GPU it then needs no mask."""
+    settled, assembled, settle, assemble = [], [], attention_kernel.settle, loop.assemble
 
     def noted(*arguments, execution, **options):
         assembled.append(execution.one_document)
-        lengths.append(execution.document)
         return assemble(*arguments, execution=execution, **options)
 
     monkeypatch.setattr(attention_kernel, "settle", lambda *asked: settled.append(asked[3]) or settle(*asked))
@@ -476,4 +475,3 @@ def test_attention_is_told_whether_a_row_may_hold_two_examples_and_how_long_they
         home = tmp_path / str(packing)
         jaxtune.train(sections(tiny_model("qwen2"), home, steps=1, data={"packing": packing, "max_length": 256}))
     assert settled == assembled == [False, True]
-    assert lengths[0] == lengths[1] < 256

@@ -8,14 +8,13 @@ the median of the rounds, the ratios too: a shared machine's rate changes from o
 once, untimed, right before it is timed.
 
 head: logits, loss and gradient of so many supervised tokens; its matmuls are two, and are timed alone as well.
-attention: of four layers in turn, as in a step, 2 products forward and 5 backward, of the tiles of 128 x 128 of which
-anything is seen, also where it goes by smaller ones.
+attention: of four layers in turn, as in a step, 2 products forward and 5 backward, of the tiles (128 x 128) of which
+anything is seen.
 layers: four of them but for attention, with the benchmark's LoRA and its dropout; 4 FLOPs for each weight and token.
 """
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -42,6 +41,7 @@ from jaxtune.models.decoder import Model  # noqa: E402
 from jaxtune.models.execution import Execution  # noqa: E402
 from jaxtune.models.families import parse_config  # noqa: E402
 from jaxtune.models.kernels import PLATFORMS, attend, keeps  # noqa: E402
+from jaxtune.models.tiled import BLOCK  # noqa: E402
 from jaxtune.models.weights import init_params, map_tree  # noqa: E402
 from jaxtune.number_types import compute_dtype  # noqa: E402
 from jaxtune.ops import Noise  # noqa: E402
@@ -54,7 +54,6 @@ DTYPE = compute_dtype("auto")
 KERNEL = PLATFORMS.get(jax.default_backend(), "xla")
 PRODUCTS = 5 if jax.default_backend() == "cpu" else 50  # large matmuls of a turn
 HEADS = (192, 256, 768)  # supervised tokens
-TILE = 128  # tokens, of the tiles that attention is measured by
 # rows, tokens of a row, tokens of a document in the mean; None: the row is one document
 ROWS = ((2, 384, 67), (1, 512, None), (1, 2048, 67), (1, 2048, None), (1, 4096, None))
 LAYERS = ((2, 384), (1, 512), (1, 2048))  # rows, tokens of a row
@@ -145,14 +144,14 @@ def heads():
 
 
 def attentions():
-    def layer(given, _, segments, document):
+    def layer(given, _, segments):
         *qkv, d = given
-        out, backward = jax.vjp(lambda *qkv: attend(KERNEL, *qkv, segments, document=document), *qkv)
+        out, backward = jax.vjp(lambda *qkv: attend(KERNEL, *qkv, segments), *qkv)
         return tuple(x + 1e-6 * more for x, more in zip(given, (*backward(d), out), strict=True)), None
 
-    @partial(jax.jit, static_argnums=2)
-    def part(given, segments, document):
-        return jax.lax.scan(partial(layer, segments=segments, document=document), given, length=CONFIG.num_layers)[0]
+    @jax.jit
+    def part(given, segments):
+        return jax.lax.scan(partial(layer, segments=segments), given, length=CONFIG.num_layers)[0]
 
     count = (CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.num_kv_heads, CONFIG.num_heads)
     for rows, time_, mean in ROWS:
@@ -160,7 +159,7 @@ def attentions():
         given = tuple(draw(n, rows, time_, heads, CONFIG.head_dim) for n, heads in enumerate(count))
         flops = CONFIG.num_layers * 7 * 2.0 * CONFIG.head_dim * CONFIG.num_heads * seen(segments)
         name = f"attention, {rows} x {time_}, " + ("one document" if mean is None else f"documents of {mean}")
-        yield name, flops, [partial(part, given, segments, mean or math.inf)]
+        yield name, flops, [partial(part, given, segments)]
 
 
 def documents(rows: int, time_: int, mean: int | None) -> jax.Array:
@@ -176,7 +175,7 @@ def seen(segments: jax.Array) -> int:
     pairs = 0
     for own in np.asarray(segments):
         visible = np.tril(own[:, None] == own[None, :])
-        cuts = np.arange(0, len(own), TILE)
+        cuts = np.arange(0, len(own), BLOCK)
         tiles = np.add.reduceat(np.add.reduceat(visible, cuts, axis=0, dtype=np.int64), cuts, axis=1) > 0
         sizes = np.diff(np.append(cuts, len(own)))
         pairs += int((tiles * np.outer(sizes, sizes)).sum())

@@ -137,12 +137,6 @@ class Dataset:
         both = np.partition(lengths, 1)[:2].sum() + 2 * len(self.virtual) - self.shared
         return bool(both > self.shape[-1])
 
-    @cached_property
-    def usual_length(self) -> float:
-        """Tokens of the example in which a token stands, in the mean; what all share is not counted."""
-        lengths: np.ndarray = self.examples.lengths + (len(self.virtual) - self.shared)
-        return float(np.average(lengths, weights=lengths))
-
     def first_rows(self, count: int, packs: bool) -> "Dataset":
         """A data set of the same examples (of a stream, those of its first block), whose first batch is their first
         `count` rows: as this one packs and shuffles them, or, without `packs`, one example each as they come."""

@@ -142,7 +142,7 @@ class Attention(nnx.Module):
             # Both name themselves what is to be kept of them.
             out = spread_attention(run.context_attention, q, k, v, context.segments, window, run.attention)
         elif context.start is None:
-            out = attend(run.attention, q, k, v, context.segments, window, run.one_document, run.document)
+            out = attend(run.attention, q, k, v, context.segments, window, run.one_document)
         else:
             k, v = cache
             out = attention(q, k, v, context.segments, context.cache_segments, context.start, window)

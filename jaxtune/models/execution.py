@@ -1,6 +1,5 @@
 """How a forward pass is carried out: settings that change where and when things are computed, never what."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ class Execution:
     remat: none | dots | block | full, or the names that a layer keeps. sum_dtype: that gradients are summed up in;
     None: the weights' own. float8: the layers' linear maps multiply in it. attention: of whole sequences, a name
     in kernels.NAMES. unroll: no loop over the layers. one_document: no row of a batch has two, and
-    attention may go by order alone. document: tokens of the one in which a token stands, in the mean.
+    attention may go by order alone.
     """
 
     weights_split: bool = True
@@ -41,7 +40,6 @@ class Execution:
     attention: str = "xla"
     unroll: bool = False
     one_document: bool = False
-    document: float = math.inf
 
     @classmethod
     def of(
@@ -51,7 +49,6 @@ class Execution:
         attention: str = "xla",
         *,
         one_document: bool = False,
-        document: float = math.inf,
         unroll: bool = False,
     ) -> "Execution":
         """As a configuration asks for it. attention, unroll: what its `memory.attention` and `memory.unroll: auto` come
@@ -74,7 +71,6 @@ class Execution:
             attention=attention,
             unroll=unroll if memory.unroll == "auto" else memory.unroll,
             one_document=one_document,
-            document=document,
         )
 
     @property

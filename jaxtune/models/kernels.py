@@ -35,12 +35,10 @@ def attend(
     segments_BT: jax.Array,
     window: jax.Array | int | None = None,
     one_document: bool = False,
-    document: float = math.inf,
 ) -> jax.Array:
     """`attention` of a whole sequence by the kernel xla, tiles, cudnn or splash: [B, T, H, D].
 
     one_document: no row has two, and padding stands behind them: what padding is given does not matter then.
-    document: of so many tokens, in the mean, is the one in which a token stands; tiles go by it.
     For the backward pass, `policy` tells what has to be kept that the forward kernel is not run again.
     """
     if kernel == "cudnn":
@@ -49,7 +47,7 @@ def attend(
         assert window is None, "no splash where a layer has a window: obstacle says so"
         return splash_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT)
     if kernel == "tiles" and q_BTHD.shape[1] > BLOCK:
-        return tiled_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, window, document)
+        return tiled_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, window)
     return checkpoint_name(attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, segments_BT, window=window), SAVED)
 
 

@@ -33,16 +33,14 @@ from jaxtune.segments import PADDING, SHARED
 
 SAVED = "attended"  # the checkpoint name of what the backward pass needs beside queries, keys and values
 BLOCK = 128  # tokens at most; measured: a tile's scores have to fit into a CPU's caches
-SHORT, SHORT_BLOCK = 384, 32  # in documents of up to SHORT tokens; measured: they leave out more than they cost
 ALIGN = 8
 TRIPS = "trips_"  # in the name of a loop: how long it is in the mean where a row is one document, for who counts
 LAST = np.iinfo(np.int32).max
 
 
-def block_of(time: int, document: float = math.inf) -> int:
-    """How many tokens a block has. document: tokens of the one in which a token stands, in the mean."""
-    most = min(BLOCK, SHORT_BLOCK) if document <= SHORT else BLOCK
-    return math.ceil(time / math.ceil(time / most) / ALIGN) * ALIGN
+def block_of(time: int) -> int:
+    """How many tokens a block has."""
+    return math.ceil(time / math.ceil(time / BLOCK) / ALIGN) * ALIGN
 
 
 def tiled_attention(
@@ -51,17 +49,14 @@ def tiled_attention(
     v_BTKD: jax.Array,
     segments_BT: jax.Array,
     window: jax.Array | int | None = None,
-    document: float = math.inf,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v under the causal, segment and window mask: [B, T, H, D].
-
-    document: of so many tokens, in the mean, is the one in which a token stands; it changes no result.
 
     Under jax.checkpoint with a policy that keeps the name `attended`, the backward pass does not compute the forward
     pass again.
     """
     time = segments_BT.shape[1]
-    block = block_of(time, document)
+    block = block_of(time)
     q, k, v, segments = (padded(x, block) for x in (q_BTHD, k_BTKD, v_BTKD, segments_BT))
     seen = None if window is None else jnp.asarray(window, jnp.int32)
     return _tiled(q, k, v, segments, seen, block)[:, :time]

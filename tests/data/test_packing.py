@@ -211,11 +211,3 @@ def test_it_is_known_whether_a_row_may_hold_two_examples(lengths, settings, expe
     assert made.one_each == expected
     most = max(batch.segments.max() for batch in made.batches())
     assert (most == 1) == expected or "sources" in settings
-
-
-def test_the_usual_length_is_that_of_the_example_in_which_a_token_stands():
-    assert Dataset(of_lengths(10, 30), time=32, batch_size=4).usual_length == (10 * 10 + 30 * 30) / 40
-    assert Dataset(of_lengths(10, 30), time=32, batch_size=4, virtual=range(90, 92)).usual_length == (144 + 1024) / 44
-    shared = Dataset(of_lengths(20, 30), time=32, batch_size=4, share_prefix=True)
-    assert shared.shared == 15
-    assert shared.usual_length == (5 * 5 + 15 * 15) / 20

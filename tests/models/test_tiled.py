@@ -1,14 +1,13 @@
 """Attention in tiles: what it gives is attention, what it leaves out is not seen, and it keeps no scores."""
 
 import re
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune.models import kernels, tiled
+from jaxtune.models import tiled
 from jaxtune.models.attention import _block
 from jaxtune.models.tiled import Mask, tiled_attention
 from jaxtune.segments import SHARED
@@ -108,15 +107,6 @@ def test_no_scores_of_the_whole_sequence_exist_and_none_are_kept():
     text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v).as_text()
     shapes = {tuple(map(int, found.split("x"))) for found in re.findall(r"tensor<((?:\d+x)*\d+)xf32>", text)}
     assert max(np.prod(shape) for shape in shapes) <= B * padded * H * D
-
-
-@pytest.mark.parametrize(("document", "block"), [(100, 32), (384, 32), (385, 128), (np.inf, 128)])
-def test_short_documents_have_small_tiles(monkeypatch, document, block):
-    monkeypatch.setattr(tiled, "BLOCK", 128)
-    q, k, v = (jnp.ones((1, 256, heads, 16)) for heads in (H, K, K))
-    attend = partial(kernels.attend, "tiles", segments_BT=jnp.ones((1, 256), jnp.int32), document=document)
-    scores = re.findall(r"f32\[(\d+,\d+,\d+)\] = exp ", str(jax.make_jaxpr(attend)(q, k, v)))
-    assert set(scores) == {f"{K},{block},{H // K * block}"}
 
 
 def test_a_policy_that_keeps_the_name_runs_the_forward_pass_once():
