@@ -176,8 +176,11 @@ def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh, reco
         source = Source.open(config.model, config.data.template if template is None else None, section)
     except ModelError as error:
         is_there = os.path.exists(expanded(config.model.path))
-        hint = "" if is_there else "; a relative path counts from where the run was started"
-        raise ModelError(f"{error} (model.path of the run{hint})") from None
+        hint = (
+            "; a relative path counts from where the run was started; where the model was moved, the run's own command "
+            "with the new model.path notes it"
+        )
+        raise ModelError(f"{error} (model.path of the run{'' if is_there else hint})") from None
     if template is not None:
         if prints and config.data.template is None and source.tokenizer.chat_template != template:
             warn(f"{words}: has another chat template than when the run began; the run's own is used")

@@ -333,7 +333,7 @@ def test_a_run_whose_base_model_is_gone_says_what_its_path_counts_from(lora, tmp
     config = (run / "config.yaml").read_text().splitlines()
     lines = ["  path: ./moved/away" if line.startswith("  path:") and i < 3 else line for i, line in enumerate(config)]
     (run / "config.yaml").write_text("\n".join(lines))
-    with pytest.raises(ModelError, match="counts from where the run was started"):
+    with pytest.raises(ModelError, match=r"counts from where the run was started; .* the new model\.path notes it"):
         jaxtune.load_model(run)
 
 
