@@ -88,7 +88,7 @@ def test_what_changed_in_a_source_is_told_by_its_key():
 
 
 def test_an_entry_that_is_null_is_not_an_entry_that_is_absent():
-    old, new = config(model={"overrides": {}}), config(model={"overrides": {"rope": None}})
+    old, new = (config(model={"init": "random", "overrides": overrides}) for overrides in ({}, {"rope": None}))
     assert [str(change) for change in changes(old, new)] == ["model.overrides.rope: was absent, now null"]
 
 
