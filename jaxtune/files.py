@@ -98,6 +98,16 @@ def check_new(directory: Path, error: type[UserError]) -> None:
         raise error(f"{directory}: is there already; give a new directory, or remove it")
 
 
+def check_replaceable(directory: Path, error: type[UserError]) -> None:
+    """Refuse what is no directory where one is to be written anew: a file, or a link, behind which others may lie.
+
+    Raises:
+        error: it is in the way.
+    """
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise error(f"{directory}: is in the way; give another directory, or remove it")
+
+
 def _is_empty(directory: Path) -> bool:
     return not any(directory.iterdir())
 

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from jaxtune import processes
 from jaxtune.errors import ModelError, listing
-from jaxtune.files import inside, read_json, unwritten
+from jaxtune.files import check_replaceable, inside, read_json, unwritten
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.families import QUANTIZE_CONFIG, to_hf
 from jaxtune.models.weights import Path as WeightPath
@@ -128,10 +128,9 @@ def check_settings(home: Path, source: Path, config: ModelConfig, tokenizer: Any
 
 def check_target(directory: Path) -> None:
     """Refuse to write over anything but a model directory that `write_model` wrote, or an empty one."""
-    if not directory.exists() and not directory.is_symlink():
+    check_replaceable(directory, ModelError)
+    if not directory.exists():
         return
-    if not directory.is_dir() or directory.is_symlink():
-        raise ModelError(f"{directory}: is in the way; give another directory, or remove it")
     names = {entry.name for entry in directory.iterdir()}
     ours = {"config.json", INDEX, GENERATION, QUANTIZE_CONFIG, MORE_TEMPLATES, *TOKENIZER_FILES}
     files = {name for name in names if name.endswith(".safetensors")}

@@ -294,8 +294,11 @@ def _open(directory: Path, config: Config, lock: int, made: bool) -> Run:
 
 def _is_moved(change: Change, record: dict[str, Any]) -> bool:
     """Whether the base model that the run began with lies in another place now."""
-    told, place = record.get("fingerprints", {}).get("model"), expanded(str(change.new))
-    return change.key == "model.path" and told is not None and place.exists() and is_print_of(told, place)
+    told = record.get("fingerprints", {}).get("model")
+    if change.key != "model.path" or told is None:
+        return False
+    place = expanded(change.new)
+    return place.exists() and is_print_of(told, place)
 
 
 def _refuse(directory: Path, found: list[Change]) -> None:

@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from jaxtune import processes
 from jaxtune.errors import AdapterError, listing
-from jaxtune.files import unwritten
+from jaxtune.files import check_replaceable, unwritten
 from jaxtune.hf_write import TOKENIZER_FILES
 from jaxtune.models.weights import Tree
 from jaxtune.section import TuneSection
@@ -177,8 +177,7 @@ def check_target(directory: Path) -> None:
 
 
 def _check_names(directory: Path, are_ours: Callable[[str], bool]) -> None:
-    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
-        raise AdapterError(f"{directory}: is in the way; give another directory, or remove it")
+    check_replaceable(directory, AdapterError)
     others = sorted(path.name for path in directory.iterdir() if not are_ours(path.name)) if directory.is_dir() else []
     if others:
         raise AdapterError(
