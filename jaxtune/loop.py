@@ -32,6 +32,7 @@ from jaxtune.number_types import compute_dtype, wider
 from jaxtune.optim import make_schedule
 from jaxtune.parallel.checks import check_fit
 from jaxtune.parallel.layout import check_sharded
+from jaxtune.parallel.local import check_sums
 from jaxtune.parallel.schedule import bubble
 from jaxtune.parallel.stages import STACKS
 from jaxtune.program import Program, build
@@ -341,6 +342,7 @@ def _compile(jitted: Any, *arguments: Any) -> tuple[Any, str]:
     stage("Compiling the step")
     started = time.monotonic()
     compiled = jitted.lower(*arguments).compile()
+    check_sums(compiled)
     memory = compiled.memory_analysis()
     held, temporary = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
     needs = f"a step needs {held:.2f} + {temporary:.2f} GB on each device"
@@ -352,7 +354,9 @@ def _compile(jitted: Any, *arguments: Any) -> tuple[Any, str]:
 def _compile_eval(program: Program, data: Dataset) -> Any:
     """The compiled evaluation: what cannot be compiled is known before the first step."""
     held_out = program.put(data.batch(1, rows=()).arrays())
-    return program.eval_step.lower(program.state["trainable"], program.frozen, held_out).compile()
+    compiled = program.eval_step.lower(program.state["trainable"], program.frozen, held_out).compile()
+    check_sums(compiled)
+    return compiled
 
 
 def _give_back() -> None:

@@ -3,7 +3,7 @@
 A model runs inside one `jax.shard_map` that is manual over every axis: each array there is this device's own part.
 Every device differentiates its own copy of everything, and its loss is its share of the sum over all devices.
 Then the transpose of each collective is the one that jax gives it without replication checks (psum's is psum,
-all_gather's is psum_scatter), and the gradient of a weight is the sum over the axes along which it is copied.
+all_gather's is the sum's scattering), and the gradient of a weight is the sum over the axes along which it is copied.
 
 Outside the region every axis has size 1 and every function here gives back what it was given.
 """
@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+
+from jaxtune.errors import MeshError
 
 ROWS = ("data", "fsdp")  # the axes that split the rows of a batch
 
@@ -48,14 +50,54 @@ def largest(tree: Any, *axes: str) -> Any:
     return jax.tree.map(lambda x: jax.lax.pmax(jax.lax.stop_gradient(x), axes), tree) if axes else tree
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gathered(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """The parts of all devices along `axis`, one after another in dimension `dim`."""
     return jax.lax.all_gather(x, axis, axis=dim, tiled=True) if size(axis) > 1 else x
 
 
+gathered.defvjp(
+    lambda x, axis, dim: (gathered(x, axis, dim), None),
+    lambda axis, dim, _, d: (scattered(d, axis, dim),),
+)
+
+
 def scattered(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """This device's part, in dimension `dim`, of the sum over the devices along `axis`."""
-    return jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True) if size(axis) > 1 else x
+    if size(axis) == 1:
+        return x
+    if by_gloo():
+        return _exchanged(x, axis, dim).sum(dim)
+    return jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+
+
+def by_gloo() -> bool:
+    """Whether gloo moves what devices say to each other, as it does between CPUs wherever there may be other processes.
+
+    Its reduce-scatter must not be used. A rank writes its result over what it may still be sending, and the first rank
+    of a group then adds up the wrong numbers, in silence and more often on a busy machine (jax issue 40830; 1 step in
+    300 of a small run). It also gives up after 30 seconds, whatever XLA's flags say (40831).
+    """
+    return jax.distributed.is_initialized() and jax.default_backend() == "cpu"
+
+
+def check_sums(compiled: jax.stages.Compiled) -> None:
+    """Refuse a program that would add up by gloo's reduce-scatter: one that XLA has made, for there is none here.
+
+    Raises:
+        MeshError: it would.
+    """
+    if by_gloo() and " reduce-scatter(" in compiled.as_text():
+        raise MeshError(
+            "XLA made a reduce-scatter of this step, and that of gloo, which moves data between CPU processes, gives "
+            "wrong sums now and then; take another mesh, or one process"
+        )
+
+
+def _exchanged(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Every device's version of this device's part of `x`, along a new dimension `dim`."""
+    parts = x.reshape(*x.shape[:dim], size(axis), x.shape[dim] // size(axis), *x.shape[dim + 1 :])
+    return jax.lax.all_to_all(parts, axis, split_axis=dim, concat_axis=dim)
 
 
 def part(x: jax.Array, axis: str, dim: int) -> jax.Array:
