@@ -87,7 +87,8 @@ def dropout(x: jax.Array, rate: float, noise: Noise | None, split: str | None = 
     first = local.index(split) * x.shape[-1] if split else 0
     dropped = jnp.uint32(min(round(rate * DRAWS), DRAWS - 1))
     keep = _random(noise, first + jnp.arange(x.shape[-1])) >= dropped
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+    # Scaled behind the choice: XLA for GPUs took a factor of a product and its bias for one of the product alone.
+    return jnp.where(keep, x, jnp.zeros((), x.dtype)) / (1.0 - rate)
 
 
 def _random(noise: Noise, features: jax.Array) -> jax.Array:

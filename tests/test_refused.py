@@ -23,7 +23,7 @@ from jaxtune.errors import UserError
 from jaxtune.loading import as_mesh
 from jaxtune.mesh import make_mesh
 from jaxtune.optim import make_schedule
-from jaxtune.parallel.checks import check_windows
+from jaxtune.parallel.checks import check_offload, check_windows
 from jaxtune.parallel.schedule import check_numbers
 from jaxtune.parallel.zigzag import check_length
 from tests.plan.shapes import config, step_of
@@ -104,6 +104,7 @@ PARALLELISM = {
         says(memory={"offload": ["activations"], "remat": "block"}),
         says(memory={"offload": ["params", "params"]}),
     ],
+    "`memory.offload` of": [lambda: check_offload(config(memory={"offload": ["params"]}), "gpu", "0.10.2")],
     "`memory.remat` with": [says(memory={"remat": ["router"]}), says(memory={"remat": []})],
     "`load_model(mesh=...)`": [
         loads({"pipe": 2, "fsdp": 4}),

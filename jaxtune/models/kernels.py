@@ -22,7 +22,7 @@ NAMES = {"xla": "plain XLA", "tiles": "XLA in tiles", "cudnn": "cuDNN", "splash"
 PLATFORMS = {"cpu": "tiles", "gpu": "cudnn", "tpu": "splash"}  # jax's name of the platform -> its kernel
 OWNERS = {"tiles": "CPUs", "cudnn": "NVIDIA GPUs", "splash": "TPUs"}
 CUDNN_DIM = 256  # the largest head; before Hopper 128, which cuDNN says itself when it is tried
-CUDNN_MULTIPLE = 2  # of T: its backward pass with a mask
+CUDNN_MULTIPLE = 128  # of T where there is a mask: at 64 more, low scores give its backward pass nan (trl issue 7181)
 SPLASH_BLOCK = 512  # tokens of a tile at most
 LANES = 128  # of a TPU: T comes in multiples of it
 
@@ -66,9 +66,10 @@ def cudnn_attention(
 
     implementation: of jax.nn.dot_product_attention; `xla` computes the same call anywhere.
     """
-    time = q_BTHD.shape[1]
-    q, k, v, segments = (padded(x, CUDNN_MULTIPLE) for x in (q_BTHD, k_BTKD, v_BTKD, segments_BT))
-    mask = None if one_document and window is None else visible(segments, segments, 0, window)[:, None]
+    time, has_mask = q_BTHD.shape[1], not one_document or window is not None
+    multiple = CUDNN_MULTIPLE if has_mask else 2
+    q, k, v, segments = (padded(x, multiple) for x in (q_BTHD, k_BTKD, v_BTKD, segments_BT))
+    mask = visible(segments, segments, 0, window)[:, None] if has_mask else None
     # cuDNN's own packing of sequences, in place of a mask, gives nan where a row has several segments.
     out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
     return out[:, :time]

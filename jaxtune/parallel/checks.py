@@ -1,6 +1,8 @@
 """Whether a configuration fits its mesh and its model: asked before a weight or a row of data is read."""
 
+import jaxlib
 from jax.sharding import Mesh
+from packaging.version import Version
 
 from jaxtune.config import Config
 from jaxtune.errors import ConfigError
@@ -18,13 +20,14 @@ def check_fit(config: Config, mesh: Mesh, model: ModelConfig) -> None:
 
     Raises:
         MeshError: the message has the numbers that would do.
-        ConfigError: of quant/checks.py; or data.share_prefix under a window.
+        ConfigError: of quant/checks.py; data.share_prefix under a window; or what this XLA offloads wrongly.
     """
     section, train, sizes = config.mesh, config.train, mesh.shape
     check_batch(mesh, train.batch_size, train.micro_batches)
     check_model(mesh, model)
     check_quantized(config, mesh, model)
     check_windows(config, model)
+    check_offload(config, mesh.devices.flat[0].platform, jaxlib.__version__)
     if sizes["context"] > 1 and section.context_attention == "ulysses":
         check_heads(model.num_heads // sizes["tensor"], sizes["context"])
     if sizes["pipe"] > 1:
@@ -43,4 +46,19 @@ def check_windows(config: Config, model: ModelConfig) -> None:
         raise ConfigError(
             f"data.share_prefix: the model's attention sees {window} places back, and the start that conversations "
             f"share may lie {config.data.max_length} (data.max_length) away; set it to false"
+        )
+
+
+def check_offload(config: Config, platform: str, version: str) -> None:
+    """XLA for GPUs may read a loop's arrays in the host's memory forwards where the backward pass goes backwards, which
+    gives wrong gradients (xla pull request 46231; seen with 0.11.0, and 0.10.2 has the same pass).
+
+    Raises:
+        ConfigError: it would be so with this version of jaxlib.
+    """
+    read_back = [name for name in config.memory.offload if name in ("activations", "params")]
+    if read_back and platform == "gpu" and Version(version) < Version("0.11.1"):
+        raise ConfigError(
+            f"memory.offload: {', '.join(read_back)}: on GPUs, jaxlib {version} may read them in the wrong order, and "
+            "gradients are wrong then; take jax 0.11.1 or later, which needs Python 3.12, or leave them out"
         )

@@ -117,8 +117,15 @@ class BottleneckHooks(Hooks):
         taken = {"houlsby": y_BTE, "pfeiffer": residual_BTE + y_BTE, "parallel": residual_BTE}[self.method]
         weights = {name: array.astype(y_BTE.dtype) for name, array in own[place].items()}
         low_BTR = NON_LINEARITIES[self.non_linearity](ops.linear(taken, weights["down"]) + weights["down_bias"])
-        added = (ops.linear(low_BTR, weights["up"]) + weights["up_bias"]) * weights.get("scaling", self.scaling)
-        return y_BTE + ops.dropout(added, self.dropout, noise)
+        return y_BTE + ops.dropout(self._raised(low_BTR, weights), self.dropout, noise)
+
+    def _raised(self, low_BTR: Any, weights: Tree) -> Any:
+        """Back to the hidden size, scaled. A constant scales both terms before they are a sum: XLA for GPUs took a
+        sum's factor for that of its product alone (xla issue 46110, jaxlib before 0.11.1)."""
+        up, bias = weights["up"], weights["up_bias"]
+        if "scaling" in weights:
+            return (ops.linear(low_BTR, up) + bias) * weights["scaling"]
+        return ops.linear(low_BTR * self.scaling, up) + bias * self.scaling
 
 
 def hooks(section: Bottleneck, config: ModelConfig) -> BottleneckHooks:

@@ -8,7 +8,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxtune
+from jaxtune.config import make_config
+from jaxtune.errors import ConfigError
 from jaxtune.models.execution import HOST
+from jaxtune.parallel.checks import check_offload
 from tests.plan.shapes import LARGE
 from tests.programs import Stepper
 from tests.runs import sections
@@ -115,3 +118,23 @@ def test_each_offload_takes_its_bytes_from_a_tpus_peak(run_python, libtpu, tmp_p
     assert peak["both"] < peak["optimizer"]
     named = layers * 4 * 1024 * (2 * hidden + 2 * heads + 2 * inner) * 2  # bytes, of four rows in bfloat16
     assert peak["names kept"] - peak["activations"] > 0.75 * named
+
+
+@pytest.mark.parametrize(
+    ("offload", "platform", "version", "refused"),
+    [
+        (["activations"], "gpu", "0.10.2", "activations"),
+        (["optimizer", "params"], "gpu", "0.11.0", "params"),
+        (["activations", "params"], "gpu", "0.11.1", None),
+        (["optimizer"], "gpu", "0.10.2", None),
+        (["activations", "params"], "cpu", "0.10.2", None),
+        (["activations"], "tpu", "0.10.2", None),
+    ],
+)
+def test_what_xla_for_gpus_reads_back_in_the_wrong_order_is_refused(offload, platform, version, refused):
+    config = make_config({"model": {"path": "-"}, "data": {"path": "-"}, "memory": {"offload": offload}})
+    if refused is None:
+        check_offload(config, platform, version)
+        return
+    with pytest.raises(ConfigError, match=f"memory.offload: {refused}: on GPUs, jaxlib {version}"):
+        check_offload(config, platform, version)

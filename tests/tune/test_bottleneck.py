@@ -3,6 +3,7 @@ saved, its logits with them and its losses in training; make.py there says how t
 """
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from jaxtune.models.weights import HOOKS, leaves_with_path, map_tree
 from jaxtune.ops import Noise
 from jaxtune.optim import decay_mask
 from jaxtune.program import build
-from jaxtune.tune.bottleneck import trained
+from jaxtune.tune.bottleneck import BottleneckHooks, trained
 from jaxtune.tune.peft_io import load_adapter, save_adapter
 from tests.runs import sections
 from tests.tune.support import Tuned, difference, logits, model_config, tuned
@@ -215,3 +216,17 @@ def test_the_scaling_decays_as_the_matrices_do_and_the_biases_do_not(scaling):
     mask = decay_mask(partition(made.params, made.mask)[0], made.model.weights)
     decays = {path[-1]: flag for path, flag in leaves_with_path(mask) if flag is not None}
     assert decays == {"down": True, "up": True, "scaling": True, "down_bias": False, "up_bias": False}
+
+
+@pytest.mark.parametrize(("scaling", "dropout"), [(4.0, 0.0), (1.0, 0.5), (4.0, 0.5)])
+def test_no_constant_scales_a_product_with_its_bias(scaling, dropout):
+    # XLA for GPUs took it for a factor of the product alone (xla issue 46110).
+    hooks = BottleneckHooks("parallel", 2, "relu", scaling, dropout, "default")
+    own = {"output_adapters": {name: jnp.ones(w.shape) for name, w in hooks._adapter("output_adapters", 4).items()}}
+    noise = Noise(jax.random.key(0), jnp.arange(3))
+    x = jnp.ones((3, 4))
+    program = jax.jit(lambda x, noise: hooks.mlp_output(own, x, x, x, noise)).lower(x, noise).as_text("hlo")
+    kinds = dict(re.findall(r"(\S+) = f32\S+ (\w+)\(", program))
+    scaled = re.findall(r"= f32\S+ (?:multiply|divide)\((\S+), (\S+)\)", program)
+    assert scaled
+    assert not [pair for pair in scaled if "add" in (kinds.get(name) for name in pair)]
