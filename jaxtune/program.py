@@ -130,6 +130,7 @@ def build(config: Config, model: Model, mesh: Mesh, params: Tree, mask: Tree, to
         scale_window=precision.loss_scale.window if precision.compute == "float16" else None,
         skip_spikes=config.train.skip_spikes,
     )
+    # The state is the first result: behind others, CUDA has given donated arrays wrong numbers (jax issue 39625).
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(homes, None))
     eval_step = jax.jit(make_eval_step(model, layout, dtype, pipeline))
     return Program(layout, state, frozen, homes, jitted, eval_step, pipeline)
