@@ -12,10 +12,11 @@ import pytest
 from rich.console import Console
 
 from jaxtune.data import preprocess as module
-from jaxtune.data.megatron import DTYPES, open_dataset
+from jaxtune.data.megatron import DTYPES, DatasetWriter, open_dataset
 from jaxtune.data.preprocess import Chunk, Encoder, Task, chunks_of, preprocess, read_lines
 from jaxtune.errors import DataError
 from tests.conftest import child_environment
+from tests.data import documents
 from tests.data.templates import tokenizer
 from tools import preprocess_data as tool
 
@@ -124,6 +125,21 @@ def test_a_wrong_line_in_one_partition_ends_all(words, tmp_path):
     with pytest.raises(DataError, match=r'a\.jsonl:302: no column "text"; found txt; set --json-keys'):
         preprocess(task(words, tmp_path, path, partitions=2, workers=1), lambda *_: None)
     assert [path.name for path in tmp_path.glob("out*")] == []
+
+
+def test_the_parts_take_no_name_of_another_data_set(words, tmp_path, monkeypatch):
+    def write_parts(two: Task, _) -> None:
+        for partition in range(2):
+            with DatasetWriter(two.names(partition)["text"], two.dtype) as writer:
+                writer.add_document([partition])
+                writer.finalize()
+        Path(two.names(0)["text"] + ".idx.tmp").touch()  # as a process leaves it that is killed
+
+    other = documents.write(tmp_path / "out_0_text_document")
+    monkeypatch.setattr(module, "_write_partitions", write_parts)
+    preprocess(task(words, tmp_path, partitions=2), lambda *_: None)
+    assert lists(tmp_path / "out_text_document") == [[0], [1]] and lists(other) == documents.DOCUMENTS
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 # Options

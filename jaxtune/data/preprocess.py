@@ -50,8 +50,11 @@ class Task:
 
     def names(self, partition: int | None = None) -> dict[str, str]:
         """The prefix of each key's files; partition: whose, None: of all together."""
-        number = "" if partition is None or self.partitions == 1 else f"_{partition}"
-        return {key: f"{self.prefix}{number}_{key}_document" for key in self.keys}
+        whole = {key: f"{self.prefix}_{key}_document" for key in self.keys}
+        if partition is None or self.partitions == 1:
+            return whole
+        # Hidden, for a part must not have the name of another data set: --output-prefix may be PREFIX_0 as well.
+        return {key: str(Path(name).with_name(f".{Path(name).name}.part{partition}")) for key, name in whole.items()}
 
 
 def preprocess(task: Task, tell: Tell) -> None:
@@ -75,7 +78,7 @@ def preprocess(task: Task, tell: Tell) -> None:
     finally:
         for partition in range(task.partitions):
             for name in task.names(partition).values():
-                for ending in (".bin", ".idx"):
+                for ending in (".bin", ".idx", ".bin.tmp", ".idx.tmp"):  # the latter of a process that was killed
                     Path(name + ending).unlink(missing_ok=True)
 
 
