@@ -1,8 +1,11 @@
 """The tool's files are those of Megatron: byte for byte what megatron-core's builder makes of the same lines."""
 
+import contextlib
 import gzip
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +143,27 @@ def test_the_parts_take_no_name_of_another_data_set(words, tmp_path, monkeypatch
     preprocess(task(words, tmp_path, partitions=2), lambda *_: None)
     assert lists(tmp_path / "out_text_document") == [[0], [1]] and lists(other) == documents.DOCUMENTS
     assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_its_processes_end_with_it(repository, words, tmp_path, number):
+    path = write(tmp_path / "a.jsonl", [{"text": text * 20} for text in texts_of(30_000)])
+    given = ["--input", path, "--output-prefix", tmp_path / "out", "--tokenizer-model", words, "--log-interval", 1]
+    command = [sys.executable, repository / "tools" / "preprocess_data.py", *given, "--workers", 2, "--partitions", 2]
+    settings = {"env": child_environment(1, None), "stderr": subprocess.PIPE, "start_new_session": True}
+    with subprocess.Popen(list(map(str, command)), text=True, **settings) as process:
+        try:
+            assert "documents" in process.stderr.readline()
+            process.send_signal(number)
+            _, told = process.communicate(timeout=120)  # until nobody has its stderr any more
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert "Traceback" not in told and not (tmp_path / "out_text_document.bin").exists()
+    if number == signal.SIGTERM:
+        assert process.returncode == 143 and told.endswith("Stopped by SIGTERM.\n")
+        assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 # Options

@@ -12,6 +12,7 @@ every model here has one of these; --find-optimal-num-workers, since the progres
 import argparse
 import glob
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -97,6 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
         told = "a worker process ended without a word; was it out of memory? Use fewer --workers", 1
     except OSError as error:
         told = f"{error.filename or options.output_prefix}: {error.strerror}", 2
+    except SystemExit as stop:
+        told = "Stopped by SIGTERM.", stop.code
     except BaseException as error:
         told = explained(error)
         if told is None:
@@ -168,5 +171,10 @@ def _positive(text: str) -> int:
     return value
 
 
+def _stop(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
     sys.exit(main())

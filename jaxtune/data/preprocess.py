@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -197,9 +198,19 @@ _of_process: list[Any] = []  # what the process was started for
 
 
 def _start_process(make: Callable[[], Any]) -> None:
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     without_torch()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
     _of_process.append(make())
+
+
+def _end_with_parent() -> None:
+    """A pool's process waits for its work on a pipe that it and its like could write to as well, so it would wait for
+    ever where the one that they work for is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode(chunk: Chunk) -> Encoded:
