@@ -232,7 +232,8 @@ def test_a_killed_worker_and_ctrl_c_end_it_with_a_word(words, tmp_path, capsys, 
     for error, code, told in (
         (tool.BrokenProcessPool(), 1, "a worker process ended without a word"),
         (KeyboardInterrupt(), 130, "Stopped by Ctrl-C"),
-        (OSError(28, "No space left on device", "x.bin.tmp"), 2, "x.bin.tmp: No space left"),
+        (OSError(28, "No space left on device", "x.bin.tmp"), 1, "x.bin.tmp: No space left on device; make room"),
+        (OSError(13, "Permission denied", "x.bin.tmp"), 2, "x.bin.tmp: Permission denied\n"),
     ):
 
         def fail(*_, error=error):

@@ -27,7 +27,8 @@ sys.path.insert(0, str(REPOSITORY))
 
 from jaxtune.data.megatron import open_dataset, smallest_dtype  # noqa: E402 - the checkout's own
 from jaxtune.data.preprocess import Task, preprocess, read_lines  # noqa: E402
-from jaxtune.errors import DataError, explained  # noqa: E402
+from jaxtune.errors import DataError, SaveError, explained  # noqa: E402
+from jaxtune.files import is_disks  # noqa: E402
 from jaxtune.hub import resolve_model  # noqa: E402
 from jaxtune.tokenizer import load_tokenizer, vocabulary_size  # noqa: E402
 
@@ -98,6 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
         told = "a worker process ended without a word; was it out of memory? Use fewer --workers", 1
     except OSError as error:
         told = f"{error.filename or options.output_prefix}: {error.strerror}", 2
+        if is_disks(error):
+            told = f"{told[0]}; make room, or mend the disk, then run the same command again", SaveError.exit_code
     except SystemExit as stop:
         told = "Stopped by SIGTERM.", stop.code
     except BaseException as error:

@@ -16,6 +16,7 @@ A sequence is a whole document or, in data split into sentences, one of its sent
 What is learnt from the tokens is documents.py's.
 """
 
+import contextlib
 import os
 import struct
 from array import array
@@ -246,7 +247,8 @@ class DatasetWriter:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk does not take the last tokens, which are given up here anyway
+            self._file.close()
         for ending in ("bin", "idx"):
             self._temporary(ending).unlink(missing_ok=True)
 

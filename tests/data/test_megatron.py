@@ -248,6 +248,20 @@ def test_a_writer_that_does_not_finish_leaves_no_file_and_does_not_touch_an_olde
     assert lists(open_dataset(prefix)) == DOCUMENTS
 
 
+@pytest.mark.parametrize("tokens", [0, 100_000])
+def test_a_writer_that_finds_no_room_leaves_no_file(tmp_path, monkeypatch, tokens):
+    """At once, or when what it holds back is flushed. /dev/full takes nothing."""
+
+    def open_full(path, mode):
+        Path(path).touch()
+        return open("/dev/full", mode)
+
+    monkeypatch.setattr(megatron, "open", open_full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "a", [[1, 2], tokens * [3]])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_older_index_is_gone_before_the_new_tokens_are_there(tmp_path, monkeypatch):
     """What is killed between the two would otherwise leave the old documents over the new tokens."""
     prefix = write(tmp_path / "a")
