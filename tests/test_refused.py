@@ -104,7 +104,13 @@ PARALLELISM = {
         says(memory={"offload": ["activations"], "remat": "block"}),
         says(memory={"offload": ["params", "params"]}),
     ],
-    "`memory.offload` of": [lambda: check_offload(config(memory={"offload": ["params"]}), "gpu", "0.10.2")],
+    "`memory.offload` of": [
+        lambda: check_offload(
+            config(memory={"offload": ["params"]}),
+            SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")])),
+            "0.10.2",
+        )
+    ],
     "`memory.remat` with": [says(memory={"remat": ["router"]}), says(memory={"remat": []})],
     "`load_model(mesh=...)`": [
         loads({"pipe": 2, "fsdp": 4}),

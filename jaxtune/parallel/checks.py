@@ -27,7 +27,7 @@ def check_fit(config: Config, mesh: Mesh, model: ModelConfig) -> None:
     check_model(mesh, model)
     check_quantized(config, mesh, model)
     check_windows(config, model)
-    check_offload(config, mesh.devices.flat[0].platform, jaxlib.__version__)
+    check_offload(config, mesh, jaxlib.__version__)
     if sizes["context"] > 1 and section.context_attention == "ulysses":
         check_heads(model.num_heads // sizes["tensor"], sizes["context"])
     if sizes["pipe"] > 1:
@@ -49,7 +49,7 @@ def check_windows(config: Config, model: ModelConfig) -> None:
         )
 
 
-def check_offload(config: Config, platform: str, version: str) -> None:
+def check_offload(config: Config, mesh: Mesh, version: str) -> None:
     """XLA for GPUs may read a loop's arrays in the host's memory forwards where the backward pass goes backwards, which
     gives wrong gradients (xla pull request 46231; seen with 0.11.0, and 0.10.2 has the same pass).
 
@@ -57,7 +57,7 @@ def check_offload(config: Config, platform: str, version: str) -> None:
         ConfigError: it would be so with this version of jaxlib.
     """
     read_back = [name for name in config.memory.offload if name in ("activations", "params")]
-    if read_back and platform == "gpu" and Version(version) < Version("0.11.1"):
+    if read_back and mesh.devices.flat[0].platform == "gpu" and Version(version) < Version("0.11.1"):
         raise ConfigError(
             f"memory.offload: {', '.join(read_back)}: on GPUs, jaxlib {version} may read them in the wrong order, and "
             "gradients are wrong then; take jax 0.11.1 or later, which needs Python 3.12, or leave them out"

@@ -1,6 +1,7 @@
 """What is offloaded lies in the host's memory between steps, and comes to the device no sooner than it is used."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -133,8 +134,9 @@ def test_each_offload_takes_its_bytes_from_a_tpus_peak(run_python, libtpu, tmp_p
 )
 def test_what_xla_for_gpus_reads_back_in_the_wrong_order_is_refused(offload, platform, version, refused):
     config = make_config({"model": {"path": "-"}, "data": {"path": "-"}, "memory": {"offload": offload}})
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
     if refused is None:
-        check_offload(config, platform, version)
+        check_offload(config, mesh, version)
         return
     with pytest.raises(ConfigError, match=f"memory.offload: {refused}: on GPUs, jaxlib {version}"):
-        check_offload(config, platform, version)
+        check_offload(config, mesh, version)
