@@ -3,6 +3,7 @@
 It is written under a temporary name and renamed when it is whole. Reading is hf_io.py's work.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -320,7 +321,8 @@ def _make_room(directory: Path, partial: Path, need: int) -> None:
         shutil.rmtree(left, ignore_errors=True)
     free = shutil.disk_usage(directory.parent).free
     if free < need:
-        raise ModelError(f"{directory}: the weights need {need >> 20} MiB, the disk has {free >> 20} MiB free")
+        told = f"the weights need {-(-need >> 20)} MiB, the disk has {free >> 20} MiB free"
+        raise OSError(errno.ENOSPC, told)  # as a write would, further on
     partial.mkdir()
 
 

@@ -330,8 +330,9 @@ def test_a_last_rename_that_fails_puts_the_old_model_back(tiny_model, tmp_path, 
 def test_a_disk_without_room_is_found_before_anything_is_written(tiny_model, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 10)
     monkeypatch.setattr(hf_write.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ModelError, match="the disk has 0 MiB free"):
+    with pytest.raises(ModelError, match=r"cannot be written: .* need 1 MiB, the disk has 0 MiB free") as caught:
         rewrite(tiny_model("qwen2"), tmp_path / "out")
+    assert caught.value.exit_code == 1  # a failure, and no mistake of the user's
     assert list(tmp_path.iterdir()) == []
 
 
