@@ -4,6 +4,8 @@ File formats are peft_io.py's and hf_write.py's; merging is tune/merge.py's.
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from jaxtune.assemble import FULL, Assembled, Source
 from jaxtune.config import Config, ModelSection
 from jaxtune.console import stage
 from jaxtune.errors import AdapterError, ConfigError, DataError, ModelError, SaveError, UserError
-from jaxtune.files import check_new, expanded
+from jaxtune.files import check_new, expanded, sole_writer
 from jaxtune.hf_write import check_settings, write_model
 from jaxtune.loading import Opened, open_adapter, open_model, open_run, require_run
 from jaxtune.mesh import single_device_mesh
@@ -133,9 +135,7 @@ def export_run(
         stage(f"Reading {target.base.path}")
         del opened  # never both
         opened = open_run(run_dir, "float32", single_device_mesh(), target.base)
-    unchecked = out.parent / f".{out.name}.unchecked"
-    shutil.rmtree(unchecked, ignore_errors=True)
-    try:
+    with _unchecked(out) as unchecked:
         stage(f"Writing {out}")
         config, step = opened.run, opened.step
         probe, expected = _write(unchecked, opened, format, dtype, target)
@@ -147,12 +147,28 @@ def export_run(
         if sample is not None:
             losses = Losses(before, mean_loss(again.assembled, sample), sample.name, sample.tokens)
             report = replace(report, losses=_checked(out, losses))
-        unchecked.rename(out)
+    return replace(report, onto=target.words)
+
+
+@contextmanager
+def _unchecked(out: Path) -> Iterator[Path]:
+    """The directory to write, under a temporary name. Without an error it then gets its own.
+
+    Raises:
+        ModelError: `out` is there already, or another process writes it.
+    """
+    unchecked = out.parent / f".{out.name}.unchecked"
+    try:
+        with sole_writer(out, ModelError):
+            try:
+                shutil.rmtree(unchecked, ignore_errors=True)
+                yield unchecked
+                check_new(out, ModelError)  # not every file system has locks, and not every program takes them
+                unchecked.rename(out)
+            finally:
+                shutil.rmtree(unchecked, ignore_errors=True)
     except (AdapterError, ModelError) as error:
         raise _named(error, unchecked, out) from None
-    finally:
-        shutil.rmtree(unchecked, ignore_errors=True)
-    return replace(report, onto=target.words)
 
 
 def _on_base(config: Config, adapter: Path, run_dir: str | Path) -> Opened:

@@ -1,11 +1,13 @@
 """Small files from strangers: JSON with limits, and names that must stay inside their directory. And our own: written
 whole, and locked."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,31 @@ def check_new(directory: Path, error: type[UserError]) -> None:
         raise error(f"{directory}: is there already; give a new directory, or remove it")
 
 
+@contextlib.contextmanager
+def sole_writer(directory: Path, error: type[UserError]) -> Iterator[None]:
+    """Keep other processes from making the same new directory. The lock of one that was killed is free.
+
+    Raises:
+        error: another one makes it or, since it was last looked for, has made it; or its parent cannot be written to.
+    """
+    path = directory.parent / f".{directory.name}.lock"
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as problem:
+        raise unwritten(error, directory, problem) from None
+    try:
+        if try_lock(handle) is False or not is_at(handle, path):
+            raise error(f"{directory}: another process writes it; wait for it or stop it, or give another directory")
+        try:
+            check_new(directory, error)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
 def check_replaceable(directory: Path, error: type[UserError]) -> None:
     """Refuse what is no directory where one is to be written anew: a file, or a link, behind which others may lie.
 
@@ -154,3 +181,11 @@ def try_lock(handle: int) -> bool | None:
             raise
         return False
     return True
+
+
+def is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name; who had its lock may just have taken it away."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False

@@ -21,7 +21,7 @@ from jaxtune.config import Config, dump_config, make_config
 from jaxtune.console import say, warn
 from jaxtune.drift import LOG, REFUSE, Change, changes, fingerprint, is_print_of
 from jaxtune.errors import CheckpointError, SaveError, UserError, listing
-from jaxtune.files import PARTIAL, expanded, is_disks, read_json, try_lock, write_whole
+from jaxtune.files import PARTIAL, expanded, is_at, is_disks, read_json, try_lock, write_whole
 from jaxtune.section import TuneSection, adapter_of
 from jaxtune.signals import StopSignal
 from jaxtune.tokenizer import tokenizer_print
@@ -394,7 +394,7 @@ def _take_lock(directory: Path) -> tuple[int, bool]:
     if locked is None:
         warn(f"{directory}: this file system has no locks; never start two runs in this directory")
         return handle, False
-    if not locked or not _is_at(handle, directory / LOCK):
+    if not locked or not is_at(handle, directory / LOCK):
         holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
         os.close(handle)
         raise CheckpointError(
@@ -405,11 +405,6 @@ def _take_lock(directory: Path) -> tuple[int, bool]:
     os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     os.fsync(handle)  # other machines shall see it
     return handle, True
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    """Whether an open file is still the one of that name; a refused run may just have taken it away."""
-    return path.exists() and os.path.samestat(os.fstat(handle), path.stat())
 
 
 @contextlib.contextmanager

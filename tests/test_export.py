@@ -240,6 +240,33 @@ def test_nothing_is_written_over(run_of, tmp_path):
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 
+def test_of_two_that_write_one_directory_the_second_is_refused(run_of, tmp_path, monkeypatch):
+    def meanwhile(*arguments):
+        monkeypatch.undo()
+        with pytest.raises(ModelError, match="out: another process writes it"):
+            export_run(run_of("lora"), tmp_path / "out", "peft")
+        return compare(*arguments)
+
+    compare = export._compare
+    monkeypatch.setattr(export, "_compare", meanwhile)
+    export_run(run_of("lora"), tmp_path / "out", "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_what_came_there_while_an_export_was_written_is_not_written_over(run_of, tmp_path, monkeypatch):
+    def meanwhile(*arguments):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine.txt").write_text("mine")
+        return compare(*arguments)
+
+    compare = export._compare
+    monkeypatch.setattr(export, "_compare", meanwhile)
+    with pytest.raises(ModelError, match="out: is there already; give a new directory"):
+        export_run(run_of("lora"), tmp_path / "out", "peft")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
 @pytest.mark.parametrize(
     ("format", "at"),
     [("hf", "hf_write.save_file"), ("hf", "hf_write.write_json"), ("peft", "tune.peft_io._write_files")],

@@ -7,7 +7,7 @@ import pytest
 
 from jaxtune import files
 from jaxtune.errors import ConfigError, ModelError
-from jaxtune.files import check_new, expanded, inside, read_json, write_whole
+from jaxtune.files import check_new, expanded, inside, read_json, sole_writer, write_whole
 
 
 def test_a_json_object_is_read(tmp_path):
@@ -87,6 +87,49 @@ def test_a_name_that_is_too_long_cannot_be_made_and_is_told(tmp_path):
         check_new(tmp_path / ("n" * 300), ModelError)
     (tmp_path / "empty").mkdir()
     check_new(tmp_path / "empty", ModelError)
+
+
+def test_a_new_directory_has_one_writer_at_a_time(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with sole_writer(out, ModelError):
+        with pytest.raises(ModelError, match="out: another process writes it; wait for it or stop it"):
+            with sole_writer(out, ModelError):
+                pass
+        with sole_writer(tmp_path / "deep" / "another", ModelError):
+            pass
+        out.mkdir()
+        (out / "whole").write_text("")
+    with pytest.raises(ModelError, match="out: is there already; give a new directory"):
+        with sole_writer(out, ModelError):
+            pass
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_the_lock_of_a_killed_writer_is_free_and_one_that_is_taken_away_is_none(tmp_path, monkeypatch):
+    (tmp_path / ".out.lock").write_text("")
+    with sole_writer(tmp_path / "out", ModelError):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+    def gone(_):
+        (tmp_path / ".out.lock").unlink()
+        return True
+
+    monkeypatch.setattr(files, "try_lock", gone)
+    with pytest.raises(ModelError, match="another process writes it"):
+        with sole_writer(tmp_path / "out", ModelError):
+            pass
+
+
+def test_a_writer_without_locks_goes_on_and_one_without_a_place_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ModelError, match=r"file/out: cannot be written: .*File exists"):
+        with sole_writer(tmp_path / "file" / "out", ModelError):
+            pass
+    monkeypatch.setattr(files, "try_lock", lambda _: None)
+    with sole_writer(tmp_path / "out", ModelError):
+        (tmp_path / "out").mkdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from jaxtune.config import DataSection, EvalSection, ModelSection, TrainSection
 from jaxtune.console import Bar, console, say, stage
 from jaxtune.data.loader import Dataset, build_data
 from jaxtune.errors import ConfigError, ModelError
-from jaxtune.files import expanded
+from jaxtune.files import check_new, expanded, sole_writer
 from jaxtune.hf_io import check_weights, open_source
 from jaxtune.models.decoder import Model
 from jaxtune.models.weights import Tree, leaves_with_path
@@ -53,13 +53,14 @@ def quantize_model(path: str, out: str | Path, maker: Maker, calibration: Calibr
     if maker.needs_inputs and calibration is None:
         raise ConfigError("this way of quantising needs calibration data")
     out = expanded(out)
+    check_new(out, ModelError)
     stage(f"Reading {path}")
     source = Source.open(ModelSection(path=path))
     model, tensors = Model.create(source.config), open_source(source.path, source.config.tied)
     _check_model(model, source, maker)
     check_weights(tensors, model.weights)
-    about = source.path, source.config, source.config.hf, maker.settings()
-    with checkpoint_directory(out, *about, num_bytes=_bytes(model.weights)) as directory:
+    about = source.path, source.config, source.config.hf, maker.settings(), _bytes(model.weights)
+    with sole_writer(out, ModelError), checkpoint_directory(out, *about) as directory:
         streams = _streams(calibration, source)
         writer = ShardWriter(directory)
         with jax.default_matmul_precision("highest"):

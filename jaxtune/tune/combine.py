@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxtune.errors import AdapterError, ConfigError, listing
-from jaxtune.files import check_new, expanded, read_json
+from jaxtune.files import check_new, expanded, read_json, sole_writer
 from jaxtune.tune.lora import LoraSection
 from jaxtune.tune.names import is_saved
 from jaxtune.tune.peft_config import CONFIG_NAME, read_config
@@ -152,7 +152,8 @@ def combine(
     section = LoraSection(rank=size, alpha=size, targets=modules)
     bases = {adapter.base for adapter in adapters}
     base, revision = bases.pop() if len(bases) == 1 else (None, None)
-    write_adapter(out, section, {}, {TENSORS_NAME: tensors}, base, revision=revision)
+    with sole_writer(out, AdapterError):
+        write_adapter(out, section, {}, {TENSORS_NAME: tensors}, base, revision=revision)
     return section
 
 

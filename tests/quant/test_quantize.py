@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 import jaxtune
 from jaxtune.errors import ConfigError, ModelError
+from jaxtune.quant import make as making
 from jaxtune.quant.make import Calibration, quantize_model
 from jaxtune.quant.makers import FourBitMaker, GroupedMaker, Int8Maker
 from tests.peer import TEXT
@@ -169,6 +170,30 @@ def test_what_cannot_be_made_is_refused_and_leaves_nothing(make, tiny_model, dat
     with pytest.raises(ModelError, match=f"{name} has numbers that are not finite"):
         run(MAKERS["rtn"], broken)
     assert [entry.name for entry in tmp_path.iterdir()] == ["nan"]
+
+
+def test_a_model_that_is_there_is_not_replaced(make, tiny_model):
+    directory = make("int8").directory
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    for model in (tiny_model("llama"), directory):
+        with pytest.raises(ModelError, match="int8: is there already; give a new directory"):
+            quantize_model(str(model), directory, MAKERS["nf4"])
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_of_two_that_write_one_directory_the_second_is_refused(make, tiny_model, tmp_path, monkeypatch):
+    def meanwhile(*arguments):
+        monkeypatch.undo()
+        with pytest.raises(ModelError, match="out: another process writes it"):
+            quantize_model(str(tiny_model("llama")), tmp_path / "out", MAKERS["nf4"])
+        copy(*arguments)
+
+    copy = making._copy
+    monkeypatch.setattr(making, "_copy", meanwhile)
+    quantize_model(str(tiny_model("llama")), tmp_path / "out", MAKERS["int8"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (make("int8").directory / name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from safetensors.numpy import load_file
 from jaxtune.config import tune_section
 from jaxtune.errors import AdapterError, ConfigError
 from jaxtune.tune import combine as module
+from jaxtune.tune import peft_io
 from jaxtune.tune.combine import combine
-from jaxtune.tune.peft_io import save_adapter
+from jaxtune.tune.peft_io import load_adapter, save_adapter
 from tests.tune.support import difference, logits, peer_logits, peer_model, randomised, tuned
 
 pytest.importorskip("peft")
@@ -190,6 +191,20 @@ def test_an_adapter_that_is_there_is_not_written_over(tmp_path, adapters):
     with pytest.raises(AdapterError, match="is there already; give a new directory"):
         combine(adapters, WEIGHTS, adapters[0], "cat")
     assert (Path(adapters[0]) / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_of_two_that_write_one_directory_the_second_is_refused(tmp_path, adapters, monkeypatch):
+    def meanwhile(*arguments):
+        monkeypatch.undo()
+        with pytest.raises(AdapterError, match="one: another process writes it"):
+            combine(adapters, WEIGHTS, tmp_path / "one", "svd", rank=1)
+        write(*arguments)
+
+    write = peft_io._write_files
+    monkeypatch.setattr(peft_io, "_write_files", meanwhile)
+    section = combine(adapters, WEIGHTS, tmp_path / "one", "cat")
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+    assert load_adapter(tmp_path / "one")[0].rank == section.rank > 1
 
 
 def test_the_base_weight_that_peft_stores_with_a_head_s_factors_is_no_part_of_the_adapter(tmp_path):
