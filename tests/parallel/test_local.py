@@ -13,8 +13,11 @@ from jaxtune.parallel import local
 from tests.programs import Stepper
 
 MESHES = {
-    "weights, whole gradients": {"mesh": {"fsdp": 2, "zero": 2}, "train": {"micro_batches": 2}},
-    "all": {"mesh": {"fsdp": 2, "tensor": 2, "sequence_parallel": True, "pipe": 2}, "train": {"micro_batches": 2}},
+    "gradients in parts": {"mesh": {"fsdp": 2, "zero": 2}, "train": {"micro_batches": 2}},
+    "weights and sequences in parts, in stages": {
+        "mesh": {"fsdp": 2, "tensor": 2, "sequence_parallel": True, "pipe": 2},
+        "train": {"micro_batches": 2},
+    },
 }
 
 
