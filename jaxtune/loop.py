@@ -30,7 +30,7 @@ from jaxtune.models.execution import Execution, worth_unrolling
 from jaxtune.models.weights import Tree
 from jaxtune.number_types import compute_dtype, wider
 from jaxtune.optim import make_schedule
-from jaxtune.parallel.checks import check_fit
+from jaxtune.parallel.checks import check_fit, check_offload
 from jaxtune.parallel.layout import check_sharded
 from jaxtune.parallel.local import check_sums
 from jaxtune.parallel.schedule import bubble
@@ -78,6 +78,7 @@ def train(config: Config) -> list[dict]:
         source = Source.open(config.model, config.data.template, config.tune)
         config = config.model_copy(update={"tune": source.tuning})
         check_fit(config, mesh, source.config)
+        check_offload(config, mesh)
         check_result(run.directory, config.tune, source)
         for note in tune.check(config.tune, source.config, source.scheme):
             warn(note)

@@ -19,7 +19,7 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.models.execution import Execution, worth_unrolling
 from jaxtune.models.kernels import OWNERS, PLATFORMS
 from jaxtune.number_types import compute_dtype
-from jaxtune.parallel.checks import check_fit
+from jaxtune.parallel.checks import check_fit, check_offload
 from jaxtune.parallel.schedule import Schedule, bubble, make_schedule
 from jaxtune.plan.flops import model_flops
 from jaxtune.plan.memory import tree_bytes
@@ -111,6 +111,7 @@ def make_step(config: Config, model: ModelConfig, mesh: Mesh) -> Step:
         MeshError, AdapterError, ConfigError: as a run of this configuration would.
     """
     check_fit(config, mesh, model)
+    check_offload(config, mesh)
     check_time(mesh, config.mesh, config.data.max_length)
     section = tune.resolve(config.tune)
     config = config.model_copy(update={"tune": section})
