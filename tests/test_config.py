@@ -271,6 +271,11 @@ def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(tmp_path):
         ("data: {path: d, format: openai}", ["data.format", "found 'openai'; write messages"]),
         ("data: {sources: [{path: d, format: completion}]}", ["data.sources.0.format", "'completion'; write text"]),
         ("tune: {method: qlora}", ["no method 'qlora'; write lora with model.quantize: nf4. Allowed are full"]),
+        ("mesh: {tensor_model_parallel_size: 2}", ["jaxtune calls it mesh.tensor"]),
+        ("zero_optimization: {stage: 2}", ["zero_optimization: unknown key; jaxtune calls it mesh.zero"]),
+        ("tune: {add_tokens: [a]}", ["calls it tune.new_tokens, which belongs to method trainable_tokens"]),
+        ("train: {save_strategy: epoch}", ["unknown key; counted in steps alone, by checkpoint.every"]),
+        ("deepspeed: ds.json", ["deepspeed: unknown key; what it would say is in the sections mesh"]),
         ("tune: {method: [lora]}", ["no method ['lora']", "Allowed are full"]),
     ],
 )
