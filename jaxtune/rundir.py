@@ -19,7 +19,7 @@ from typing import Any
 from jaxtune import __version__, hf_write, processes, tune
 from jaxtune.config import Config, dump_config, make_config
 from jaxtune.console import say, warn
-from jaxtune.drift import LOG, REFUSE, Change, changes, fingerprint, is_print_of
+from jaxtune.drift import ABSENT, LOG, REFUSE, Change, changes, fingerprint, is_print_of
 from jaxtune.errors import CheckpointError, SaveError, UserError, listing
 from jaxtune.files import PARTIAL, expanded, is_at, is_disks, read_json, try_lock, write_whole
 from jaxtune.section import TuneSection, adapter_of
@@ -276,9 +276,10 @@ def _open(directory: Path, config: Config, lock: int, made: bool) -> Run:
             "choose another train.output_dir, or set checkpoint.resume: auto to go on with it"
         )
     found = changes(_old_config(directory, record), config) if begun else []
-    moved = [change for change in found if _is_moved(change, record)]
-    _refuse(directory, [change for change in found if change not in moved])
     run = Run(directory, config, record if begun else {}, found, lock, made)
+    moved = [change for change in found if _is_moved(change, record)]
+    read = [change for change in found if not run.finished and _is_checked(change, record)]
+    _refuse(directory, [change for change in found if change not in (*moved, *read)])
     if run._result.exists() and not run._result.is_dir():
         raise CheckpointError(
             f"{run._result}: is in the way of the run's result; move it away, or choose another train.output_dir"
@@ -299,6 +300,13 @@ def _is_moved(change: Change, record: dict[str, Any]) -> bool:
         return False
     place = expanded(change.new)
     return place.exists() and is_print_of(told, place)
+
+
+def _is_checked(change: Change, record: dict[str, Any]) -> bool:
+    """Whether training data is to be read in another place, of which `Run.check` sees that it holds the same."""
+    keys = change.key.split(".")
+    is_place = keys[0] == "data" and keys[-1] in ("path", "dataset_dir") and ABSENT not in (change.old, change.new)
+    return is_place and "data" in record.get("fingerprints", {})
 
 
 def _refuse(directory: Path, found: list[Change]) -> None:

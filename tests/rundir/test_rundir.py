@@ -167,6 +167,25 @@ def test_changed_data_is_refused_by_name(tmp_path, settings, model):
             run.check("other", model)
 
 
+def test_data_in_another_place_is_compared_by_what_it_holds(tmp_path, settings, model, capsys):
+    take_steps(settings(), model)
+    config = settings(data={"path": "moved/d.json"})
+    with open_run(config) as run:
+        with pytest.raises(CheckpointError, match=r"the training data \(moved/d\.json\) changed since this run began"):
+            run.check("other", model)
+        assert load_config(tmp_path / "run" / "config.yaml") == settings()
+        run.check("data", model)
+        run.begin(5)
+    assert "data.path: was d.json, now moved/d.json\n" in capsys.readouterr().out
+    assert load_config(tmp_path / "run" / "config.yaml") == config
+
+
+def test_data_in_another_place_is_refused_where_it_is_not_read(settings, model):
+    take_steps(settings(), model, finish=True)
+    with pytest.raises(CheckpointError, match=r"data\.path: was d\.json, now other\.json"):
+        open_run(settings(data={"path": "other.json"}))
+
+
 def test_a_changed_base_model_or_adapter_is_refused_by_name(tmp_path, settings, model):
     adapter = tmp_path / "start"
     adapter.mkdir()
