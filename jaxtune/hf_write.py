@@ -29,6 +29,7 @@ from jaxtune.models.weights import Tree, leaves_with_path
 from jaxtune.safetensors_io import INDEX, SINGLE
 from jaxtune.tokenizer import (
     first_difference,
+    load_as_transformers,
     load_tokenizer,
     save_tokenizer,
     shares_ids,
@@ -263,7 +264,7 @@ def _write_tokenizer(directory: Path, source: Path, tokenizer: Any, own: Any) ->
         return
     tokenizer = tokenizer or load_tokenizer(source)
     save_tokenizer(tokenizer, directory)
-    again = load_tokenizer(directory)
+    again = load_as_transformers(directory)
     text = first_difference(tokenizer, again)
     if text is not None:
         raise ModelError(

@@ -28,7 +28,7 @@ from jaxtune.models.weights import Tree, Weight, map_tree
 from jaxtune.number_types import compute_dtype
 from jaxtune.rundir import ADAPTER, CHECKPOINTS, CONFIG, MODEL, has_weights, read_record, result_directory
 from jaxtune.section import TuneSection
-from jaxtune.tokenizer import tokenizer_print
+from jaxtune.tokenizer import is_tokenizer_print
 from jaxtune.tune.peft_config import read_config
 
 INFERENCE_AXES = ("data", "fsdp", "tensor")
@@ -185,7 +185,8 @@ def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh, reco
         if prints and config.data.template is None and source.tokenizer.chat_template != template:
             warn(f"{words}: has another chat template than when the run began; the run's own is used")
         source.tokenizer.chat_template = template  # its file may be another by now, or gone
-    if prints.get("tokenizer") not in (None, tokenizer_print(source.tokenizer)):
+    told = prints.get("tokenizer")
+    if told is not None and not is_tokenizer_print(told, source.tokenizer):
         raise CheckpointError(
             f"{words}: this tokenizer is not the one that the run began with; bring the old files back"
         )

@@ -24,7 +24,7 @@ from jaxtune.errors import CheckpointError, SaveError, UserError, listing
 from jaxtune.files import PARTIAL, expanded, is_at, is_disks, read_json, try_lock, write_whole
 from jaxtune.section import TuneSection, adapter_of
 from jaxtune.signals import StopSignal
-from jaxtune.tokenizer import tokenizer_print
+from jaxtune.tokenizer import is_tokenizer_print, tokenizer_print
 from jaxtune.tune import peft_io
 
 __all__ = ["Run", "StopSignal", "has_weights", "open_run", "read_record", "result_directory"]
@@ -108,6 +108,8 @@ class Run:
         if self.begun and before is not None:
             other = [name for name in places if name in before and before[name] != prints[name]]
             same = {name: prints[name] for name in other if is_print_of(before[name], places[name])}
+            if "tokenizer" in before and tokenizer is not None and is_tokenizer_print(before["tokenizer"], tokenizer):
+                same["tokenizer"] = prints["tokenizer"]
             noted = {"tokenizer": prints.get("tokenizer")} | before | same  # an earlier version has not noted it
             told = self._record.get("template")
             self._compare(noted | {"template": told or template}, prints | {"template": template})

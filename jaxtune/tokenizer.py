@@ -5,11 +5,18 @@ Rendering of conversations and masks is data/'s work; making one from a .gguf is
 
 import hashlib
 import json
+import multiprocessing
 import os
 import sys
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
+from jaxtune.console import warn
 from jaxtune.errors import ModelError
 from jaxtune.files import expanded, inside, read_json
 from jaxtune.section import LARGEST
@@ -29,6 +36,9 @@ PROBES = (
     *("It's", "SHE'LL", "x 1234567890", "a   b", "x \n\n\t 'y", "cafe\u0301 \ufb01 \uff46", "\u4f60\u597d x1.\r\n "),
     "Don't  stop: NaïVE tests,\n\tx_1 = 1234567.89 * (y[0] + 2)\r\n 我们学习。 Да, ﬁne ｗｉｄｅ e\u0301 नमस्ते 🙂 </s>",
 )
+# Those before are all that runs of earlier versions noted.
+MORE_PROBES = ("Steps:\n\n1. a  2\n\n2. b", "    2 + 2\t3", "| 1 | 22 |\n", "-- '' ... !!\n\n\nA")
+MERGING = ("ignore_merges", "byte_fallback")  # options of a model of tokenizers'
 PROBED = 20_000  # tokens, whose own texts are tried too
 
 
@@ -81,20 +91,82 @@ def save_tokenizer(tokenizer: Any, directory: Path, **options: Any) -> None:
 
 
 def _from_directory(path: Path) -> Any:
+    """As its tokenizer.json says, where it has one.
+
+    transformers 5 takes of that file the vocabulary and the merges alone where the tokenizer's class, or the model's
+    type, has steps of its own before them: SmolLM2's numbers, or a Qwen2 model's other words, are cut otherwise then
+    (its issues 45488 and 48206).
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer, file = load_as_transformers(path), path / "tokenizer.json"
+    if not file.exists() or _steps(tokenizer.backend_tokenizer) == _steps_of(file):
+        return tokenizer
+    special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    as_written = _load(path, PreTrainedTokenizerFast, **{name: token for name, token in special.items() if token})
+    text = first_difference(as_written, tokenizer)
+    if text is not None and multiprocessing.parent_process() is None:
+        _tell_of_class(path, type(tokenizer).__name__, text)
+    return as_written
+
+
+def load_as_transformers(path: Path) -> Any:
+    """The fast tokenizer that transformers' AutoTokenizer makes of a directory, by the class that it has for it.
+
+    Raises:
+        ModelError: there is none, or it needs code of its own.
+    """
     from transformers import AutoTokenizer
 
     if not (path / "tokenizer.json").exists() and not (path / "tokenizer_config.json").exists():
         raise ModelError(
             f"{path}: no tokenizer.json and no tokenizer_config.json; copy them there, or set model.tokenizer"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as problem:  # the library raises many kinds, its Rust side bare Exceptions
-        what = " ".join(str(problem).split())[:500]
-        raise ModelError(f"{path}: the tokenizer cannot be loaded ({what}); {NEEDED}") from None
+    tokenizer = _load(path, AutoTokenizer, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ModelError(f"{path}: the tokenizer is in Python; {NEEDED}")
     return tokenizer
+
+
+def _load(path: Path, kind: Any, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(str(path), local_files_only=True, **options)
+    except Exception as problem:  # the library raises many kinds, its Rust side bare Exceptions
+        what = " ".join(str(problem).split())[:500]
+        raise ModelError(f"{path}: the tokenizer cannot be loaded ({what}); {NEEDED}") from None
+
+
+def _steps(core: Tokenizer, model: Any = None) -> list[Any]:
+    """What is done to a text before its pieces are merged to tokens, and how they are. model: core's, or its options
+    by name."""
+    before = (core.normalizer, core.pre_tokenizer)
+    parts = [part and json.loads(part.__getstate__(), object_hook=_deciding) for part in before]
+    options = {name: getattr(core.model, name, None) for name in MERGING} if model is None else model
+    return [*parts, *(bool(options.get(name)) for name in MERGING)]
+
+
+def _deciding(options: dict[str, Any]) -> dict[str, Any]:
+    """Without what says where tokens stand, not which they are."""
+    return {name: value for name, value in options.items() if name != "trim_offsets"}
+
+
+def _steps_of(file: Path) -> list[Any]:
+    """Those that a tokenizer.json asks for, in the library's form of today."""
+    tree = read_json(file, ModelError)
+    bare: dict[str, Any] = {
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+        "added_tokens": [],
+        "post_processor": None,
+    }
+    return _steps(Tokenizer.from_str(json.dumps({**tree, **bare})), tree["model"])
+
+
+@cache
+def _tell_of_class(path: Path, name: str, text: str) -> None:
+    warn(
+        f"{path}: text is cut as tokenizer.json says; transformers {version('transformers')} reads it as {name}, which "
+        f"cuts some otherwise, such as {text!r:.60}"
+    )
 
 
 def _is_template(found: Any) -> bool:
@@ -140,19 +212,34 @@ def first_difference(one: Any, other: Any) -> str | None:
     if mine.to_str() == theirs.to_str():
         return None
     ids = [[i] for i in range(min(vocabulary_size(one), PROBED))]
-    texts = [*PROBES, *other.get_added_vocab(), *mine.decode_batch(ids, skip_special_tokens=False)]
+    texts = [*_probes(one), *other.get_added_vocab(), *mine.decode_batch(ids, skip_special_tokens=False)]
     pairs = zip(texts, mine.encode_batch(texts), theirs.encode_batch(texts), strict=True)
     return next((text for text, a, b in pairs if a.ids != b.ids), None)
 
 
-def tokenizer_print(tokenizer: Any) -> str:
-    """SHA-256 of what a tokenizer does: its vocabulary, how a sequence begins and ends, and the tokens of PROBES.
+def _probes(tokenizer: Any) -> list[str]:
+    end = tokenizer.eos_token or ""  # behind which words begin otherwise in some
+    return [*PROBES, *MORE_PROBES, f"a{end}\nb{end} c{end}d"]
+
+
+def is_tokenizer_print(told: str, tokenizer: Any) -> bool:
+    """Whether a fingerprint, by a rule of now or before, is this tokenizer's."""
+    return told in (tokenizer_print(tokenizer), tokenizer_print(tokenizer, PROBES))
+
+
+def tokenizer_print(tokenizer: Any, probes: Iterable[str] | None = None) -> str:
+    """SHA-256 of what a tokenizer does: its vocabulary, how a sequence begins and ends, and the tokens of some texts.
 
     Of neither its files nor the library's form of them, which another version may write otherwise. The chat template
     does not count.
     """
     words = sorted((number, token) for token, number in tokenizer.get_vocab().items())
-    does = [words, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer([*PROBES])["input_ids"]]
+    does = [
+        words,
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer(list(probes or _probes(tokenizer)))["input_ids"],
+    ]
     return hashlib.sha256(json.dumps(does).encode()).hexdigest()
 
 

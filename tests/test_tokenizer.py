@@ -5,13 +5,16 @@ import os
 import shutil
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxtune.errors import ModelError
 from jaxtune.tokenizer import (
+    PROBES,
     check_tokenizer,
     first_difference,
+    is_tokenizer_print,
+    load_as_transformers,
     load_tokenizer,
     pad_id,
     save_tokenizer,
@@ -39,6 +42,37 @@ def test_a_directory_gives_the_tokenizer_that_transformers_gives(directory):
     text = "<|im_start|>user\nWhat is 42?  小主\n<|im_end|>"
     assert ours(text)["input_ids"] == theirs(text)["input_ids"]
     assert ours.chat_template == theirs.chat_template
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "parts"),
+    [
+        ("llama", "GPT2Tokenizer", {"pre_tokenizer": pre_tokenizers.Digits(individual_digits=True)}),  # as SmolLM2's
+        ("qwen2", "PreTrainedTokenizerFast", {"normalizer": normalizers.Lowercase()}),  # qwen2's class takes its place
+        ("llama", "LlamaTokenizer", {"normalizer": normalizers.Prepend("x"), "pre_tokenizer": None}),
+        ("qwen2", "Qwen2Tokenizer", {"ignore_merges": True}),
+    ],
+)
+def test_a_tokenizer_json_decides_where_transformers_goes_by_the_class(directory, capsys, model_type, kind, parts):
+    file = directory / "tokenizer.json"
+    core = Tokenizer.from_file(str(file))
+    for name, part in parts.items():
+        if name == "pre_tokenizer" and part is not None:
+            part = pre_tokenizers.Sequence([part, core.pre_tokenizer])
+        setattr(core.model if name == "ignore_merges" else core, name, part)
+    core.save(str(file))
+    edit(edit(directory, tokenizer_class=kind), "config.json", model_type=model_type)
+    text = "<|im_start|>User\n\n12  34 It's\n\n1. a<|im_end|>"
+    ours, theirs = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    assert ours(text)["input_ids"] == core.encode(text).ids
+    assert (ours.special_tokens_map, ours.chat_template) == (theirs.special_tokens_map, theirs.chat_template)
+    odd = first_difference(ours, theirs)
+    assert (odd is None) == (tokenizer_print(ours) == tokenizer_print(theirs))
+    told = f"reads it as {type(theirs).__name__}, which cuts some otherwise, such as" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert told == (odd is not None)
+    assert load_tokenizer(directory).is_fast and not capsys.readouterr().out  # it is said once
 
 
 def test_a_template_file_takes_the_place_of_the_tokenizers_own(directory, tmp_path):
@@ -130,7 +164,7 @@ def test_the_embedding_must_have_a_row_for_every_token(tiny_tokenizer):
 def test_tokenizers_that_cut_otherwise_differ_on_some_text(tiny_tokenizer, directory):
     assert first_difference(tiny_tokenizer, load_tokenizer(directory)) is None
     edit(directory, "config.json", model_type="qwen2")  # transformers has a cut of its own for it
-    theirs = load_tokenizer(directory)
+    theirs = load_as_transformers(directory)
     text = first_difference(tiny_tokenizer, theirs)
     assert tiny_tokenizer(text)["input_ids"] != theirs(text)["input_ids"]
     own = json.loads(theirs.backend_tokenizer.to_str())
@@ -150,6 +184,8 @@ def test_a_tokenizer_is_what_it_does_and_not_how_it_is_written_down(tiny_tokeniz
     again = load_tokenizer(tmp_path)
     again.chat_template = "another"
     assert tokenizer_print(again) == before
+    assert is_tokenizer_print(before, again)
+    assert is_tokenizer_print(tokenizer_print(tiny_tokenizer, PROBES), again)  # as earlier versions noted it
     again.add_tokens(["<new>"])
     assert tokenizer_print(again) != before
     path.write_text(json.dumps({**found, "normalizer": {"type": "Lowercase"}}))
