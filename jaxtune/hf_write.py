@@ -28,6 +28,7 @@ from jaxtune.models.weights import Path as WeightPath
 from jaxtune.models.weights import Tree, leaves_with_path
 from jaxtune.safetensors_io import INDEX, SINGLE
 from jaxtune.tokenizer import (
+    cuts_alike,
     first_difference,
     load_as_transformers,
     load_tokenizer,
@@ -256,7 +257,8 @@ def _write_tokenizer(directory: Path, source: Path, tokenizer: Any, own: Any) ->
 
     own: the source's, where `tokenizer` may be another.
     """
-    is_plain = source.suffix != ".gguf" and not (source / MORE_TEMPLATES).exists()
+    is_directory = source.suffix != ".gguf"
+    is_plain = is_directory and not (source / MORE_TEMPLATES).exists()
     if is_plain and (tokenizer is None or _is_same(tokenizer, own)):
         for name in TOKENIZER_FILES:
             if (source / name).exists():
@@ -266,7 +268,8 @@ def _write_tokenizer(directory: Path, source: Path, tokenizer: Any, own: Any) ->
     save_tokenizer(tokenizer, directory)
     again = load_as_transformers(directory)
     text = first_difference(tokenizer, again)
-    if text is not None:
+    as_before = is_directory and own is not None and cuts_alike(tokenizer, own)  # which was warned about on loading
+    if text is not None and not as_before:
         raise ModelError(
             f"{tokenizer.name_or_path or source}: beside the config.json of this model transformers reads the tokenizer"
             f" as {type(again).__name__}, which cuts text otherwise, such as {text!r:.80}; take another tokenizer, or a"

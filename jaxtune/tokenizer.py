@@ -145,6 +145,11 @@ def _steps(core: Tokenizer, model: Any = None) -> list[Any]:
     return [*parts, *(bool(options.get(name)) for name in MERGING)]
 
 
+def cuts_alike(one: Any, other: Any) -> bool:
+    """Whether two tokenizers do the same to a text before its pieces are merged, whatever their vocabularies are."""
+    return _steps(one.backend_tokenizer) == _steps(other.backend_tokenizer)
+
+
 def _deciding(options: dict[str, Any]) -> dict[str, Any]:
     """Without what says where tokens stand, not which they are."""
     return {name: value for name, value in options.items() if name != "trim_offsets"}

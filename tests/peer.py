@@ -7,6 +7,7 @@ norms are not one. Needs torch; nothing under jaxtune/ does.
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 TEXT = """The keeper of the lighthouse counts the ships that pass: one, two, three, and then none until morning.
 What is your name? My name is Ada. Where do you live? I live by the sea, where the wind never rests.
@@ -55,9 +56,15 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=CHATML, **names)
 
 
-def write_tokenizer(directory: Path) -> Path:
+def write_tokenizer(directory: Path, normalizer: Any = None) -> Path:
     """A Hugging Face tokenizer directory."""
+    from tokenizers import Tokenizer
+
     tokenizer().save_pretrained(directory)
+    if normalizer is not None:
+        core = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        core.normalizer = normalizer
+        core.save(str(directory / "tokenizer.json"))
     return directory
 
 

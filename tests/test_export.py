@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from safetensors import SafetensorError
+from tokenizers import normalizers
 
 import jaxtune
 from jaxtune import assemble, export
@@ -174,7 +175,7 @@ def test_the_template_that_a_run_was_given_goes_along(tiny_model, tmp_path):
 
 
 def words_with_another_cut(model):
-    write_tokenizer(model.parent / "words")
+    write_tokenizer(model.parent / "words", normalizers.Lowercase())
     return {"tokenizer": str(model.parent / "words")}
 
 
@@ -194,7 +195,7 @@ def words_linked_from_elsewhere(model):
     [
         (
             words_with_another_cut,
-            r"words: beside the config\.json of this model .* as Qwen2Tokenizer, .* such as 'x 12",
+            r"words: beside the config\.json of this model .* as Qwen2Tokenizer, .* such as ",
         ),
         (ends_that_are_no_ids, r"generation_config\.json: eos_token_id is \[2, '</s>'\]"),
         (words_linked_from_elsewhere, r"tokenizer\.json is a link to"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from tokenizers.normalizers import Lowercase
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from jaxtune import hf_write
@@ -22,6 +23,7 @@ from jaxtune.hf_write import check_target, write_model
 from jaxtune.models.decoder import Model
 from jaxtune.models.families import FAMILIES, read_config, to_hf
 from jaxtune.models.weights import map_tree
+from jaxtune.tokenizer import load_tokenizer
 from tests.peer import write_tokenizer
 
 
@@ -161,13 +163,26 @@ def test_a_tokenizer_that_differs_from_the_sources_in_its_end_alone_takes_its_pl
     assert (written / "tokenizer.json").exists()
 
 
-def test_a_tokenizer_that_transformers_would_read_with_another_cut_is_refused(tiny_model, tiny_tokenizer, tmp_path):
+def test_a_tokenizer_that_transformers_would_read_with_another_cut_is_refused(tiny_model, tmp_path):
+    words, text, out = (
+        load_tokenizer(write_tokenizer(tmp_path / "words", Lowercase())),
+        "It's 1234567890",
+        tmp_path / "out",
+    )
     with pytest.raises(ModelError, match="reads the tokenizer as Qwen2Tokenizer, which cuts text otherwise"):
-        rewrite(tiny_model("qwen2"), tmp_path / "out", tokenizer=tiny_tokenizer)
-    assert list(tmp_path.iterdir()) == []
-    written = rewrite(tiny_model("qwen3"), tmp_path / "out", tokenizer=tiny_tokenizer)
-    text = "It's 1234567890"
-    assert AutoTokenizer.from_pretrained(written)(text)["input_ids"] == tiny_tokenizer(text)["input_ids"]
+        rewrite(tiny_model("qwen2"), out, tokenizer=words)
+    assert [path.name for path in tmp_path.iterdir()] == ["words"]
+    written = rewrite(tiny_model("qwen3"), out, tokenizer=words)
+    assert AutoTokenizer.from_pretrained(written)(text)["input_ids"] == words(text)["input_ids"]
+
+
+def test_a_model_whose_own_tokenizer_is_read_with_another_cut_may_have_another_template(tiny_model, tmp_path):
+    source = shutil.copytree(tiny_model("qwen2"), tmp_path / "source")
+    write_tokenizer(source, Lowercase())
+    words = load_tokenizer(source)
+    words.chat_template = "another"
+    again = load_tokenizer(rewrite(source, tmp_path / "out", tokenizer=words))
+    assert (again("IT'S")["input_ids"], again.chat_template) == (words("it's")["input_ids"], "another")
 
 
 def test_with_another_tokenizer_there_are_no_token_ids_of_the_old_vocabulary(tiny_model, tmp_path):
