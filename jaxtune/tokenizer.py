@@ -216,9 +216,16 @@ def first_difference(one: Any, other: Any) -> str | None:
     mine, theirs = one.backend_tokenizer, other.backend_tokenizer
     if mine.to_str() == theirs.to_str():
         return None
+    text = _first_of([*_probes(one), *other.get_added_vocab()], mine, theirs)
+    if text is not None:
+        return text
     ids = [[i] for i in range(min(vocabulary_size(one), PROBED))]
-    texts = [*_probes(one), *other.get_added_vocab(), *mine.decode_batch(ids, skip_special_tokens=False)]
-    pairs = zip(texts, mine.encode_batch(texts), theirs.encode_batch(texts), strict=True)
+    return _first_of(mine.decode_batch(ids, skip_special_tokens=False), mine, theirs)
+
+
+def _first_of(texts: list[str], one: Tokenizer, other: Tokenizer) -> str | None:
+    """The first of which two make different tokens."""
+    pairs = zip(texts, one.encode_batch(texts), other.encode_batch(texts), strict=True)
     return next((text for text, a, b in pairs if a.ids != b.ids), None)
 
 
