@@ -22,7 +22,6 @@ from jaxtune.data.loader import Batch, Data, Dataset, build_data
 from jaxtune.errors import TrainingStopped
 from jaxtune.export import check_result, write_result
 from jaxtune.kept import compiled_anew
-from jaxtune.leaves import count, partition
 from jaxtune.mesh import check_batch, check_time, make_mesh
 from jaxtune.metrics import Recorder, Silent, read_rows
 from jaxtune.models.config import ModelConfig
@@ -158,7 +157,7 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
             ),
             progress=progress,
         )
-    trained, total = count(partition(assembled.params, assembled.mask)[0]), count(assembled.params)
+    trained, total = tune.counts(config.tune, assembled.model.weights, assembled.params, assembled.mask)
     program = build(config, assembled.model, mesh, assembled.params, assembled.mask, data.train.steps)
     say(f"Training {trained:,} of {total:,} parameters ({trained / total:.3%}) on {_devices(mesh)}")
     if data.train.steps == 1 and make_schedule(config.optim, 1)(1) == 0:

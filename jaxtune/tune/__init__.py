@@ -8,6 +8,7 @@
 Files in PEFT's format are peft_io.py's, merging is merge.py's.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.leaves import Leaf, mask_of
+from jaxtune.leaves import Leaf, count, mask_of, partition
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.hooks import NO_HOOKS, Hooks
-from jaxtune.models.weights import HOOKS, Path, Tree, Weight, map_tree
+from jaxtune.models.weights import HOOKS, Path, Tree, Weight, map_tree, names_of
 from jaxtune.section import TuneSection, adapter_of
 from jaxtune.tune.adalora import ADALORA, AdaloraSection
 from jaxtune.tune.bottleneck import HOULSBY, PARALLEL, PFEIFFER
@@ -72,6 +73,7 @@ __all__ = [
     "METHODS",
     "apply",
     "check",
+    "counts",
     "course",
     "gates",
     "has_adapter",
@@ -281,6 +283,20 @@ def gates(section: TuneSection, weights: Tree) -> dict[Path, np.ndarray]:
     moved = method.trained(section, weights) | method.adapted(section, weights)
     flags = {path: np.array([key in moved for key in weight.keys]) for path, weight in declared(weights)}
     return {path: layers for path, layers in flags.items() if layers.any() and not layers.all()}
+
+
+def counts(section: TuneSection, weights: Tree, params: Tree, mask: Tree) -> tuple[int, int]:
+    """(numbers that train, numbers in all) of what `apply` gives. Where an array has room for more than its layers
+    hold, the rest is neither; layers of a weight that stay as they are belong to the second."""
+    gated, own = gates(section, weights), shapes(section, weights)
+    trained, empty = 0, 0
+    for where, array in jax.tree_util.tree_leaves_with_path(partition(params, mask)[0]):
+        path, weight = names_of(where), tuple(part.key for part in where if hasattr(part, "key"))
+        layers = gated.get(weight, np.ones(1, bool))
+        moved = sum(map(math.prod, own[path])) if path in own else array.size * layers.sum().item() // layers.size
+        trained += moved
+        empty += array.size - moved if path != weight else 0
+    return trained, count(params) - empty
 
 
 def shapes(section: TuneSection, weights: Tree) -> dict[Path, list[tuple[int, ...]]]:

@@ -9,7 +9,7 @@ from jaxtune import tune
 from jaxtune.config import tune_section
 from jaxtune.models.decoder import Model
 from jaxtune.tune.low_rank import LowRank
-from tests.tune.support import base_params, logits, model_config, tuned
+from tests.tune.support import base_params, logits, model_config, peer_model, tuned
 
 ONE = (range(3),)
 
@@ -67,6 +67,44 @@ def test_an_untied_model_stays_untied():
 )
 def test_layers_of_one_stack_train_the_same_weights(settings, expected):
     assert stacks_of(**settings) == expected
+
+
+def counted(section, one_stack: bool) -> tuple[int, int]:
+    config, stacks = tune.layout(section, model_config(), one_stack)
+    weights = Model.create(config, stacks, hooks=tune.hooks(section, config)).weights
+    return tune.counts(section, weights, *tune.apply(section, base_params(weights), weights, 0))
+
+
+@pytest.mark.parametrize("settings", [{"freeze_first": 2}, {"freeze_first": 1, "freeze_embedding": True}], ids=str)
+@pytest.mark.parametrize("one_stack", [False, True], ids=["stacks", "one stack"])
+def test_layers_of_an_undivided_stack_that_stay_as_they_are_do_not_count_as_training(settings, one_stack):
+    section, frozen = tune_section(method="freeze", **settings), settings["freeze_first"]
+    sizes = {name: weight.numel() for name, weight in peer_model().named_parameters()}
+    trained = {
+        name: size
+        for name, size in sizes.items()
+        if not name.startswith(tuple(f"model.layers.{layer}." for layer in range(frozen)))
+        and not ("embed_tokens" in name and section.freeze_embedding)
+    }
+    assert counted(section, one_stack) == (sum(trained.values()), sum(sizes.values()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "theirs"),
+    [
+        ({"layers": [0, 2]}, {"layers_to_transform": [0, 2]}),
+        ({"layers": [2]}, {"layers_to_transform": [2]}),
+        ({"rank_pattern": {"layers.1.self_attn.q_proj": 8}}, {"rank_pattern": {"layers.1.self_attn.q_proj": 8}}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("one_stack", [False, True], ids=["stacks", "one stack"])
+def test_as_many_numbers_train_as_in_peft(settings, theirs, one_stack):
+    from peft import LoraConfig, get_peft_model
+
+    peer = get_peft_model(peer_model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **theirs))
+    section = tune_section(method="lora", rank=4, targets=["q_proj", "v_proj"], **settings)
+    assert counted(section, one_stack)[0] == peer.get_nb_trainable_parameters()[0]
 
 
 @pytest.mark.parametrize("settings", [{"layers": [1, 2]}, {"modules_to_save": ["layers.1.mlp"]}], ids=str)
