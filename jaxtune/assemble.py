@@ -16,7 +16,7 @@ from jaxtune import tune
 from jaxtune.config import ModelSection
 from jaxtune.console import warn
 from jaxtune.errors import MeshError
-from jaxtune.hf_io import load_params, open_source, resolve_model
+from jaxtune.hf_io import WeightSource, load_params, open_source, resolve_model
 from jaxtune.hub import holds_adapter
 from jaxtune.mesh import axes_sharding, check_model, shardings
 from jaxtune.models.config import ModelConfig
@@ -24,7 +24,7 @@ from jaxtune.models.decoder import Model
 from jaxtune.models.execution import USUAL, Execution
 from jaxtune.models.families import read_config
 from jaxtune.models.weights import Tree, init_params, map_tree
-from jaxtune.quant.scheme import Quantizer, Scheme, scheme_of
+from jaxtune.quant.scheme import AtLoad, Quantizer, Scheme, scheme_of
 from jaxtune.section import TuneSection, adapter_of
 from jaxtune.tokenizer import (
     check_tokenizer,
@@ -78,6 +78,12 @@ class Source:
         check_tokenizer(tokenizer, tune.vocab_size(tuning, config))
         scheme = scheme_of(section, config, str(path))
         return cls(path, config, tokenizer, scheme, tuning, vocabulary_size(tokenizer) > before, own_ids)
+
+    @property
+    def quantized(self) -> WeightSource | None:
+        """The tensors of a model that is quantised on disk; of another one, None. Only headers are read."""
+        is_stored = self.scheme is not None and not isinstance(self.scheme, AtLoad)
+        return open_source(self.path, self.config.tied) if is_stored else None
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -134,7 +140,8 @@ def assemble(
     sharding_of = axes_sharding(mesh, config, *places)
     quantizer = Quantizer(source.scheme, sharding_of, tune.quantized(section, model.weights), quantized_from)
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
-    make = lambda weight, home: quantizer.shape(weight, shape(weight.full_shape, sharding=home))  # noqa: E731
+    files = open_source(source.path, source.config.tied) if init == "pretrained" else None
+    make = lambda weight, home: quantizer.shape(weight, shape(weight.full_shape, sharding=home), files)  # noqa: E731
     wrap = lambda params: tune.apply(section, params, model.weights, seed, sharding_of, source.tokenizer)  # noqa: E731
     params: Tree = map_tree(make, stored, homes)
     if init != "shapes":
@@ -143,10 +150,8 @@ def assemble(
         params = init_params(
             stored, homes, seed, config.init_std, jnp.dtype(dtype), quantizer.loaded, quantizer.type_of
         )
-    elif init == "pretrained":
-        params = load_params(
-            open_source(source.path, source.config.tied), stored, homes, jnp.dtype(dtype), progress, quantizer
-        )
+    elif files is not None:
+        params = load_params(files, stored, homes, jnp.dtype(dtype), progress, quantizer)
     params, mask = wrap(params)
     return Assembled(model, params, mask, mesh, source)
 

@@ -76,7 +76,7 @@ def train(config: Config) -> list[dict]:
         stage(f"Reading {config.model.path}")
         source = Source.open(config.model, config.data.template, config.tune)
         config = config.model_copy(update={"tune": source.tuning})
-        check_fit(config, mesh, source.config)
+        check_fit(config, mesh, source.config, source.quantized)
         check_offload(config, mesh)
         check_result(run.directory, config.tune, source)
         for note in tune.check(config.tune, source.config, source.scheme):

@@ -11,12 +11,15 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.parallel.schedule import check_numbers
 from jaxtune.parallel.stages import Stages
 from jaxtune.parallel.ulysses import check_heads
+from jaxtune.quant.checkpoints import Tensors
 from jaxtune.quant.checks import check_quantized
 
 
-def check_fit(config: Config, mesh: Mesh, model: ModelConfig) -> None:
+def check_fit(config: Config, mesh: Mesh, model: ModelConfig, files: Tensors | None = None) -> None:
     """Refuse what the mesh cannot share out: heads, sizes, layers, rows; and a quantised model under a tuning method
     that would train it. Lengths are mesh.check_time's.
+
+    files: as check_quantized has them.
 
     Raises:
         MeshError: the message has the numbers that would do.
@@ -25,7 +28,7 @@ def check_fit(config: Config, mesh: Mesh, model: ModelConfig) -> None:
     section, train, sizes = config.mesh, config.train, mesh.shape
     check_batch(mesh, train.batch_size, train.micro_batches)
     check_model(mesh, model)
-    check_quantized(config, mesh, model)
+    check_quantized(config, mesh, model, files)
     check_windows(config, model)
     if sizes["context"] > 1 and section.context_attention == "ulysses":
         check_heads(model.num_heads // sizes["tensor"], sizes["context"])

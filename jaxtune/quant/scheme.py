@@ -85,13 +85,22 @@ def scheme_of(section: ModelSection, config: ModelConfig, where: str) -> Scheme 
 Own = Callable[[Weight, AtLoad], Callable | None]
 
 
-def shapes_of(scheme: Scheme | None, weight: Weight, dtype: Any, own: Own = lambda weight, scheme: None) -> Any:
-    """What a weight becomes, as shapes, from its declaration alone: a leaf, or an array in `dtype`."""
+def shapes_of(
+    scheme: Scheme | None,
+    weight: Weight,
+    dtype: Any,
+    own: Own = lambda weight, scheme: None,
+    tensors: Tensors | None = None,
+) -> Any:
+    """What a weight becomes, as shapes, from its declaration alone: a leaf, or an array in `dtype`.
+
+    tensors: of the checkpoint that it lies in, which say more than the settings do.
+    """
     array = jax.ShapeDtypeStruct(weight.full_shape, jnp.dtype(dtype))
     if scheme is None or not weight.is_linear:
         return array
     if not isinstance(scheme, AtLoad):
-        held = scheme.stored(weight, None)
+        held = scheme.stored(weight, tensors)
         return array if held is None else held.leaf
     if scheme.kind != "int8":
         four_bit.check_shape(weight.shape, weight.key)
@@ -120,9 +129,10 @@ class Quantizer:
         """The type to read or draw a weight in. dtype: of those that stay as they are."""
         return self.dtype if self.dtype is not None and self.quantises(weight) else dtype
 
-    def shape(self, weight: Weight, shape: jax.ShapeDtypeStruct) -> Any:
-        """What a weight becomes, as shapes with shardings. shape: of the weight itself, with its own."""
-        leaf = shapes_of(self.scheme, weight, self.type_of(weight, shape.dtype), self.own)
+    def shape(self, weight: Weight, shape: jax.ShapeDtypeStruct, tensors: Tensors | None = None) -> Any:
+        """What a weight becomes, as shapes with shardings. shape: of the weight itself, with its own. tensors: as
+        shapes_of has them."""
+        leaf = shapes_of(self.scheme, weight, self.type_of(weight, shape.dtype), self.own, tensors)
         return placed(leaf, weight, self.sharding_of) if isinstance(leaf, Leaf) else shape
 
     def stored(self, weight: Weight, tensors: Tensors) -> Stored | None:

@@ -45,6 +45,32 @@ def test_a_quantised_weight_does_not_train(tune, model):
     fit(configuration(tune=tune))
 
 
+def test_an_adapter_s_refusal_names_the_setting_that_would_train_the_weight():
+    tune = {"method": "lora", "targets": ["q_proj"], "modules_to_save": ["down_proj"]}
+    with pytest.raises(ConfigError, match=r"tune\.modules_to_save over model\.quantize: nf4 .* leave it out there"):
+        fit(configuration("nf4", tune=tune))
+
+
+PARTLY = {
+    "bitsandbytes nf4": {"load_in_4bit": True, "llm_int8_skip_modules": ["down_proj"]},
+    "bitsandbytes int8": {"load_in_8bit": True, "llm_int8_skip_modules": ["down_proj"]},
+    "gptq": {"bits": 4, "group_size": 32, "modules_in_block_to_quantize": [["mlp.up_proj"], ["mlp.gate_proj"]]},
+    "awq": {"bits": 4, "group_size": 32, "modules_to_not_convert": ["down_proj"]},
+}
+
+
+@pytest.mark.parametrize("name", PARTLY)
+def test_a_linear_map_that_the_settings_leave_unquantised_may_train(name):
+    settings = {"quant_method": name.split()[0], **PARTLY[name]}
+    model = dataclasses.replace(CONFIG, hf={"quantization_config": settings})
+    fit(configuration(tune={"method": "lora", "targets": ["q_proj"], "modules_to_save": ["down_proj"]}), model)
+    fit(configuration(tune={"method": "freeze", "train_patterns": ["down_proj.weight"]}), model)
+    with pytest.raises(
+        ConfigError, match=r"would train model\.layers\.0\.mlp\.up_proj\.weight, .*1\.mlp\.up_proj\.weight,"
+    ):
+        fit(configuration(tune={"method": "freeze", "train_patterns": ["down_proj", "up_proj"]}), model)
+
+
 def test_what_is_not_quantised_may_train_over_a_quantised_base():
     fit(configuration("nf4", tune={**LORA, "bias": "all"}))
     fit(configuration("nf4", tune={"method": "freeze", "train_patterns": ["norm"]}))

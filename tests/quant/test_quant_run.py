@@ -1,6 +1,7 @@
 """Runs over a quantised base, from the first step to the exports."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ from jaxtune.config import make_config
 from jaxtune.errors import CheckpointError, ConfigError
 from jaxtune.export import export_run
 from jaxtune.mesh import single_device_mesh
-from tests.quant.support import write_quantized
+from jaxtune.parallel.checks import check_fit
+from tests.quant.support import edit_config, write_quantized
 from tests.runs import sections, unfinish
 
 TOKENS = np.random.default_rng(0).integers(0, 384, (2, 8))
@@ -99,3 +101,57 @@ def test_a_run_that_would_train_a_quantised_weight_ends_before_anything_is_read(
     tree["model"]["quantize"] = "int8"
     with pytest.raises(ConfigError, match=r"tune\.method full over model\.quantize: int8 would train"):
         jaxtune.train(tree)
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+@pytest.fixture(scope="module")
+def partly(tiny_model, tmp_path_factory):
+    """(a checkpoint of which bitsandbytes left the down_proj as they were, the dense model that it stands for)."""
+    from transformers import AutoModelForCausalLM
+
+    from tests.peer import write_tokenizer
+
+    home = tmp_path_factory.mktemp("partly")
+    base = write_quantized(tiny_model(), home / "base", **NF4, llm_int8_skip_modules=["down_proj", "lm_head"])
+    AutoModelForCausalLM.from_pretrained(base).dequantize().float().save_pretrained(home / "dense")
+    return base, write_tokenizer(home / "dense")
+
+
+DOWN = {
+    "adapter": {"method": "lora", "rank": 4, "targets": ["q_proj"], "modules_to_save": ["down_proj"]},
+    "model": {"method": "freeze", "train_patterns": ["down_proj.weight"]},
+}
+
+
+@pytest.mark.parametrize("kind", DOWN)
+def test_a_map_that_the_checkpoint_left_unquantised_trains_as_it_does_over_the_dense_model(partly, tmp_path, kind):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base, dense = partly
+    losses, twin = (
+        [row["loss"] for row in jaxtune.train(sections(path, tmp_path / path.name, steps=2, tune=DOWN[kind]))]
+        for path in partly
+    )
+    np.testing.assert_allclose(losses, twin, rtol=1e-6)
+    result = tmp_path / base.name / "run" / kind
+    peer = AutoModelForCausalLM.from_pretrained(dense if kind == "adapter" else result).float()
+    peer = (PeftModel.from_pretrained(peer, result) if kind == "adapter" else peer).eval()
+    with torch.no_grad():
+        theirs = peer(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(jaxtune.load_model(result.parent).logits(TOKENS), theirs, atol=1e-4)
+
+
+def test_which_weights_are_quantised_is_the_files_word_and_not_the_settings(partly, tmp_path):
+    base = shutil.copytree(partly[0], tmp_path / "base")
+    edit_config(base, llm_int8_skip_modules=["up_proj"])  # older and newer transformers read such names differently
+    with pytest.raises(ConfigError, match=r"would train model\.layers\.0\.mlp\.up_proj\.weight"):
+        jaxtune.train(sections(base, tmp_path, tune={"method": "freeze", "train_patterns": ["up_proj.weight"]}))
+    config = make_config(sections(base, tmp_path, tune=DOWN["adapter"]))
+    source, mesh = Source.open(config.model), single_device_mesh()
+    check_fit(config, mesh, source.config, source.quantized)
+    made = assemble(source, config.tune, mesh)
+    assert made.mask["stacks"]["0"]["mlp"]["down_proj"]["weight"] is True
