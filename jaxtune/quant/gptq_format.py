@@ -47,14 +47,17 @@ def read_format(settings: dict[str, Any], where: str) -> "GPTQFormat":
         modules_named(fields, "modules_in_block_to_quantize"),
         (),
         version=VERSIONS[name],
+        symmetric=fields.flag("sym", True),
     )
 
 
 @dataclass(frozen=True)
 class GPTQFormat(GroupedFormat):
-    """version: 1, where the file has each zero less 1; 2, where it has them as they are."""
+    """version: 1, where the file has each zero less 1; 2, where it has them as they are. symmetric: whether every zero
+    is in the middle, 2^(bits - 1)."""
 
     version: int = 1
+    symmetric: bool = False
 
     @property
     def name(self) -> str:
@@ -78,7 +81,20 @@ class GPTQFormat(GroupedFormat):
         # Whatever the bits, 32 zeros fill `bits` whole words; the last ones may be fewer.
         cut, own = covering(index[0], words * WORD // self.bits, WORD)
         read = tensors.read(key, (index[1], slice(cut.start * self.bits, min(cut.stop * self.bits, words))))
-        return zeros_of(read, self.bits, self.version)[own]
+        zeros = zeros_of(read, self.bits, self.version)[own]
+        self._check_version(zeros, key)
+        return zeros
+
+    def _check_version(self, zeros: np.ndarray, key: str) -> None:
+        """Some published files of v2 say that they are of v1, or nothing (vLLM pull request 38966): their codes would
+        be read one step off."""
+        middle = 2 ** (self.bits - 1)
+        if self.version == 1 and self.symmetric and zeros.size and (zeros == middle + 1).all():
+            raise ModelError(
+                f"{self.where}: {key}: every zero is stored as {middle}; with sym: true, that is how checkpoint_format "
+                f"gptq_v2 has them, and gptq, which the settings say or mean, has {middle - 1}; set checkpoint_format: "
+                "gptq_v2 in the quantization_config of its config.json, or in quantize_config.json if it is there"
+            )
 
 
 def codes_of(qweight: np.ndarray) -> np.ndarray:

@@ -76,14 +76,16 @@ def awq_tensors(codes, scales, zeros) -> dict[str, np.ndarray]:
 
 
 def write(model: Path, home: Path, method: str, settings: dict, *, bits=4, size=32, version=1, act_order=False,
-          symmetric=True, with_groups=True, file="config.json") -> tuple[Path, Path]:  # fmt: skip
+          symmetric=True, with_groups=True, file="config.json", plain="-") -> tuple[Path, Path]:  # fmt: skip
     """(the quantised checkpoint, the dense model): `model` with every layer's linear maps drawn anew.
 
-    settings: of the checkpoint, as its tools write them; file: in which they stand.
+    settings: of the checkpoint, as its tools write them; file: in which they stand. plain: of the names of maps that
+    both have as `model` does.
     """
     tensors = load_file(model / "model.safetensors")
     packed, dense = dict(tensors), dict(tensors)
     names = [key for key in tensors if key.startswith("model.layers.") and key.endswith("proj.weight")]
+    names = [key for key in names if plain not in key]
     for seed, key in enumerate(names):
         drawn = codes, scales, zeros, groups = draw(tensors[key].shape, bits, size, seed, act_order, symmetric)
         steps = codes - zeros[:, groups]

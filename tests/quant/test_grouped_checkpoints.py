@@ -232,3 +232,34 @@ def test_the_plan_knows_the_weights_from_the_settings_alone(write, case):
     for weight in (weights["attention"]["k_proj"]["weight"], weights["mlp"]["down_proj"]["weight"]):
         known, found = (source.scheme.stored(weight, tensors).leaf for tensors in (None, open_source(packed)))
         assert known == found
+
+
+NAMED = [[f"self_attn.{name}_proj" for name in "qkvo"], ["mlp.up_proj", "mlp.gate_proj"]]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("gptq", {**GPTQ_4, "modules_in_block_to_quantize": NAMED}),
+        ("awq", {**CASES["awq"][1], "modules_to_not_convert": ["down_proj"]}),
+    ],
+    ids=["gptq", "awq"],
+)
+def test_a_map_that_the_settings_leave_out_is_a_plain_one_in_a_plan_and_in_the_file(write, method, settings):
+    packed, dense = write(method, settings, plain="down_proj")
+    source = Source.open(ModelSection(path=str(packed)))
+    mlp = Model.create(source.config).weights["stacks"]["0"]["mlp"]
+    for files in (None, source.quantized):
+        held = {name: source.scheme.stored(mlp[name]["weight"], files) for name in ("up_proj", "down_proj")}
+        assert held["up_proj"] is not None and held["down_proj"] is None
+    np.testing.assert_allclose(logits(packed), logits(dense), atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zeros_of_v2_in_a_file_that_calls_itself_v1_are_refused(write, tmp_path, bits):
+    settings = {"bits": bits, "group_size": 32, "sym": True, "checkpoint_format": "gptq_v2"}
+    packed, dense = write("gptq", settings, bits=bits, version=2)
+    np.testing.assert_allclose(logits(packed), logits(dense), atol=1e-4)
+    middle = 2 ** (bits - 1)
+    with pytest.raises(ModelError, match=rf"proj.qzeros: every zero is stored as {middle}; .* has {middle - 1}; set"):
+        logits(copied(packed, tmp_path, {"checkpoint_format": "gptq"}))
