@@ -17,7 +17,7 @@ from jaxtune.assemble import FULL, Assembled, Source
 from jaxtune.config import Config, ModelSection
 from jaxtune.console import stage
 from jaxtune.errors import AdapterError, ConfigError, DataError, ModelError, SaveError, UserError
-from jaxtune.files import check_new, expanded, sole_writer
+from jaxtune.files import check_new, expanded, sole_writer, unwritten
 from jaxtune.hf_write import check_settings, write_model
 from jaxtune.loading import Opened, open_adapter, open_model, open_run, require_run
 from jaxtune.mesh import single_device_mesh
@@ -155,7 +155,7 @@ def _unchecked(out: Path) -> Iterator[Path]:
     """The directory to write, under a temporary name. Without an error it then gets its own.
 
     Raises:
-        ModelError: `out` is there already, or another process writes it.
+        ModelError: `out` is there already or cannot be replaced, or another process writes it.
     """
     unchecked = out.parent / f".{out.name}.unchecked"
     try:
@@ -164,11 +164,18 @@ def _unchecked(out: Path) -> Iterator[Path]:
                 shutil.rmtree(unchecked, ignore_errors=True)
                 yield unchecked
                 check_new(out, ModelError)  # not every file system has locks, and not every program takes them
-                unchecked.rename(out)
+                _take_name(unchecked, out)
             finally:
                 shutil.rmtree(unchecked, ignore_errors=True)
     except (AdapterError, ModelError) as error:
         raise _named(error, unchecked, out) from None
+
+
+def _take_name(unchecked: Path, out: Path) -> None:
+    try:
+        unchecked.rename(out)
+    except OSError as problem:
+        raise unwritten(ModelError, out, problem) from None
 
 
 def _on_base(config: Config, adapter: Path, run_dir: str | Path) -> Opened:

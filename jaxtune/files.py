@@ -87,17 +87,22 @@ def inside(directory: Path, name: str, error: type[UserError], where: str) -> Pa
 
 
 def check_new(directory: Path, error: type[UserError]) -> None:
-    """Refuse what is already there where a directory is to be made; an empty one will do.
+    """Refuse what is already there where a directory is to be made; an empty one will do, if it can be replaced.
 
     Raises:
-        error: something is there.
+        error: something is there, or it is a mount point or the working directory.
     """
     try:
-        taken = directory.is_symlink() or (directory.exists() and not (directory.is_dir() and _is_empty(directory)))
+        there = directory.exists()
+        taken = directory.is_symlink() or (there and not (directory.is_dir() and _is_empty(directory)))
     except OSError as problem:
         raise error(f"{directory}: cannot be made: {problem.strerror}") from None
-    if taken:
+    if taken or directory.name == "..":
         raise error(f"{directory}: is there already; give a new directory, or remove it")
+    if os.path.ismount(directory):
+        raise error(f"{directory}: is a mount point, which cannot be replaced; give a directory inside it")
+    if there and directory.samefile("."):
+        raise error(f"{directory}: is the working directory, which cannot be replaced; give a directory inside it")
 
 
 @contextlib.contextmanager

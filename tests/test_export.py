@@ -268,6 +268,17 @@ def test_what_came_there_while_an_export_was_written_is_not_written_over(run_of,
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
+def test_an_empty_directory_that_cannot_be_replaced_is_told_and_nothing_is_left(tmp_path, monkeypatch):
+    def busy(*_):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(export.Path, "rename", busy)
+    with pytest.raises(ModelError, match=r"out: cannot be written: \[Errno 16\] Device or resource busy"):
+        with export._unchecked(tmp_path / "out") as unchecked:
+            unchecked.mkdir()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("format", "at"),
     [("hf", "hf_write.save_file"), ("hf", "hf_write.write_json"), ("peft", "tune.peft_io._write_files")],

@@ -89,6 +89,22 @@ def test_a_name_that_is_too_long_cannot_be_made_and_is_told(tmp_path):
     check_new(tmp_path / "empty", ModelError)
 
 
+@pytest.mark.parametrize("name", [".", "here", "..", "new/.."])
+def test_the_working_directory_is_not_replaced_though_it_is_empty(tmp_path, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    told = "is there already" if ".." in name else "is the working directory, which cannot be replaced"
+    with pytest.raises(ModelError, match=f"{told}; give a "):
+        check_new(tmp_path / name if name == "here" else Path(name), ModelError)
+
+
+def test_a_mount_point_is_not_replaced_though_it_is_empty(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxtune.files.os.path.ismount", lambda path: path == tmp_path)
+    with pytest.raises(ModelError, match="is a mount point, which cannot be replaced; give a directory inside it"):
+        check_new(tmp_path, ModelError)
+    check_new(tmp_path / "inside", ModelError)
+
+
 def test_a_new_directory_has_one_writer_at_a_time(tmp_path):
     out = tmp_path / "deep" / "out"
     with sole_writer(out, ModelError):
