@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from jaxtune.errors import ConfigError, SaveError, UserError
@@ -56,6 +57,20 @@ def user_cache() -> Path:
         ConfigError: as `expanded`.
     """
     return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jaxtune"
+
+
+def temporary_directory(prefix: str = "jaxtune-") -> TemporaryDirectory[str]:
+    """A new directory that goes when it is left.
+
+    Raises:
+        ConfigError: there is no place for one: a container's file systems may all be read-only.
+    """
+    try:
+        return TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+    except OSError as problem:
+        raise ConfigError(
+            f"temporary files: {problem.strerror}; set TMPDIR to a directory that you may write to"
+        ) from None
 
 
 def check_readable(path: Path, error: type[UserError]) -> None:

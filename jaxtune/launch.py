@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from jaxtune.clusters import COORDINATOR, HEARTBEAT, LOCAL_DEVICES, PROCESS, PROCESSES, seconds
 from jaxtune.errors import ConfigError
+from jaxtune.files import temporary_directory
 
 BIND, LAUNCHED = "JAX_COORDINATOR_BIND_ADDRESS", "JAXTUNE_LAUNCHED"
 STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -33,12 +33,12 @@ def launch(arguments: list[str], processes: int, devices: int) -> int:
     devices: of each process. GPUs are counted off: process 1 of 2 each has GPU 2 and 3. CPU devices are made.
 
     Raises:
-        ConfigError: a command that is not for several processes.
+        ConfigError: a command that is not for several processes, or no place for what they say.
     """
     if arguments[:1] != ["train"]:
         raise ConfigError(f"launch starts jaxtune train; found {' '.join(arguments)[:80] or 'nothing'}")
     address = f"127.0.0.1:{free_port()}"
-    with tempfile.TemporaryDirectory(prefix="jaxtune-") as logs:
+    with temporary_directory() as logs:
         homes = [Path(logs) / f"process-{number}.log" for number in range(processes)]
         group = Group()
         with group.passing_signals_on():

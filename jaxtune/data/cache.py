@@ -14,7 +14,6 @@ import os
 import secrets
 import shutil
 import stat
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Set
@@ -32,7 +31,7 @@ from jaxtune.data.examples import Examples
 from jaxtune.data.formats import Rows
 from jaxtune.data.tokenise import Tokenising
 from jaxtune.errors import CheckpointError, ConfigError, DataError, listing
-from jaxtune.files import expanded, read_json, try_lock, user_cache
+from jaxtune.files import expanded, read_json, temporary_directory, try_lock, user_cache
 from jaxtune.manifest import damages, sync, write_manifest
 from jaxtune.tokenizer import vocabulary_size
 
@@ -274,15 +273,16 @@ def home_of(directory: str | None) -> Path:
         problem = f"{home}: cannot be written ({error.strerror or 'OSError'})"
     except ConfigError as error:
         problem = str(error)
+    home = _temporary()
     warn(f"{problem}; tokens are kept for this run alone. data.cache names another directory")
-    return _temporary()
+    return home
 
 
 @cache
 def _temporary() -> Path:
-    home = Path(tempfile.mkdtemp(prefix="jaxtune-tokens-"))
-    atexit.register(shutil.rmtree, home, ignore_errors=True)
-    return home
+    home = temporary_directory("jaxtune-tokens-")
+    atexit.register(home.cleanup)
+    return Path(home.name)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """One step, compiled ahead of time for a target, and what it says of itself."""
 
 import re
-import tempfile
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxtune.errors import UserError
+from jaxtune.files import temporary_directory
 from jaxtune.plan.flops import Place, matmul_flops
 from jaxtune.plan.hlo import Collective, collectives
 from jaxtune.plan.memory import DEVICE, HOST, Compiled, tree_bytes
@@ -54,8 +55,8 @@ def compile_step(step: Step, target: Target) -> Plan:
     """Compile for the target's devices; no array is made."""
     started = time.monotonic()
     traced = step.trace()
-    with tempfile.TemporaryDirectory() as dump:
-        memory, text, refused = _compile(step, traced, Path(dump) if target.is_tpu else None)
+    with temporary_directory() if target.is_tpu else nullcontext() as dump:
+        memory, text, refused = _compile(step, traced, None if dump is None else Path(dump))
     state, devices = step.program.state, step.mesh.size
     return Plan(
         step,

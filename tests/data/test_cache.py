@@ -239,6 +239,14 @@ def test_without_a_place_for_it_a_run_keeps_its_tokens_to_itself(home, monkeypat
     assert "cannot be written (Not a directory); tokens are kept for this run alone" in capsys.readouterr().out
 
 
+def test_without_any_place_a_run_is_refused_with_what_to_set(home, monkeypatch):
+    monkeypatch.setenv("JAXTUNE_CACHE", str(home.parent.parent / "a.jsonl" / "x"))
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    cache._temporary.cache_clear()
+    with pytest.raises(ConfigError, match="set TMPDIR to a directory that you may write to"):
+        build()
+
+
 @pytest.mark.parametrize("place", [None, "~/tokens"])
 def test_without_a_home_no_directory_is_called_by_its_sign(home, monkeypatch, capsys, place):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

@@ -135,6 +135,13 @@ def test_each_process_is_told_its_place_and_its_gpus():
     assert behind_a_proxy["no_grpc_proxy"] == "127.0.0.1"
 
 
+def test_without_a_place_for_temporary_files_nothing_is_launched(monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    told = "^temporary files: No such file or directory; set TMPDIR to a directory that you may write to$"
+    with pytest.raises(ConfigError, match=told):
+        launch(["train"], 2, 1)
+
+
 def test_only_training_is_launched():
     with pytest.raises(ConfigError, match="launch starts jaxtune train; found export --run x"):
         launch(["export", "--run", "x"], 2, 1)

@@ -140,6 +140,11 @@ def test_new_tokens_take_the_spare_rows_as_in_a_run(tiny_model, tmp_path, capsys
     assert with_words(make_config(tree | {"model": own})).tune.ids(386) == (384,)
 
 
+def test_a_plan_for_this_machine_needs_no_place_for_temporary_files(monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    assert compile_step(step_of(config()), target(1)).memory.peak > 0
+
+
 def test_without_the_hub_it_is_said_that_config_json_is_enough(monkeypatch):
     def unreachable(*_, **__):
         raise OSError("Name or service not known")
