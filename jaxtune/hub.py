@@ -4,7 +4,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from jaxtune.errors import ModelError, listing, nearest
+from jaxtune.errors import ModelError, UserError, listing, nearest
 from jaxtune.files import expanded
 
 # Weights as safetensors and settings as text: nothing in a snapshot can run. Sub-directories hold
@@ -74,6 +74,7 @@ def _snapshot(path: str, revision: str | None, weights: bool) -> Path:
 
     if not HUB_ID.fullmatch(path):
         raise ModelError(f"{path}: no such file or directory, and not a hub id (owner/name){_beside(path)}")
+    check_cache(path, ModelError)
     patterns = PATTERNS if weights else PATTERNS[1:]
     try:
         fetched = snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED)
@@ -93,6 +94,21 @@ def _beside(path: str) -> str:
         entries = [entry for entry in local.parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
         return nearest(local.name, [entry.name for entry in entries])
     return ""
+
+
+def check_cache(path: str, error: type[UserError]) -> None:
+    """Refuse to ask the hub for `path` where it would look for a home directory, to keep it in, and find none.
+
+    Raises:
+        error: with what to set.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_CACHE.startswith("~"):
+        raise error(
+            f"{path}: no such directory here, and what the hub has finds no place: your home directory cannot be "
+            "found; set HOME, or HF_HOME to a directory that you may write to"
+        )
 
 
 def why(path: str, revision: str | None, problem: Exception, kind: str = "model") -> str:

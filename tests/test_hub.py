@@ -1,12 +1,14 @@
 """A model's path is a directory, a .gguf or a hub id, and what cannot be found says what to do."""
 
+from functools import partial
 from unittest.mock import MagicMock
 
 import huggingface_hub
 import pytest
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
-from jaxtune.errors import ModelError
+from jaxtune.data.hub_files import hub_files
+from jaxtune.errors import DataError, ModelError
 from jaxtune.hub import IGNORED, PATTERNS, resolve_model
 
 
@@ -153,6 +155,16 @@ def test_what_the_hub_answers_becomes_one_message(monkeypatch, problem, says):
     assert message.startswith("owner/name: ")
     assert says in message
     assert "\n" not in message and "{" not in message
+
+
+@pytest.mark.parametrize("kind", ["model", "data set"])
+def test_a_hub_id_where_no_home_can_be_found_says_what_to_set(monkeypatch, kind):
+    """As for a user without an entry in the password file, where HOME is not set."""
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    ask, error = (resolve_model, ModelError) if kind == "model" else (partial(hub_files, split="train"), DataError)
+    with pytest.raises(error, match=r"^owner/name: .*your home directory cannot be found; set HOME, or HF_HOME to a"):
+        ask("owner/name")
 
 
 UNREACHABLE = """

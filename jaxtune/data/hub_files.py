@@ -14,7 +14,7 @@ from jaxtune.config import parse_yaml
 from jaxtune.console import stage, warn
 from jaxtune.data.sources import is_data, kind_of
 from jaxtune.errors import ConfigError, DataError, listing
-from jaxtune.hub import HUB_ID, why
+from jaxtune.hub import HUB_ID, check_cache, why
 
 # What a split is called in names of files and directories.
 WORDS = {
@@ -44,6 +44,7 @@ def hub_files(path: str, split: str, subset: str | None = None, revision: str | 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
+    check_cache(path, DataError)
     stage(f"Fetching the {split} split of {path}")
     options: dict[str, Any] = {"repo_type": "dataset", "revision": revision}
     try:
