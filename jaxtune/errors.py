@@ -3,6 +3,8 @@
 A message says where, what was found, what is allowed, and what to do.
 """
 
+import os
+import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -81,6 +83,13 @@ def explained(error: BaseException) -> tuple[str, int] | None:
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):  # within an import
         return "Stopped by Ctrl-C.", 130
+    if asked := _asks_for_devices(error):
+        reason = str(error).partition("\n")[0].rpartition(" (")[0].rstrip(".") or "no such device is here"
+        return (
+            f"{asked}: JAX cannot start: {reason[:300]}; unset what does not fit this machine, and JAX takes what is "
+            "there, or install jaxtune[cuda] or jaxtune[tpu]",
+            UserError.exit_code,
+        )
     if not is_out_of_memory(error):
         return None
     first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -89,6 +98,18 @@ def explained(error: BaseException) -> tuple[str, int] | None:
         "smaller data.max_length, precision.params: bfloat16, tune.method: lora, or more devices in mesh",
         1,
     )
+
+
+def _asks_for_devices(error: BaseException) -> str:
+    """The environment that JAX found no devices for; an empty string for anything else. Where it has passed over all
+    that JAX_PLATFORMS names, as cuda without a GPU, it asserts that there is one."""
+    if isinstance(error, AssertionError):
+        frame = traceback.extract_tb(error.__traceback__)[-1:]
+        lacking = [(os.path.basename(at.filename), at.name) for at in frame] == [("xla_bridge.py", "backends")]
+    else:
+        lacking = isinstance(error, RuntimeError) and str(error).startswith("Unable to initialize backend")
+    names = [name for name in ("JAX_PLATFORMS", "XLA_FLAGS") if lacking and os.environ.get(name)]
+    return ", ".join(f"{name}={os.environ[name]}" for name in names)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -333,6 +333,39 @@ def test_each_kind_of_ending_has_its_code(capsys):
     assert code_and_message(MemoryError(), capsys)[0] == 1
 
 
+ASSERTS = compile("def backends(): assert None is not None", "jax/_src/xla_bridge.py", "exec")
+
+
+def test_devices_that_the_environment_asks_for_and_that_are_not_here_are_told(monkeypatch, capsys):
+    text = "Unable to initialize backend 'tpu': no libtpu.so (os error 2) (set JAX_PLATFORMS='' to choose)"
+    for name in ("JAX_PLATFORMS", "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RuntimeError, match="Unable to initialize"):
+        code_and_message(RuntimeError(text), capsys)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    code, message = code_and_message(RuntimeError(text), capsys)
+    assert code == 2 and message.startswith("JAX_PLATFORMS=tpu: JAX cannot start: Unable to initialize backend 'tpu': ")
+    assert "no libtpu.so (os error 2); unset what does not fit this machine" in message
+    names = {}
+    exec(ASSERTS, names)
+    with pytest.raises(AssertionError) as caught:  # as of JAX_PLATFORMS=cuda where there is no GPU
+        names["backends"]()
+    assert (
+        "JAX_PLATFORMS=tpu: JAX cannot start: no such device is here; unset"
+        in code_and_message(caught.value, capsys)[1]
+    )
+    with pytest.raises(AssertionError):  # our own
+        code_and_message(AssertionError(), capsys)
+
+
+def test_a_platform_that_jax_does_not_know_is_told_without_a_traceback(run_cli, tiny_model):
+    asked = "--model", tiny_model("qwen2"), "--prompt", "x"
+    done = run_cli("generate", *asked, module="jaxtune", env={"JAX_PLATFORMS": "tpux"})
+    told = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and told.startswith("JAX_PLATFORMS=tpux") and ": JAX cannot start: Unable to" in told
+    assert "Traceback" not in done.stderr
+
+
 def test_ctrl_c_while_a_library_is_imported_is_ctrl_c(capsys):
     error = ImportError("Encountered an error while initializing the extension.")
     error.__cause__ = KeyboardInterrupt()

@@ -18,11 +18,15 @@ class NotHere(Exception):
 
 @dataclass(frozen=True)
 class Check:
-    """find: what was found, in a line; it raises where that is wrong. advice: what to do then."""
+    """find: what was found, in a line; it raises where that is wrong. advice: what to do then.
+
+    needs_devices: it is skipped where JAX has none.
+    """
 
     name: str
     find: Callable[[], str]
     advice: str
+    needs_devices: bool = True
 
 
 @dataclass(frozen=True)

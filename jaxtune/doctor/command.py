@@ -20,7 +20,8 @@ def doctor(config: Config | None) -> bool:
     outcomes = []
     for check in checks(config):
         stage(check.name)
-        outcomes.append(carry_out(check))
+        lacking = check.needs_devices and not machine.has_devices()
+        outcomes.append(Outcome(check, SKIPPED, "JAX has to find devices first") if lacking else carry_out(check))
     show(outcomes, console)
     return not any(outcome.status == FAIL for outcome in outcomes)
 

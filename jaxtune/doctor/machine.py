@@ -5,6 +5,7 @@ import platform
 import shutil
 import sys
 import tempfile
+from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,17 @@ from jaxtune.files import expanded
 PYTHON = (3, 11)
 SHOWN = ("jax", "jaxlib", "orbax-checkpoint", "transformers")
 GPUS = ("/dev/nvidia0", "/dev/kfd")
+DRIVERS = "install jaxtune[cuda] or jaxtune[tpu] and the driver that JAX's pages ask for"
 TOLERANCE = 1e-5
 
 
 def checks(directory: Path) -> list[Check]:
     """directory: where runs are written."""
     return [
-        Check("Python and packages", versions, "pip install --upgrade jaxtune, in an environment of its own"),
-        Check("devices", devices, "install jaxtune[cuda] or jaxtune[tpu] and the driver that JAX's pages ask for"),
+        Check("Python and packages", versions, "pip install --upgrade jaxtune, in an environment of its own", False),
+        Check("devices", devices, DRIVERS, False),
         Check("compiler", compiler, "a device or its driver is broken: try each alone, or another version of jaxlib"),
-        Check("run directory", lambda: writable(directory), "set train.output_dir to a place that you may write to"),
+        Check("run directory", lambda: writable(directory), "set train.output_dir to one that you may write to", False),
         Check("checkpoints", lambda: checkpoint(directory), "another file system, or another version of Orbax"),
     ]
 
@@ -55,6 +57,15 @@ def _wrong(asked: Requirement) -> str | None:
     if asked.specifier.contains(found, prereleases=True):
         return None
     return f"{asked.name} {found} is installed; {asked.specifier} is needed"
+
+
+@cache
+def has_devices() -> bool:
+    """Whether JAX can start; where it cannot, it would try anew each time."""
+    try:
+        return bool(jax.devices())
+    except (RuntimeError, AssertionError):
+        return False
 
 
 def devices() -> str:

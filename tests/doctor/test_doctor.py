@@ -64,6 +64,24 @@ def test_a_gpu_that_jax_does_not_see_is_a_failure_unless_cpus_were_asked_for(of_
     assert of_machine("devices") == (FAIL, f"there is a GPU ({tmp_path / 'nvidia0'}), but JAX sees CPUs only")
 
 
+def test_without_devices_what_needs_them_is_skipped_and_the_reason_is_told_once(monkeypatch, tmp_path):
+    def none():
+        raise RuntimeError("Unable to initialize backend 'tpu': no libtpu.so (set JAX_PLATFORMS='')")
+
+    shown = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    monkeypatch.setattr(jax, "devices", none)
+    monkeypatch.setattr(machine, "has_devices", machine.has_devices.__wrapped__)
+    monkeypatch.setattr(command, "show", lambda outcomes, _: shown.extend(outcomes))
+    assert not command.doctor(None)
+    found = {outcome.check.name: (outcome.status, outcome.text) for outcome in shown}
+    assert (found.pop("Python and packages")[0], found.pop("run directory")[0]) == (PASS, PASS)
+    status, text = found.pop("devices")
+    assert status == FAIL and text.startswith("JAX_PLATFORMS=tpu") and "no libtpu.so; unset what" in text
+    assert "compiler" in found and set(found.values()) == {(SKIPPED, "JAX has to find devices first")}
+
+
 @pytest.mark.parametrize("wrong", [1.001, float("nan")])
 def test_a_device_that_multiplies_wrongly_is_found(of_machine, monkeypatch, wrong):
     multiply = jnp.matmul
