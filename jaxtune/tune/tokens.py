@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pydantic import PrivateAttr
 
 from jaxtune import ops
-from jaxtune.errors import AdapterError, ConfigError, listing
+from jaxtune.errors import AdapterError, ConfigError, ModelError, listing
 from jaxtune.files import expanded
 from jaxtune.leaves import Axes, Leaf
 from jaxtune.models.config import ModelConfig
@@ -96,6 +96,10 @@ def add_words(section: TokensSection, tokenizer: Any) -> tuple[Any, TokensSectio
     """(the tokenizer with the new tokens, the section with their ids).
 
     An adapter that has ids which the tokenizer lacks has a tokenizer of its own beside it.
+
+    Raises:
+        ConfigError: a new token is not new, or no text.
+        ModelError: the ids have holes, and the tokenizers library counts on from the number of tokens.
     """
     if section.adapter is not None:
         return _of_adapter(section, tokenizer)
@@ -108,14 +112,20 @@ def add_words(section: TokensSection, tokenizer: Any) -> tuple[Any, TokensSectio
         )
     if len(set(section.new_tokens)) < len(section.new_tokens) or "" in section.new_tokens:
         raise ConfigError("tune.new_tokens: a token is empty or there twice")
-    before = vocabulary_size(tokenizer)
+    largest, known = vocabulary_size(tokenizer) - 1, len(tokenizer)
     if section.new_tokens:
         from tokenizers import AddedToken
 
         tokenizer.add_tokens([AddedToken(token, normalized=False) for token in section.new_tokens])
     section = section.model_copy()
     section._new_ids = tuple(tokenizer.convert_tokens_to_ids(section.new_tokens))
-    assert all(number >= before for number in section._new_ids), "a new token has an old id"
+    first = min(section._new_ids, default=largest + 1)
+    if first <= largest:
+        raise ModelError(
+            f"tune.new_tokens: the tokenizer of {tokenizer.name_or_path} has {known} tokens, with ids up to {largest}: "
+            f"new ones would get ids from {first} on, which others have; give each id up to {largest} a token in its "
+            "tokenizer.json, or train tokens that it has: tune.token_indices"
+        )
     return tokenizer, section
 
 

@@ -12,7 +12,7 @@ import jaxtune
 from jaxtune import tune
 from jaxtune.assemble import Source, assemble
 from jaxtune.config import ModelSection, make_config, tune_section
-from jaxtune.errors import AdapterError, ConfigError, MeshError
+from jaxtune.errors import AdapterError, ConfigError, MeshError, ModelError
 from jaxtune.export import export_run
 from jaxtune.mesh import make_mesh, single_device_mesh
 from jaxtune.plan.program import make_step
@@ -128,6 +128,19 @@ def test_what_cannot_be_is_refused(options, message):
 def test_a_new_token_is_new(new, message):
     with pytest.raises(ConfigError, match=message):
         tune.words(tokens_section(new_tokens=new), tokenizer_copy())
+
+
+def test_ids_with_holes_leave_no_place_for_new_tokens():
+    """tokenizers counts on from the number of tokens: 3 would be the id of two."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    model = WordLevel({"a": 0, "b": 1, "c": 3}, unk_token="a")
+    holed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), name_or_path="here")
+    told = "of here has 3 tokens, with ids up to 3: new ones would get ids from 3 on, which others have; give each id"
+    with pytest.raises(ModelError, match=told):
+        tune.words(tokens_section(new_tokens=["x"]), holed)
 
 
 def test_rows_without_a_token_are_used_before_the_tables_grow():
