@@ -95,15 +95,16 @@ def _pretend(count: int) -> list[Any]:
         )
     import jax
 
-    # Both are read when JAX first looks for devices, which importing it does not; after that they do nothing.
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
+    # Both are read when JAX first looks for devices, which importing it does not. After that the first does nothing,
+    # and the second is refused.
     jax.config.update("jax_platforms", "cpu")
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise MeshError(
             f"{count} devices: JAX was started with {len(devices)} in this process; start Python with "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}, or use the command jaxtune plan"
+            f"JAX_NUM_CPU_DEVICES={count}, or use the command jaxtune plan"
         )
     return devices[:count]
 

@@ -1,7 +1,6 @@
 """`jaxtune plan` as a user calls it."""
 
 import json
-import os
 from importlib.util import find_spec
 
 import jax
@@ -141,12 +140,17 @@ def test_without_libtpu_what_to_install_is_said():
         choose("v5e:2x2", None)
 
 
-def test_targets_are_refused_by_name(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # choose sets it, for later processes too
+def test_as_many_devices_are_pretended_as_are_asked_for_whatever_the_environment_says(run_python):
+    code = 'from jaxtune.plan.target import choose; print(len(choose("cpu", 4).devices))'
+    for env in ({"JAX_NUM_CPU_DEVICES": "2"}, {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}):
+        assert run_python(code, env=env).stdout == "4\n"
+
+
+def test_targets_are_refused_by_name():
     with pytest.raises(MeshError, match="allowed: cpu, or a TPU slice of v4, v5e, v5p, v6e"):
         choose("h100:8", None)
     jax.devices()  # it is started now
-    with pytest.raises(MeshError, match="force_host_platform_device_count=2048"):
+    with pytest.raises(MeshError, match="start Python with JAX_NUM_CPU_DEVICES=2048, or"):
         choose("cpu", 2048)
     with pytest.raises(MeshError, match="--devices 2049: a CPU pretends to have 2048 at most; plan for fewer"):
         choose("cpu", 2049)
