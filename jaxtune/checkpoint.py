@@ -394,7 +394,8 @@ def _require_space(directory: Path, size: int) -> None:
     place = next(path for path in (directory, *directory.parents) if path.exists())
     free = shutil.disk_usage(place).free
     if size > free:
-        raise OSError(f"{size / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB are free on the disk")
+        needed = math.ceil(size / 1e6)  # up, and what is free down: they never read the same
+        raise OSError(f"{needed} MB are needed, and {free // 10**6} MB are free on the disk")
 
 
 def _remove(home: Path) -> None:

@@ -264,6 +264,13 @@ def test_a_full_disk_is_told_before_anything_is_written(checkpointer, monkeypatc
     assert sorted(path.name for path in checkpointer.directory.iterdir()) == ["10"]
 
 
+def test_what_is_needed_reads_as_more_than_what_is_free(checkpointer, monkeypatch):
+    usage = type("Usage", (), {"free": 11_999_999})()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match="12 MB are needed, and 11 MB are free"):
+        checkpointer.preflight({"w": jnp.zeros((1000, 1000))})
+
+
 def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(checkpointer, monkeypatch, capsys):
     for step in (10, 20):
         checkpointer.save(step, make_state(), {}, wait=True)
