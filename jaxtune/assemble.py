@@ -54,11 +54,16 @@ class Source:
 
     @classmethod
     def open(
-        cls, section: ModelSection, template: str | None = None, tuning: TuneSection = FULL, weights: bool = True
+        cls,
+        section: ModelSection,
+        template: str | None = None,
+        tuning: TuneSection = FULL,
+        weights: bool = True,
+        noted: str | None = None,
     ) -> "Source":
         """Find the model, read its settings and its tokenizer, and check that the two fit under a tuning method.
 
-        weights: whether those of a model on the hub are wanted too.
+        weights: whether those of a model on the hub are wanted too. noted: as load_tokenizer has it.
         """
         weights = weights and section.init == "pretrained"
         path = resolve_model(section.path, section.revision, weights=weights)
@@ -69,7 +74,7 @@ class Source:
             )
         config = read_config(path, section.overrides)
         words = path if section.tokenizer is None else resolve_model(section.tokenizer, weights=False)
-        tokenizer = load_tokenizer(words, template)
+        tokenizer = load_tokenizer(words, template, noted)
         own_ids = section.tokenizer is None or shares_ids(tokenizer, tokenizer_of(path))
         if not own_ids:
             config = replace(config, hf={**config.hf, **special_ids(tokenizer)})

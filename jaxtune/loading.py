@@ -139,7 +139,8 @@ def open_run(path: str | Path, dtype: str, mesh: Mesh, base: ModelSection | None
     if _is_finished(directory, config):
         if tune.has_adapter(config.tune):
             return open_adapter(config, directory / ADAPTER, dtype, mesh, record)
-        made = assemble(Source.open(ModelSection(path=str(directory / MODEL))), FULL, mesh, dtype=dtype)
+        told = (record.get("fingerprints") or {}).get("tokenizer")
+        made = assemble(Source.open(ModelSection(path=str(directory / MODEL)), noted=told), FULL, mesh, dtype=dtype)
         if base is not None:
             made = _with_trained(made, _assemble(config, FULL, dtype, mesh, record), config.tune)
         return Opened(made, FULL, jnp.dtype(dtype), config)
@@ -171,9 +172,9 @@ def open_adapter(
 def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh, record: dict[str, Any]) -> Assembled:
     """The run's base model, with the template that the run had, under this section."""
     template, prints = record.get("template"), record.get("fingerprints") or {}
-    words = config.model.tokenizer or config.model.path
+    words, told = config.model.tokenizer or config.model.path, prints.get("tokenizer")
     try:
-        source = Source.open(config.model, config.data.template if template is None else None, section)
+        source = Source.open(config.model, config.data.template if template is None else None, section, noted=told)
     except ModelError as error:
         is_there = os.path.exists(expanded(config.model.path))
         hint = (
@@ -185,7 +186,6 @@ def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh, reco
         if prints and config.data.template is None and source.tokenizer.chat_template != template:
             warn(f"{words}: has another chat template than when the run began; the run's own is used")
         source.tokenizer.chat_template = template  # its file may be another by now, or gone
-    told = prints.get("tokenizer")
     if told is not None and not is_tokenizer_print(told, source.tokenizer):
         raise CheckpointError(
             f"{words}: this tokenizer is not the one that the run began with; bring the old files back"

@@ -74,7 +74,7 @@ def train(config: Config) -> list[dict]:
         if run.finished:
             return read_rows(run.directory)
         stage(f"Reading {config.model.path}")
-        source = Source.open(config.model, config.data.template, config.tune)
+        source = Source.open(config.model, config.data.template, config.tune, noted=run.tokenizer_print)
         config = config.model_copy(update={"tune": source.tuning})
         check_fit(config, mesh, source.config, source.quantized)
         check_offload(config, mesh)

@@ -173,6 +173,11 @@ class Run:
         return next((change.old for change in self._changes if change.key == key), now)
 
     @property
+    def tokenizer_print(self) -> str | None:
+        """The fingerprint of the tokenizer that the run began with; None: it has not begun, or none was noted."""
+        return self._record.get("fingerprints", {}).get("tokenizer")
+
+    @property
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says about the run that it is of."""
         return {key: self._record.get(key) for key in ("jaxtune", "config", "fingerprints", "changes")}

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterable
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,12 @@ PROBES = (
 )
 # Those before are all that runs of earlier versions noted.
 MORE_PROBES = ("Steps:\n\n1. a  2\n\n2. b", "    2 + 2\t3", "| 1 | 22 |\n", "-- '' ... !!\n\n\nA")
-MERGING = ("ignore_merges", "byte_fallback")  # options of a model of tokenizers'
+# Options of a model of tokenizers' that decide which tokens it makes.
+MERGING = (
+    *("ignore_merges", "byte_fallback", "unk_token", "fuse_unk"),
+    *("continuing_subword_prefix", "end_of_word_suffix"),
+)
+_TOLD: set[str] = set()  # fingerprints of tokenizers that were warned about
 PROBED = 20_000  # tokens, whose own texts are tried too
 
 
@@ -48,10 +52,11 @@ def without_torch() -> None:
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
 
-def load_tokenizer(path: Path, template: str | None = None) -> Any:
+def load_tokenizer(path: Path, template: str | None = None, noted: str | None = None) -> Any:
     """A transformers fast tokenizer, from a directory or a .gguf file.
 
-    template: a file of a Jinja chat template that takes the place of the tokenizer's own.
+    template: a file of a Jinja chat template that takes the place of the tokenizer's own. noted: the fingerprint of the
+    one that a run began with.
 
     Raises:
         ModelError: there is none, it needs code of its own, its template is no text, or it has no end-of-sequence
@@ -62,7 +67,7 @@ def load_tokenizer(path: Path, template: str | None = None) -> Any:
 
         tokenizer = read_gguf_tokenizer(path)
     else:
-        tokenizer = _from_directory(path)
+        tokenizer = _from_directory(path, noted)
     if template is not None:
         tokenizer.chat_template = _read_template(expanded(template))
     if not _is_template(tokenizer.chat_template):
@@ -90,23 +95,34 @@ def save_tokenizer(tokenizer: Any, directory: Path, **options: Any) -> None:
         raise OSError(f"{directory}: {problem}") from problem
 
 
-def _from_directory(path: Path) -> Any:
+def _from_directory(path: Path, noted: str | None) -> Any:
     """As its tokenizer.json says, where it has one.
 
     transformers 5 takes of that file the vocabulary and the merges alone where the tokenizer's class, or the model's
     type, has steps of its own before them: SmolLM2's numbers, or a Qwen2 model's other words, are cut otherwise then
-    (its issues 45488 and 48206).
+    (its issues 45488 and 48206). Runs of earlier versions learnt that cut, and keep it.
     """
     from transformers import PreTrainedTokenizerFast
 
     tokenizer, file = load_as_transformers(path), path / "tokenizer.json"
     if not file.exists() or _steps(tokenizer.backend_tokenizer) == _steps_of(file):
         return tokenizer
-    special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    as_written = _load(path, PreTrainedTokenizerFast, **{name: token for name, token in special.items() if token})
+    as_written = _load(path, PreTrainedTokenizerFast, padding_side=tokenizer.padding_side)
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):  # which the class has where the files name none
+        token = getattr(tokenizer, name)
+        if getattr(as_written, name) is None and token in as_written.get_vocab():
+            setattr(as_written, name, token)
+    now, kind = tokenizer_print(as_written), type(tokenizer).__name__
+    if noted is not None and noted != now and is_tokenizer_print(noted, tokenizer):
+        warn(f"{path}: read as {kind}, as when the run began; by its tokenizer.json some text is cut otherwise")
+        return tokenizer
     text = first_difference(as_written, tokenizer)
-    if text is not None and multiprocessing.parent_process() is None:
-        _tell_of_class(path, type(tokenizer).__name__, text)
+    if text is not None and now not in _TOLD and multiprocessing.parent_process() is None:
+        _TOLD.add(now)
+        warn(
+            f"{path}: text is cut as tokenizer.json says; transformers {version('transformers')} reads it as {kind}, "
+            f"which cuts some otherwise, such as {text!r:.60}"
+        )
     return as_written
 
 
@@ -136,13 +152,14 @@ def _load(path: Path, kind: Any, **options: Any) -> Any:
         raise ModelError(f"{path}: the tokenizer cannot be loaded ({what}); {NEEDED}") from None
 
 
-def _steps(core: Tokenizer, model: Any = None) -> list[Any]:
-    """What is done to a text before its pieces are merged to tokens, and how they are. model: core's, or its options
-    by name."""
+def _steps(core: Tokenizer, model: dict[str, Any] | None = None) -> list[Any]:
+    """What is done to a text before its pieces are merged to tokens, and how they are. model: core's, as it stands in
+    a file."""
     before = (core.normalizer, core.pre_tokenizer)
     parts = [part and json.loads(part.__getstate__(), object_hook=_deciding) for part in before]
-    options = {name: getattr(core.model, name, None) for name in MERGING} if model is None else model
-    return [*parts, *(bool(options.get(name)) for name in MERGING)]
+    if model is None:
+        model = {"type": type(core.model).__name__} | {name: getattr(core.model, name, None) for name in MERGING}
+    return [*parts, model.get("type", "BPE"), *(model.get(name) or None for name in MERGING)]
 
 
 def cuts_alike(one: Any, other: Any) -> bool:
@@ -164,14 +181,6 @@ def _steps_of(file: Path) -> list[Any]:
         "post_processor": None,
     }
     return _steps(Tokenizer.from_str(json.dumps({**tree, **bare})), tree["model"])
-
-
-@cache
-def _tell_of_class(path: Path, name: str, text: str) -> None:
-    warn(
-        f"{path}: text is cut as tokenizer.json says; transformers {version('transformers')} reads it as {name}, which "
-        f"cuts some otherwise, such as {text!r:.60}"
-    )
 
 
 def _is_template(found: Any) -> bool:

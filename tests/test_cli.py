@@ -426,7 +426,7 @@ needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /
 
 @needs_dev_full
 def test_an_answer_that_a_full_disk_does_not_take_ends_with_one_message_and_code_1(tiny_model):
-    command = [sys.executable, "-m", "jaxtune", "generate", "--model", str(tiny_model("qwen2")), "--prompt", "x"]
+    command = [sys.executable, "-m", "jaxtune", "generate", "--model", str(tiny_model("qwen3")), "--prompt", "x"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, env=child_environment(), stdout=full, stderr=subprocess.PIPE, check=False)
     told = done.stderr.decode().splitlines()

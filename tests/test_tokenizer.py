@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxtune.errors import ModelError
@@ -72,6 +72,32 @@ def test_a_tokenizer_json_decides_where_transformers_goes_by_the_class(directory
     )
     assert told == (odd is not None)
     assert load_tokenizer(directory).is_fast and not capsys.readouterr().out  # it is said once
+
+
+def test_a_run_that_learnt_the_cut_of_a_class_keeps_it(directory, capsys):
+    edit(edit(directory, tokenizer_class="Qwen2Tokenizer"), "config.json", model_type="qwen2")
+    ours, theirs = load_tokenizer(directory), load_as_transformers(directory)
+    text = first_difference(ours, theirs)
+    assert text is not None
+    for noted in (tokenizer_print(theirs), tokenizer_print(theirs, PROBES)):  # of now, and of earlier versions
+        capsys.readouterr()
+        assert load_tokenizer(directory, noted=noted)(text)["input_ids"] == theirs(text)["input_ids"]
+        assert "read as Qwen2Tokenizer, as when the run began" in " ".join(capsys.readouterr().out.split())
+    for noted in (None, tokenizer_print(ours), "of another"):
+        assert load_tokenizer(directory, noted=noted)(text)["input_ids"] == ours(text)["input_ids"]
+
+
+def test_the_kind_of_merging_is_the_files_and_no_token_is_invented(tmp_path):
+    core = Tokenizer(
+        models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), ("▁ab", -1.0), ("a", -3.0), ("b", -3.0)], 0)
+    )
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(tmp_path)
+    for kind, model_type in (("LlamaTokenizer", "llama"), ("Qwen2Tokenizer", "qwen2")):
+        edit(edit(tmp_path, tokenizer_class=kind, legacy=False), "config.json", model_type=model_type)
+        tokenizer = load_tokenizer(tmp_path)
+        assert tokenizer("ab ab", add_special_tokens=False)["input_ids"] == core.encode("ab ab").ids == [3, 3]
+        assert vocabulary_size(tokenizer) == 6
 
 
 def test_a_template_file_takes_the_place_of_the_tokenizers_own(directory, tmp_path):

@@ -105,7 +105,7 @@ def _yarn(table: Fields, outer: _Outer) -> dict:
         **{key: None if table.get(key) is None else table.number(key) for key in optional},
         "beta_fast": table.number("beta_fast", 0.0) or 32.0,
         "beta_slow": table.number("beta_slow", 0.0) or 1.0,
-        "truncate": table.flag("truncate", True),
+        "truncate": "truncate" not in table.values if table.get("truncate") is None else table.flag("truncate", True),
     }
 
 
