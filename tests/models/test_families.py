@@ -51,6 +51,7 @@ VARIANTS = {
     "old null": {"rope_theta": 1e6, "rope_scaling": None},
     "new default": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "new yarn": {"rope_parameters": YARN | {"rope_theta": 1e6, "truncate": False, "beta_fast": 16}},
+    "new yarn, truncate null": {"rope_parameters": YARN | {"rope_theta": 1e6, "truncate": None}},
     "new llama3": {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
     "new without theta": {"rope_parameters": {"rope_type": "linear", "factor": 3.0}},
     "new and old theta agree": {"rope_theta": 7e4, "rope_parameters": {"rope_theta": 7e4, "rope_type": "default"}},
