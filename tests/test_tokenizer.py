@@ -30,6 +30,12 @@ def directory(tiny_tokenizer, tmp_path):
     return tmp_path / "words"
 
 
+@pytest.fixture(autouse=True)
+def nothing_told(monkeypatch):
+    """A warning that is printed once per process is printed once per test, whichever ran before."""
+    monkeypatch.setattr("jaxtune.tokenizer._TOLD", set())
+
+
 def edit(directory, name="tokenizer_config.json", drop=(), **fields):
     path = directory / name
     values = json.loads(path.read_text()) if path.exists() else {}
