@@ -115,6 +115,7 @@ def _from_directory(path: Path, noted: str | None) -> Any:
     now, kind = tokenizer_print(as_written), type(tokenizer).__name__
     if noted is not None and noted != now and is_tokenizer_print(noted, tokenizer):
         warn(f"{path}: read as {kind}, as when the run began; by its tokenizer.json some text is cut otherwise")
+        _TOLD.add(now)
         return tokenizer
     text = first_difference(as_written, tokenizer)
     if text is not None and now not in _TOLD and multiprocessing.parent_process() is None:
@@ -145,11 +146,25 @@ def load_as_transformers(path: Path) -> Any:
 
 
 def _load(path: Path, kind: Any, **options: Any) -> Any:
+    found, problem = _tried(kind, path, **options)
+    if problem is None:
+        return found
+    from transformers import AutoConfig
+
+    if (path / "config.json").exists() and problem == _tried(AutoConfig, path)[1]:
+        raise ModelError(
+            f"{path / 'config.json'}: transformers, which reads it for the tokenizer, does not take it ({problem}); "
+            "put it right, or set model.tokenizer"
+        )
+    raise ModelError(f"{path}: the tokenizer cannot be loaded ({problem}); {NEEDED}")
+
+
+def _tried(kind: Any, path: Path, **options: Any) -> tuple[Any, str | None]:
+    """What is made of a directory, or what is wrong with it."""
     try:
-        return kind.from_pretrained(str(path), local_files_only=True, **options)
+        return kind.from_pretrained(str(path), local_files_only=True, **options), None
     except Exception as problem:  # the library raises many kinds, its Rust side bare Exceptions
-        what = " ".join(str(problem).split())[:500]
-        raise ModelError(f"{path}: the tokenizer cannot be loaded ({what}); {NEEDED}") from None
+        return None, " ".join(str(problem).split())[:500] or type(problem).__name__
 
 
 def _steps(core: Tokenizer, model: dict[str, Any] | None = None) -> list[Any]:

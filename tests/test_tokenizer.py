@@ -89,8 +89,19 @@ def test_a_run_that_learnt_the_cut_of_a_class_keeps_it(directory, capsys):
         capsys.readouterr()
         assert load_tokenizer(directory, noted=noted)(text)["input_ids"] == theirs(text)["input_ids"]
         assert "read as Qwen2Tokenizer, as when the run began" in " ".join(capsys.readouterr().out.split())
+    assert load_tokenizer(directory) and not capsys.readouterr().out  # what differs has been said
     for noted in (None, tokenizer_print(ours), "of another"):
         assert load_tokenizer(directory, noted=noted)(text)["input_ids"] == ours(text)["input_ids"]
+
+
+def test_a_config_that_transformers_does_not_take_is_named(directory):
+    edit(directory, "config.json", model_type="qwen2", use_cache=None)
+    with pytest.raises(ModelError, match=r"words/config\.json: transformers, .*use_cache.*; put it right"):
+        load_tokenizer(directory)
+    (directory / "tokenizer.json").write_text("{")
+    edit(directory, "config.json", use_cache=True)
+    with pytest.raises(ModelError, match="words: the tokenizer cannot be loaded"):
+        load_tokenizer(directory)
 
 
 def test_the_kind_of_merging_is_the_files_and_no_token_is_invented(tmp_path):
