@@ -93,6 +93,16 @@ SHAREGPT_TURNS = [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}
         ),
         ({"text": "1"}, "messages", "data.format: text would fit these columns"),
         (alpaca(), "sharegpt", "data.format: alpaca would fit these columns"),
+        (
+            {"prompt": say("1", "2", "3"), "completion": say("4")},
+            "alpaca",
+            "prompt, completion hold turns each, and one column has to hold the whole conversation: join them",
+        ),
+        (
+            {"chosen": SHAREGPT_TURNS, "rejected": SHAREGPT_TURNS},
+            "messages",
+            "chosen, rejected hold turns each, and one column has to hold the whole conversation: join them",
+        ),
         ({"messages": "1"}, "alpaca", "set data.columns.instruction"),
         ({"talk": say("1", "2")}, "messages", "set data.columns.messages"),
         ({"instruction": "1", "ouput": "2"}, "alpaca", 'did you mean "ouput"? Rename it, or set data.columns.output'),
