@@ -210,6 +210,11 @@ def _read_template(path: Path) -> str:
         if path.stat().st_size > MAX_TEMPLATE_BYTES:
             raise ModelError(f"data.template {path}: larger than {MAX_TEMPLATE_BYTES} bytes")
         return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:  # elsewhere templates have names: chatml, qwen
+        raise ModelError(
+            f"data.template {path}: no such file; it is the path of a file with a Jinja template, not a template's "
+            "name: leave it out for the tokenizer's own"
+        ) from None
     except (OSError, UnicodeDecodeError) as problem:
         raise ModelError(f"data.template {path}: cannot be read: {problem}") from None
 

@@ -132,6 +132,11 @@ def test_a_template_that_cannot_be_read_is_named(directory, tmp_path, content):
         load_tokenizer(directory, str(tmp_path / "t.jinja"))
 
 
+def test_a_template_s_name_elsewhere_is_said_to_be_no_file(directory):
+    with pytest.raises(ModelError, match=r"^data\.template chatml: no such file; .* not a template's name: leave"):
+        load_tokenizer(directory, "chatml")
+
+
 @pytest.mark.parametrize("template", [5, ["x"], {"default": 5}, [{"name": "default", "template": 5}]], ids=str)
 def test_a_template_that_is_no_text_is_one_message(directory, template):
     (directory / "chat_template.jinja").unlink()
