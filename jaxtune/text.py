@@ -33,6 +33,11 @@ def encode_prompt(tokenizer: Any, prompt: str | Messages, system: str | None = N
         prompt = [{"role": "system", "content": system}, *prompt]
     for message in prompt:
         _check_utf8(message["content"])
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the tokenizer has no chat template, which makes text of messages; give plain text for the model to "
+            "continue (jaxtune generate --prompt)"
+        )
     with open_template(tokenizer) as template:
         return list(tokenizer(template.prompt(prompt), add_special_tokens=False)["input_ids"])
 
