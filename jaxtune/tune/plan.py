@@ -152,6 +152,8 @@ def is_all_linear(targets: list[str] | str) -> bool:
 
 def _hint(targets: list[str] | str, modules: Modules) -> str:
     if isinstance(targets, list):
+        if any(target.lower() in ("all", names.ALL_LINEAR) for target in targets):
+            return f'; "{names.ALL_LINEAR}" stands alone, as text: targets: {names.ALL_LINEAR}'
         hints = dict.fromkeys(names.suggestion(target, modules.adaptable) for target in targets)
         return ("".join(hints) or ".") + f" Allowed are {listing(names.last_names(modules.adaptable), 20)}"
     plain = [name for name in names.last_names(modules.adaptable) if name == targets]

@@ -251,6 +251,8 @@ def test_adapters_lie_along_their_base_s_axes():
         ({"targets": []}, ["tune.targets is empty"]),
         ({"targets": "q_proj"}, ["regular expression over the whole name", "[q_proj]"]),
         ({"targets": "all_linear"}, ['no module has such a name; did you mean "all-linear"?']),
+        ({"targets": ["all"]}, ['no module is named "all"; "all-linear" stands alone, as text: targets: all-linear']),
+        ({"targets": ["all-linear"]}, ['"all-linear" stands alone, as text']),
         ({"targets": "all"}, ['did you mean "all-linear"?']),
         ({"targets": "q_proj,v_proj"}, ["write a list: [q_proj, v_proj]"]),
         ({"targets": r"model\.layer\..*"}, ["no module has such a name", "layers"]),
