@@ -33,6 +33,7 @@ _NAMES = {
     "data.path": "train_file train_dataset dataset_name dataset_path data_path data_files",
     "data.sources": "datasets",
     "data.format (text for stage pt; alpaca, sharegpt and messages are of stage sft)": "stage",
+    "data.format": "data.type",
     "data.max_length": "cutoff_len sequence_len max_seq_length max_seq_len seq_length model_max_length block_size",
     "data.columns.text": "dataset_text_field",
     "data.columns.messages": "field_messages",
@@ -113,12 +114,18 @@ _REASONS = {
     ),
     "no code is run that a model brings along; what is trained are jaxtune's own models": "trust_remote_code",
     "of a run there are metrics.jsonl and TensorBoard's events (log.tensorboard)": (
-        "run_name wandb_project wandb_entity wandb_name"
+        "run_name wandb_project wandb_entity wandb_name plot_loss"
     ),
     "nothing is uploaded; what a run writes are the hub's own formats": "push_to_hub hub_model_id hub_token",
     "a run ends after its steps, with the weights of the last; what evaluations found is in metrics.jsonl": (
         "early_stopping_patience load_best_model_at_end metric_for_best_model"
     ),
+    "what is done is the command's to say, as in jaxtune train": "do_train do_eval do_predict",
+    "rows are tokenised by all cores and kept, and once more where anything changes that their tokens depend on": (
+        "overwrite_cache preprocessing_num_workers dataset_num_proc dataset_processes dataloader_num_workers"
+    ),
+    "held-out data is packed as data.packing says": "eval_packing eval_sample_packing",
+    "special tokens are those in the tokenizer's files; model.tokenizer names another tokenizer": "special_tokens",
     "rows are filled with several conversations by data.packing": "group_by_length",
 }
 NOWHERE = {name: why for why, names in _REASONS.items() for name in names.split()}

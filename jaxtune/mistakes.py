@@ -210,7 +210,8 @@ def _unknown(place: Place) -> str:
 
 def _told(table: dict[str, str], place: Place) -> str | None:
     """What a table of names from elsewhere says of a key, by its section and name or else by its name alone."""
-    names = [name.lower().replace("-", "_") for name in (f"{place}", place.path[-1])]
+    path = re.sub(r"^data\.sources\.\d+\.", "data.", f"{place}")  # a source has keys of data
+    names = [name.lower().replace("-", "_") for name in (path, place.path[-1])]
     return next((table[name] for name in names if name in table), None)
 
 
