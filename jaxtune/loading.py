@@ -29,7 +29,7 @@ from jaxtune.number_types import compute_dtype
 from jaxtune.rundir import ADAPTER, CHECKPOINTS, CONFIG, MODEL, has_weights, read_record, result_directory
 from jaxtune.section import TuneSection
 from jaxtune.tokenizer import is_tokenizer_print
-from jaxtune.tune.peft_config import read_config
+from jaxtune.tune.peft_config import read_config, warn_of_another_base
 
 INFERENCE_AXES = ("data", "fsdp", "tensor")
 DTYPES = ("float32", "bfloat16", "auto")
@@ -81,6 +81,8 @@ def open_model(
             raise AdapterError(f"{path} is a run, with weights of its own; give its base model with adapter {adapter}")
         return open_run(path, kind.name, places)
     section = FULL if adapter is None else read_config(Path(adapter))
+    if adapter is not None:
+        warn_of_another_base(adapter, path)
     source = Source.open(ModelSection(path=str(path)), tuning=section)
     return Opened(assemble(source, source.tuning, places, dtype=kind.name), source.tuning, kind)
 

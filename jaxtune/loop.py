@@ -36,8 +36,10 @@ from jaxtune.parallel.schedule import bubble
 from jaxtune.parallel.stages import STACKS
 from jaxtune.program import Program, build
 from jaxtune.rundir import Run, open_run
+from jaxtune.section import adapter_of
 from jaxtune.signals import StopSignal
 from jaxtune.state import owned
+from jaxtune.tune.peft_config import warn_of_another_base
 
 
 @dataclass
@@ -81,6 +83,8 @@ def train(config: Config) -> list[dict]:
         check_result(run.directory, config.tune, source)
         for note in tune.check(config.tune, source.config, source.scheme):
             warn(note)
+        if (adapter := adapter_of(config.tune)) is not None:
+            warn_of_another_base(adapter, config.model.path)
         _look(stop)
         stage("Reading the data")
         virtual = tune.virtual_ids(config.tune, source.config)

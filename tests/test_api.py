@@ -136,10 +136,13 @@ def test_the_seed_decides_what_is_drawn(model):
     assert draw[0] == draw[1] != draw[2]
 
 
-def test_an_adapter_changes_the_logits_as_peft_does(tiny_model, lora):
+def test_an_adapter_changes_the_logits_as_peft_does(tiny_model, lora, capsys):
     base, adapter = tiny_model("qwen2"), lora[0] / "adapter"
     ours = jaxtune.load_model(base, adapter=adapter).logits(TOKENS)
     assert_close(ours, peer_logits(base, TOKENS, adapter))
+    assert "made for" not in capsys.readouterr().out
+    jaxtune.load_model(tiny_model("qwen2", seed=1), adapter=adapter)
+    assert f"Warning: {adapter}: made for {base}, and now on" in capsys.readouterr().out
     assert np.abs(ours - jaxtune.load_model(base).logits(TOKENS)).max() > 0.1
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from jaxtune.console import warn
 from jaxtune.errors import AdapterError, ConfigError, listing
 from jaxtune.files import expanded, inside, read_json
 from jaxtune.hub import ADAPTER_CONFIG
@@ -103,6 +104,15 @@ def read_config(directory: Path) -> TuneSection:
             for e in error.errors()  # one without a place is of several settings together
         ]
         raise AdapterError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def warn_of_another_base(adapter: str | Path, model: str | Path) -> None:
+    """Say where an adapter was made for a model of another name: shapes that fit do not tell. A model that lies in
+    another place keeps its name.
+    """
+    base = _read_json(expanded(adapter)).get("base_model_name_or_path")
+    if isinstance(base, str) and base and Path(base).name != Path(model).name:
+        warn(f"{adapter}: made for {base}, and now on {model}; on weights that are not the same it is worth little")
 
 
 def method_of(directory: Path) -> str:

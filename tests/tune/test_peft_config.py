@@ -8,7 +8,7 @@ import pytest
 from jaxtune import tune
 from jaxtune.config import make_config, tune_section
 from jaxtune.errors import AdapterError, ConfigError
-from jaxtune.tune.peft_config import is_resolved, read_config, resolve, to_peft
+from jaxtune.tune.peft_config import is_resolved, read_config, resolve, to_peft, warn_of_another_base
 from tests.tune.support import tuned
 
 OURS = {
@@ -238,3 +238,19 @@ def test_settings_that_contradict_the_adapter_s_are_all_named(tmp_path, where):
     assert "tune.rank: 4, the adapter has 3" in str(error.value)
     assert "tune.dropout: 0.5, the adapter has 0.0" in str(error.value)
     assert "alpha" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("base", "model", "told"),
+    [
+        ("Qwen/Qwen2.5-0.5B", "meta-llama/Llama-3.2-1B", True),
+        ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B", False),
+        ("Qwen/Qwen2.5-0.5B", "/models/Qwen2.5-0.5B/", False),
+        (None, "meta-llama/Llama-3.2-1B", False),
+    ],
+)
+def test_a_base_model_of_another_name_is_said(tmp_path, capsys, base, model, told):
+    adapter = written(tmp_path / "french", base_model_name_or_path=base)
+    warn_of_another_base(adapter, model)
+    said = f"Warning: {adapter}: made for {base}, and now on {model}; on weights that are not the same"
+    assert (said in capsys.readouterr().out) == told
