@@ -66,8 +66,8 @@ class Cells:
         if self.like_llamafactory:
             return "; the columns of its entry in dataset_info.json name it"
         turns = [name for name, held in self.value.items() if format_of_turns(held)]
-        if len(turns) > 1:  # TRL's prompt and completion: neither is the conversation
-            return f"; {listing(turns)} hold turns each, and one column has to hold the whole conversation: join them"
+        if len(turns) > 1:  # of TRL's prompt and completion neither is the conversation, of chosen and rejected each
+            return f"; {listing(turns)} hold turns each: write the whole conversation into one column"
         fitting = fitting_format(self.value)
         if fitting and fitting[0] != self.section.format:
             return f"; {in_words(*fitting)} would fit these columns"

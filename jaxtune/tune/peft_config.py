@@ -108,11 +108,20 @@ def read_config(directory: Path) -> TuneSection:
 
 def warn_of_another_base(adapter: str | Path, model: str | Path) -> None:
     """Say where an adapter was made for a model of another name: shapes that fit do not tell. A model that lies in
-    another place keeps its name.
-    """
+    another place keeps its name, in the hub's cache too; a .gguf may say more behind it."""
     base = _read_json(expanded(adapter)).get("base_model_name_or_path")
-    if isinstance(base, str) and base and Path(base).name != Path(model).name:
+    if not isinstance(base, str) or not base:
+        return
+    made_for, now = _name_of(base), _name_of(model)
+    if now != made_for and not (now.endswith(".gguf") and now.startswith(made_for)):
         warn(f"{adapter}: made for {base}, and now on {model}; on weights that are not the same it is worth little")
+
+
+def _name_of(model: str | Path) -> str:
+    """Of a model, by where it lies or its hub id. In the hub's cache it is in models--OWNER--NAME/snapshots/COMMIT."""
+    path = expanded(model).absolute()
+    cached = path.parent.parent.name if path.parent.name == "snapshots" else ""
+    return (cached.split("--")[-1] or path.name).casefold()
 
 
 def method_of(directory: Path) -> str:

@@ -96,12 +96,12 @@ SHAREGPT_TURNS = [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}
         (
             {"prompt": say("1", "2", "3"), "completion": say("4")},
             "alpaca",
-            "prompt, completion hold turns each, and one column has to hold the whole conversation: join them",
+            "prompt, completion hold turns each: write the whole conversation into one column",
         ),
         (
             {"chosen": SHAREGPT_TURNS, "rejected": SHAREGPT_TURNS},
             "messages",
-            "chosen, rejected hold turns each, and one column has to hold the whole conversation: join them",
+            "chosen, rejected hold turns each: write the whole conversation into one column",
         ),
         ({"messages": "1"}, "alpaca", "set data.columns.instruction"),
         ({"talk": say("1", "2")}, "messages", "set data.columns.messages"),

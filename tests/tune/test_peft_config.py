@@ -245,7 +245,11 @@ def test_settings_that_contradict_the_adapter_s_are_all_named(tmp_path, where):
     [
         ("Qwen/Qwen2.5-0.5B", "meta-llama/Llama-3.2-1B", True),
         ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B", False),
-        ("Qwen/Qwen2.5-0.5B", "/models/Qwen2.5-0.5B/", False),
+        ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct", True),
+        ("Qwen/Qwen2.5-0.5B", "/models/qwen2.5-0.5b/", False),
+        ("Qwen/Qwen2.5-0.5B", "/cache/models--Qwen--Qwen2.5-0.5B/snapshots/0a1b2c", False),
+        ("Qwen/Qwen2.5-0.5B", "/models/Qwen2.5-0.5B-Q8_0.gguf", False),
+        ("/models/Qwen2.5-0.5B", "smollm2.gguf", True),
         (None, "meta-llama/Llama-3.2-1B", False),
     ],
 )
