@@ -8,7 +8,7 @@ from jaxtune.api import LoadedModel
 from jaxtune.console import say, told_when_full
 from jaxtune.errors import OutputError, UserError
 from jaxtune.sampling import Sampling
-from jaxtune.text import Messages
+from jaxtune.text import Messages, require_template
 
 PROMPT = "> "
 HELP = "/reset begins anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
@@ -25,7 +25,12 @@ class Chat:
         self.messages: Messages = []
 
     def talk(self) -> None:
-        """Until the other side leaves."""
+        """Until the other side leaves.
+
+        Raises:
+            DataError: the model has no chat template.
+        """
+        require_template(self.model.tokenizer)
         if sys.stdin.isatty():
             import readline  # noqa: F401 - gives `input` a history and line editing
 

@@ -33,13 +33,21 @@ def encode_prompt(tokenizer: Any, prompt: str | Messages, system: str | None = N
         prompt = [{"role": "system", "content": system}, *prompt]
     for message in prompt:
         _check_utf8(message["content"])
+    require_template(tokenizer)
+    with open_template(tokenizer) as template:
+        return list(tokenizer(template.prompt(prompt), add_special_tokens=False)["input_ids"])
+
+
+def require_template(tokenizer: Any) -> None:
+    """
+    Raises:
+        DataError: it has no chat template, without which there are no messages.
+    """
     if not tokenizer.chat_template:
         raise DataError(
             "the tokenizer has no chat template, which makes text of messages; give plain text for the model to "
             "continue (jaxtune generate --prompt)"
         )
-    with open_template(tokenizer) as template:
-        return list(tokenizer(template.prompt(prompt), add_special_tokens=False)["input_ids"])
 
 
 def _without_end(tokenizer: Any, found: Any) -> list[int]:

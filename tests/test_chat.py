@@ -2,18 +2,20 @@
 
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from jaxtune.chat import Chat
-from jaxtune.errors import ModelError
+from jaxtune.errors import DataError, ModelError
 from jaxtune.sampling import Sampling
 
 
 class Model:
     """Answers each conversation with the next of `answers`, an exception among them being raised in its place."""
 
-    def __init__(self, *answers):
+    def __init__(self, *answers, template="{{ messages }}"):
+        self.tokenizer = SimpleNamespace(chat_template=template)
         self.answers, self.asked, self.seeds = list(answers), [], []
 
     def generate(self, messages, max_new_tokens, temperature, top_k, top_p, seed, stream):
@@ -60,6 +62,11 @@ def test_a_question_that_cannot_be_answered_is_forgotten(talk, capsys):
     assert text == "Yes.\n"
     assert "too long" in capsys.readouterr().out
     assert [message["content"] for message in messages] == ["Short", "Yes."]
+
+
+def test_a_model_without_a_chat_template_is_refused_before_anything_is_typed(talk):
+    with pytest.raises(DataError, match=r"no chat template.*--prompt"):
+        talk(Model(template=None), "")
 
 
 def test_reset_forgets_and_exit_leaves(talk):
