@@ -145,6 +145,21 @@ def test_the_parts_take_no_name_of_another_data_set(words, tmp_path, monkeypatch
     assert len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.parametrize("partitions", [1, 2])
+def test_of_two_that_write_one_data_set_the_second_is_refused_and_the_first_goes_on(words, tmp_path, partitions):
+    path = write(tmp_path / "a.jsonl", [{"text": "a"}])
+    again = task(words, tmp_path, path, partitions=partitions)
+    with DatasetWriter(again.names()["text"], again.dtype) as first:
+        part = Path(f"{tmp_path}/.out_text_document.part0.bin.tmp")
+        part.touch()
+        with pytest.raises(DataError, match=r"out_text_document\.bin: another process writes it"):
+            preprocess(again, lambda *_: None)
+        assert part.exists()
+        first.add_document([1])
+        first.finalize()
+    assert lists(tmp_path / "out_text_document") == [[1]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_its_processes_end_with_it(repository, words, tmp_path, number):

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxtune.errors import DataError, listing
+from jaxtune.files import is_at, try_lock
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -180,14 +181,20 @@ class DatasetWriter:
     """Writes a data set, document by document; in a `with` block, so that what is not finished leaves no file.
 
     The files have temporary names until `finalize`; the .idx gets its name last, so that the two are complete where
-    it is there.
+    it is there. Until then no other process gets them; the lock of one that was killed is free.
     """
 
     def __init__(self, prefix: str, dtype: np.dtype = DTYPES[4]):
-        """dtype: of the tokens, one of DTYPES."""
+        """dtype: of the tokens, one of DTYPES.
+
+        Raises:
+            DataError: another process writes this data set.
+        """
         self.prefix = prefix
         self._code = next(code for code, known in DTYPES.items() if known == dtype)
         self._lengths, self._documents = array("i"), array("q", [0])
+        self._finished = False
+        self._lock = self._take()  # before the file is opened, which empties it
         self._file = open(self._temporary("bin"), "wb")  # noqa: SIM115 - closed by finalize or __exit__
 
     @property
@@ -239,6 +246,18 @@ class DatasetWriter:
         Path(self.prefix + ".idx").unlink(missing_ok=True)  # an old one would not fit the new .bin
         for ending in ("bin", "idx"):
             os.replace(self._temporary(ending), f"{self.prefix}.{ending}")
+        self._finished = True
+
+    def _take(self) -> int:
+        """The handle that has the lock."""
+        path = self._temporary("bin")
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if try_lock(handle) is False or not is_at(handle, path):
+            os.close(handle)
+            raise DataError(
+                f"{self.prefix}.bin: another process writes it; wait for it or stop it, or give another prefix"
+            )
+        return handle
 
     def _temporary(self, ending: str) -> Path:
         return Path(f"{self.prefix}.{ending}.tmp")
@@ -249,8 +268,10 @@ class DatasetWriter:
     def __exit__(self, *_) -> None:
         with contextlib.suppress(OSError):  # a full disk does not take the last tokens, which are given up here anyway
             self._file.close()
-        for ending in ("bin", "idx"):
-            self._temporary(ending).unlink(missing_ok=True)
+        if not self._finished:  # else they are the next writer's
+            for ending in ("bin", "idx"):
+                self._temporary(ending).unlink(missing_ok=True)
+        os.close(self._lock)
 
 
 def _close(file) -> None:

@@ -62,25 +62,28 @@ def preprocess(task: Task, tell: Tell) -> None:
     """Write the data sets of `task.names()`.
 
     Raises:
-        DataError: an input file or a line is wrong; the message names it.
+        DataError: an input file or a line is wrong, which the message names; or another process writes them.
         OSError: something cannot be written.
         BrokenProcessPool: a process was killed.
     """
     if task.partitions == 1:
         write_partition(task, 0, tell)
         return
-    try:
-        _write_partitions(task, tell)
-        for key, name in task.names().items():
-            with DatasetWriter(name, task.dtype) as writer:
+    with ExitStack() as stack:
+        whole = task.names().items()  # from the beginning: they keep other processes away, from the parts too
+        writers = {key: stack.enter_context(DatasetWriter(name, task.dtype)) for key, name in whole}
+        try:
+            _write_partitions(task, tell)
+            for key, writer in writers.items():
                 for partition in range(task.partitions):
                     writer.add_dataset(open_dataset(task.names(partition)[key]))
-                writer.finalize()
-    finally:
-        for partition in range(task.partitions):
-            for name in task.names(partition).values():
-                for ending in (".bin", ".idx", ".bin.tmp", ".idx.tmp"):  # the latter of a process that was killed
-                    Path(name + ending).unlink(missing_ok=True)
+        finally:
+            for partition in range(task.partitions):
+                for name in task.names(partition).values():
+                    for ending in (".bin", ".idx", ".bin.tmp", ".idx.tmp"):  # the latter of a process that was killed
+                        Path(name + ending).unlink(missing_ok=True)
+        for writer in writers.values():
+            writer.finalize()
 
 
 # Reading

@@ -248,6 +248,22 @@ def test_a_writer_that_does_not_finish_leaves_no_file_and_does_not_touch_an_olde
     assert lists(open_dataset(prefix)) == DOCUMENTS
 
 
+def test_a_data_set_that_another_writes_is_refused_and_left_alone(tmp_path):
+    prefix = str(tmp_path / "a")
+    first = DatasetWriter(prefix)
+    first.add_document([1, 2])
+    with pytest.raises(DataError, match=r"a\.bin: another process writes it; wait for it or stop it"):
+        write(tmp_path / "a", [[9]])
+    first.add_document([3])
+    first.finalize()
+    assert lists(open_dataset(prefix)) == [[1, 2], [3]]
+    with DatasetWriter(prefix) as later:
+        first.__exit__()  # by now the temporary file is the other's
+        later.add_document([4])
+        later.finalize()
+    assert lists(open_dataset(prefix)) == [[4]]
+
+
 @pytest.mark.parametrize("tokens", [0, 100_000])
 def test_a_writer_that_finds_no_room_leaves_no_file(tmp_path, monkeypatch, tokens):
     """At once, or when what it holds back is flushed. /dev/full takes nothing."""
