@@ -168,10 +168,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a whole number, 1 or more")
+    return int(text)
 
 
 def _stop(number: int, _: object) -> None:
