@@ -307,6 +307,8 @@ def doctor(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
 ) -> None:
     """Look whether this machine, and a configuration, are fit to train: exit code 1 when something is not."""
+    if config is None and overrides:
+        raise typer.BadParameter(f"{overrides[0]}: belongs to a configuration; give its file with --config")
     with _one_line_errors():
         keep_programs()
         from jaxtune.config import load_config

@@ -150,6 +150,8 @@ def test_the_module_prints_the_message_alone_and_no_traceback(run_cli, tmp_path)
         ["generate", "--model", "m", "--prompt", "x", "--system", "y"],
         ["generate", "--model", "m", "--prompt", "x", "--max-new-tokens", "many"],
         ["export", "--run", "r", "--out", "o"],
+        ["doctor", "x.yaml"],
+        ["doctor", "optim.lr=1"],
     ],
     ids=" ".join,
 )
