@@ -19,12 +19,12 @@ from jaxtune.checkpoint import Checkpointer, by_path, read_meta
 from jaxtune.config import Config, PrecisionSection
 from jaxtune.console import console, go_on_unheard, loading_bar, say, stage, warn
 from jaxtune.data.loader import Batch, Data, Dataset, build_data
+from jaxtune.data.report import check_positions
 from jaxtune.errors import TrainingStopped
 from jaxtune.export import check_result, write_result
 from jaxtune.kept import compiled_anew
 from jaxtune.mesh import check_batch, check_time, make_mesh
 from jaxtune.metrics import Recorder, Silent, read_rows
-from jaxtune.models.config import ModelConfig
 from jaxtune.models.execution import Execution, worth_unrolling
 from jaxtune.models.weights import Tree
 from jaxtune.number_types import compute_dtype, wider
@@ -109,17 +109,6 @@ def train(config: Config) -> list[dict]:
                 go_on(job, run, checkpoints, recorder, stop, done)
         finish(job, run)
     return recorder.rows
-
-
-def check_positions(data: Dataset, model: ModelConfig) -> None:
-    """Warn where a conversation is longer than the model knows positions; of a stream, one of the first block. Some
-    ways of scaling positions are there to go on behind the last that is known."""
-    longest, known = int(data.examples.lengths.max()) + len(data.virtual), model.max_positions
-    if longest > known and model.rope.type not in ("linear", "dynamic", "yarn"):
-        warn(
-            f"data.max_length: the longest example has {longest:,} tokens, and the model knows {known:,} positions "
-            f"(max_position_embeddings): what lies behind them it has not seen; lower data.max_length to {known:,}"
-        )
 
 
 def tell_of_a_gap(run: Run, config: Config, data: Dataset, done: int) -> None:

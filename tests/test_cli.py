@@ -17,8 +17,8 @@ import pytest
 
 import jaxtune
 from jaxtune import cli, console
+from jaxtune.data.report import check_positions
 from jaxtune.errors import ConfigError, OutputError, SaveError
-from jaxtune.loop import check_positions
 from jaxtune.models.config import Rope
 from tests.conftest import child_environment
 from tests.programs import CONFIG

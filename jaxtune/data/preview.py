@@ -20,7 +20,7 @@ from jaxtune.assemble import Source
 from jaxtune.config import Config
 from jaxtune.console import console, say, stage
 from jaxtune.data.loader import Batch, Dataset, build_data
-from jaxtune.data.report import print_summary
+from jaxtune.data.report import check_positions, print_summary
 from jaxtune.errors import ConfigError
 from jaxtune.files import expanded, write_whole
 from jaxtune.segments import PADDING, SHARED
@@ -107,6 +107,7 @@ def preview(config: Config, rows: int, html: Path | None = None, packs: bool = F
     virtual, vocab_size = tune.virtual_ids(config.tune, source.config), tune.vocab_size(config.tune, source.config)
     data = build_data(config.data, config.eval, config.train, source.tokenizer, virtual, vocab_size)
     print_summary(data, console)
+    check_positions(data.train, source.config)
     first = data.train.first_rows(rows, packs)
     whole = f"{first.rows:,} {_all_rows(config)}"
     seen = list(look(first.batch(1), source.tokenizer, first.virtual))

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jaxtune.console import warn
 from jaxtune.data.dataset import WORTH_SHARING
 from jaxtune.data.encode import Lengths
 from jaxtune.data.loader import Data, Dataset
@@ -14,11 +15,26 @@ from jaxtune.data.mixing import Sources
 from jaxtune.data.streaming import Stream
 from jaxtune.data.tokenise import bad_rows
 from jaxtune.errors import listing
+from jaxtune.models.config import ModelConfig
 
 FEWEST, LOOKED_AT = 100, 1000  # conversations, for what they begin with
 WORTH_TELLING = 0.1  # of their mean length
 SHOWN = 400  # tokens of the example; a longer one is cut in the middle
 _STYLE = "bold green"
+
+
+def check_positions(data: Dataset, model: ModelConfig, option: str = "data.max_length") -> None:
+    """Warn where a conversation is longer than the model knows positions; of a stream, one of the first block. Some
+    ways of scaling positions are there to go on behind the last that is known.
+
+    option: what cuts it.
+    """
+    longest, known = int(data.examples.lengths.max()) + len(data.virtual), model.max_positions
+    if longest > known and model.rope.type not in ("linear", "dynamic", "yarn"):
+        warn(
+            f"{option}: the longest example has {longest:,} tokens, and the model knows {known:,} positions "
+            f"(max_position_embeddings): what lies behind them it has not seen; lower {option} to {known:,}"
+        )
 
 
 def print_report(data: Data, console: Console) -> None:

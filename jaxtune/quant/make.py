@@ -11,6 +11,7 @@ from jaxtune.assemble import Source
 from jaxtune.config import DataSection, EvalSection, ModelSection, TrainSection
 from jaxtune.console import Bar, console, say, stage
 from jaxtune.data.loader import Dataset, build_data
+from jaxtune.data.report import check_positions
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.files import check_new, expanded, sole_writer
 from jaxtune.hf_io import check_weights, open_source
@@ -93,11 +94,12 @@ def _streams(calibration: Calibration | None, source: Source) -> list[Stream]:
     data = build_data(
         section, EvalSection(path=calibration.eval), TrainSection(batch_size=ROWS, epochs=1), source.tokenizer
     )
-    say(_told("Calibration", data.train, calibration.samples))
-    streams = [Stream.of(data.train, calibration.samples)]
-    if data.eval is not None:
-        say(_told("Evaluation", data.eval, calibration.samples))
-        streams.append(Stream.of(data.eval, calibration.samples))
+    streams = []
+    for name, part in (("Calibration", data.train), ("Evaluation", data.eval)):
+        if part is not None:
+            say(_told(name, part, calibration.samples))
+            check_positions(part, source.config, "--length")
+            streams.append(Stream.of(part, calibration.samples))
     return streams
 
 

@@ -319,6 +319,13 @@ def test_a_page_that_the_disk_has_no_room_for_is_told_and_leaves_nothing(call, t
     assert not [path for path in tmp_path.iterdir() if "html" in path.name]
 
 
+def test_an_example_that_is_longer_than_the_model_knows_positions_is_told_as_a_run_tells_it(call):
+    Path("data.jsonl").write_text(json.dumps({"messages": say("a", "b c " * 190)}) + "\n")
+    code, out, _ = call("data.max_length=300")
+    assert code == 0 and "Warning: data.max_length: the longest example has 300 tokens" in out
+    assert "lower data.max_length to 256" in out
+
+
 def test_a_page_of_a_stream_says_that_its_rows_are_of_a_block(call, tmp_path):
     options = ("--html", tmp_path / "p.html", "--packs", "data.streaming=true", "train.steps=2")
     code, out, _ = call(*options)

@@ -249,6 +249,14 @@ def test_without_data_the_checkpoint_is_the_same_and_nothing_is_compared(make, c
         assert code == 0 and "\nLayer 2 of 2\n" in out and "Perplexity" not in out
 
 
+def test_rows_that_are_longer_than_the_model_knows_positions_are_told(call, tmp_path):
+    rows = tmp_path / "long.jsonl"
+    rows.write_text(json.dumps({"text": TEXT * 4}) + "\n")
+    code, out, _ = call("--method", "int8", "--data", str(rows))
+    assert code == 0 and "Warning: --length: the longest example has 512 tokens, and the model knows 256" in out
+    assert "lower --length to 256" in out
+
+
 def test_the_command_prints_perplexities(tiny_model, data, tmp_path, capsys):
     from jaxtune import cli
 
