@@ -21,11 +21,12 @@ from jaxtune.config import Config
 from jaxtune.console import console, say, stage
 from jaxtune.data.loader import Batch, Dataset, build_data
 from jaxtune.data.report import check_positions, print_summary
-from jaxtune.errors import ConfigError
-from jaxtune.files import expanded, write_whole
+from jaxtune.errors import ConfigError, OutputError
+from jaxtune.files import expanded, is_disks, write_whole
 from jaxtune.segments import PADDING, SHARED
 
 _TALKS = ("alpaca", "sharegpt", "messages")  # formats of conversations
+PAGE = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Rows as the model sees them</title>'
 _BROKEN = "\ufffd"  # what a decoder puts for bytes that are no character, or not yet one
 _VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "\u2421"}
 
@@ -100,6 +101,8 @@ def preview(config: Config, rows: int, html: Path | None = None, packs: bool = F
     Raises:
         UserError: as a run of this configuration would, its weights aside.
     """
+    if html is not None:
+        _check_page(html)
     config = config.model_copy(update={"tune": tune.resolve(config.tune)})
     stage(f"Reading the tokenizer of {config.model.tokenizer or config.model.path}")
     source = Source.open(config.model, config.data.template, config.tune, weights=False)
@@ -121,8 +124,23 @@ def preview(config: Config, rows: int, html: Path | None = None, packs: bool = F
     try:
         write_whole(expanded(html), page(seen, name, packs, _facts(config, first)))
     except OSError as error:
-        raise ConfigError(f"--html {html}: cannot be written: {error.strerror}") from None
+        kind = OutputError if is_disks(error) else ConfigError
+        raise kind(f"--html {html}: cannot be written: {error.strerror}") from None
     say(f"{html}: {len(seen):,} of {whole}; open it in a browser")
+
+
+def _check_page(html: Path) -> None:
+    """Refuse to write over a file that is no page of ours: the configuration, say, or the data."""
+    try:
+        path = expanded(html)
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            found = file.read(len(PAGE))
+    except OSError as error:
+        raise ConfigError(f"--html {html}: cannot be written: {error.strerror}") from None
+    if found not in (b"", PAGE.encode()):
+        raise ConfigError(f"--html {html}: is there already and is no page of preview's; give another name")
 
 
 def _facts(config: Config, first: Dataset) -> dict[str, str]:

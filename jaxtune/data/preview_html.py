@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from html import escape
 from itertools import groupby
 
-from jaxtune.data.preview import Document, SeenRow, Token, visible
+from jaxtune.data.preview import PAGE, Document, SeenRow, Token, visible
 
 HUES = 6  # colours that documents of a row have in turn; those of the style sheet
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -62,7 +62,7 @@ def page(rows: list[SeenRow], name: str, packs: bool, facts: dict[str, str]) -> 
     told = "".join(f"<dt>{escape(key)}</dt><dd>{escape(visible(value))}</dd>" for key, value in facts.items())
     body = "\n".join(_row(row, name, packs) for row in rows)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Rows as the model sees them</title>\n'
+        f"{PAGE}\n"
         f'<meta name="viewport" content="width=device-width">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n<style>{STYLE}</style></head>\n<body>'
         f"<h1>Rows as the model sees them</h1>\n<dl>{told}</dl>\n{_legend(name, packs)}\n{body}\n</body></html>\n"

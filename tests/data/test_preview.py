@@ -315,8 +315,20 @@ def test_a_page_is_written_in_place_of_the_rows(call, tmp_path, monkeypatch):
 def test_a_page_that_the_disk_has_no_room_for_is_told_and_leaves_nothing(call, tmp_path):
     (tmp_path / "p.html.partial").symlink_to("/dev/full")
     code, _, err = call("--html", tmp_path / "p.html")
-    assert (code, err) == (2, f"--html {tmp_path / 'p.html'}: cannot be written: No space left on device\n")
+    assert (code, err) == (1, f"--html {tmp_path / 'p.html'}: cannot be written: No space left on device\n")
     assert not [path for path in tmp_path.iterdir() if "html" in path.name]
+
+
+def test_a_page_is_written_over_and_no_other_file(call, tmp_path):
+    for name in ("c.yaml", "data.jsonl"):
+        code, out, err = call("--html", name)
+        assert (code, out) == (2, "")
+        assert err == f"--html {name}: is there already and is no page of preview's; give another name\n"
+    assert load_config("c.yaml", []).data.path == "data.jsonl" and "messages" in Path("data.jsonl").read_text()
+    (tmp_path / "p.html").touch()
+    for rows in ("1", "2"):
+        code, out, _ = call("--html", tmp_path / "p.html", "--rows", rows)
+        assert code == 0 and f"p.html: {rows} of 3 rows" in out
 
 
 def test_an_example_that_is_longer_than_the_model_knows_positions_is_told_as_a_run_tells_it(call):
