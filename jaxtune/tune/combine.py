@@ -203,8 +203,9 @@ def _rank_of(adapters: list[Adapter], way: str, rank: int | None) -> int:
 
 def _check_ranks(ranks: list[int], way: str, where: str = "") -> None:
     if way != "cat" and not way.endswith("svd") and len(set(ranks)) > 1:
+        others = f"{way}_svd" if way in THINNING else "svd or cat"
         raise AdapterError(
-            f"{where}way {way} adds up A and B themselves, so the ranks must agree; found {ranks}: take svd or cat"
+            f"{where}way {way} adds up A and B themselves, so the ranks must agree; found {ranks}: take {others}"
         )
 
 

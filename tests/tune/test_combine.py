@@ -266,7 +266,7 @@ def test_adapters_that_cannot_be_added_up_are_refused(tmp_path, adapters):
         one = tuned(tune_section(**options))
         save_adapter(tmp_path / name, one.section, one.model.weights, one.params)
     for name, words in {
-        "rank": "ranks must agree",
+        "rank": r"ranks must agree.* take svd or cat",
         "pattern": r"q_proj: way linear .* found \[4, 2\]",
         "saved": "train whole",
         "head": "lm_head.weight is no factor .* train whole",
@@ -274,3 +274,5 @@ def test_adapters_that_cannot_be_added_up_are_refused(tmp_path, adapters):
     }.items():
         with pytest.raises(AdapterError, match=words):
             combine([adapters[0], tmp_path / name], [1, 1], tmp_path / "one", "linear")
+    with pytest.raises(AdapterError, match=r"ranks must agree.* take ties_svd"):
+        combine([adapters[0], tmp_path / "rank"], [1, 1], tmp_path / "one", "ties", density=0.5)
