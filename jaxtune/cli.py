@@ -16,10 +16,11 @@ import io
 import os
 import signal
 import sys
+import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn, TextIO
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -46,6 +47,23 @@ TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens
 TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of together this probability.")]
 Seed = Annotated[int, typer.Option(help="Of the draws.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 where the device gains from it.")]
+
+
+_report_unraisable = sys.unraisablehook
+
+
+def _press_again(unraisable: Any) -> None:
+    """What is raised in a hook of Python's garbage collector, of which JAX has one, is reported and then forgotten: a
+    Ctrl-C that came in there comes once more, when the main thread is out of it."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        _report_unraisable(unraisable)
+        return
+    press = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    press.daemon = True
+    press.start()
+
+
+sys.unraisablehook = _press_again
 
 
 def _version(asked: bool) -> None:

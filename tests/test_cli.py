@@ -392,6 +392,25 @@ def test_ctrl_c_before_the_command_has_begun_ends_it_without_a_traceback(run_pyt
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
+COLLECTED = """
+import gc, os, signal, time
+from jaxtune import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def press(phase, info):
+    gc.callbacks.remove(press)
+    os.kill(os.getpid(), signal.SIGINT)
+with cli._one_line_errors():
+    gc.callbacks.append(press)
+    gc.collect()
+    time.sleep(60)
+"""
+
+
+def test_ctrl_c_while_python_collects_garbage_is_not_lost(run_python):
+    done = run_python(COLLECTED)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Stopped by Ctrl-C.\n")
+
+
 def test_our_own_mistakes_keep_their_traceback(call, monkeypatch):
     def fails(*args):
         raise RuntimeError("a bug")
