@@ -226,5 +226,5 @@ def _runs(text: Text, tokens: np.ndarray, mask: np.ndarray, tokenizer: Any, colo
 
 
 def _number(value: float) -> str:
-    """With one decimal, unless that is 0."""
-    return f"{value:,.1f}".removesuffix(".0")
+    """With one decimal, unless that is 0; what is less than that, with one digit."""
+    return f"{value:,.1f}".removesuffix(".0") if value >= 0.05 or not value else f"{value:.1g}"

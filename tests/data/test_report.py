@@ -98,6 +98,11 @@ def test_what_may_be_a_mistake_is_noted(report):
     assert "Note: In 1 assistant turns the prompt and the answer share a token" in glued
 
 
+def test_a_small_part_of_an_epoch_is_not_told_as_none(report):
+    text = report(*[row()] * 60, packing=False, train={"batch_size": 1, "steps": 1})
+    assert "1 step of 1 sequences: 60 an epoch, 0.02 epochs\n" in text
+
+
 def test_a_step_that_goes_through_the_data_several_times_is_noted(report):
     text = report(*[row()] * 8, train={"batch_size": 3, "epochs": 6})
     note = "One step trains on every row 1.5 times: an epoch has 2 packs, and train.batch_size is 3; lower it."
