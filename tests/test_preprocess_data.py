@@ -203,6 +203,7 @@ GIVEN = ["--input", "a", "--output-prefix", "b", "--tokenizer-model", "c"]
     [
         (["--workers", "3", "--partitions", "2"], "--workers 3 is no multiple of --partitions 2"),
         (["--workers", "0"], "--workers: '0'; allowed: a whole number, 1 or more"),
+        (["--log-interval", "0"], "--log-interval: '0'; allowed: a whole number, 1 or more"),
         (["--log-interval", "x"], "--log-interval: 'x'; allowed: a whole number, 1 or more"),
         (["--tokenizer-type", "SentencePieceTokenizer"], "HuggingFaceTokenizer"),
     ],

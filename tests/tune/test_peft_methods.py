@@ -33,8 +33,6 @@ pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:::transformers")
 
 TOLERANCE = 1e-4
-# Both sides take the weights apart in float32, and how that is rounded depends on the CPU: 1.0e-4 on one with AVX-512.
-TOLERANCE_OF_TWO_DECOMPOSITIONS = 3e-4
 QWEN2 = {"family": "qwen2", "tied": True}
 LLAMA = {"family": "llama", "tied": False}
 BIASED = {"family": "llama", "tied": False, "attention_bias": True, "mlp_bias": True}
@@ -75,7 +73,9 @@ CASES = {
         {"method": "dora", "targets": ["q_proj", "embed_tokens", "lm_head"], "rank_pattern": {"layers.1.*": 3}},
     ),
     "dora in some layers, rsLoRA": (QWEN2, {"method": "dora", "layers": [0, 2], "use_rslora": True, "bias": "all"}),
-    "pissa": (QWEN2, {"method": "pissa", "rank": 4, "targets": "all-linear"}),
+    # Not rank 4: a weight's fourth and fifth singular values are so near that either side's rounding, which depends on
+    # the CPU, turns their vectors.
+    "pissa": (QWEN2, {"method": "pissa", "rank": 3, "targets": "all-linear"}),
     "pissa, ranks by pattern, rsLoRA": (
         LLAMA,
         {
@@ -223,8 +223,7 @@ def test_an_adapter_that_peft_made_computes_the_same_here(tmp_path, base, option
     made = tuned(read_config(tmp_path), **base)
     expected = peer_logits(model)
     assert difference(peer_logits(peer_model(**base)), expected) > 0.01  # it does something
-    tolerance = TOLERANCE_OF_TWO_DECOMPOSITIONS if made.section.method == "pissa" else TOLERANCE
-    assert difference(logits(made.model, made.params), expected) < tolerance
+    assert difference(logits(made.model, made.params), expected) < TOLERANCE
     assert_merged_alike(made, model)
 
 
