@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from jaxtune.assemble import Assembled, adapted
 from jaxtune.config import Config, load_config, make_config
+from jaxtune.cpu_bfloat16 import compiler_options
 from jaxtune.errors import AdapterError, ConfigError, DataError, ModelError, listing
 from jaxtune.generate import Generator, bucket
 from jaxtune.kept import compiled_anew
@@ -62,7 +63,9 @@ class LoadedModel:
         self._model, self._active = assembled.model, name
         if name not in self._loaded:
             generator = Generator(assembled.model, assembled.mesh, self._dtype, assembled.source.stop_ids)
-            self._loaded[name] = _Programs(assembled, generator, jax.jit(self._everywhere(self._all_logits)))
+            options = compiler_options(self._dtype, assembled.mesh.devices.flat[0])
+            logits = jax.jit(self._everywhere(self._all_logits), compiler_options=options)
+            self._loaded[name] = _Programs(assembled, generator, logits)
         self._generator, self._logits = self._loaded[name].generator, self._loaded[name].logits
 
     @property

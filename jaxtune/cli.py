@@ -46,7 +46,7 @@ Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token ea
 TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")]
 TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of together this probability.")]
 Seed = Annotated[int, typer.Option(help="Of the draws.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 where the device gains from it.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16, or float32 on a CPU.")]
 
 
 _report_unraisable = sys.unraisablehook

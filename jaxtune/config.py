@@ -197,7 +197,7 @@ class LossScale(Section):
 
 
 class PrecisionSection(Section):
-    """float32 on a CPU; on others bfloat16 is what the matmuls gain from.
+    """On a GPU and a TPU bfloat16 is what the matmuls gain from, and on a CPU that has units for it.
 
     float16 is for devices without bfloat16: weights stay float32 beside it, since float16 ones would lose every step
     below 1/2048 of their size, and the loss is scaled.

@@ -4,6 +4,7 @@ Works on token ids; words are text.py's, drawing a token is sampling.py's.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxtune.console import warn
+from jaxtune.cpu_bfloat16 import compiler_options
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.kept import compiled_anew
 from jaxtune.mesh import batch_shards
@@ -61,8 +63,9 @@ class Generator:
     def __init__(self, model: Model, mesh: Mesh, dtype: Any, stop: tuple[int, ...]):
         """dtype: of the computation and the cache. stop: token ids that end a row."""
         self.model, self.mesh, self.dtype, self.stop = model, mesh, jnp.dtype(dtype), stop
-        self._prefill = jax.jit(self._first, static_argnames=("columns", "kind"))
-        self._decode = jax.jit(self._more, static_argnames="kind", donate_argnames="state")
+        jit = partial(jax.jit, compiler_options=compiler_options(self.dtype, mesh.devices.flat[0]))
+        self._prefill = jit(self._first, static_argnames=("columns", "kind"))
+        self._decode = jit(self._more, static_argnames="kind", donate_argnames="state")
 
     def stream(
         self,

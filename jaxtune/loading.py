@@ -64,8 +64,8 @@ def open_model(
     """Load a model from wherever `path` says, onto `mesh`.
 
     path: a Hugging Face directory, a .gguf file, a hub id, an exported model, or a run directory.
-    adapter: a PEFT directory to put on it. dtype: float32 | bfloat16 | auto (bfloat16 where the device gains from
-    it); adapters stay float32. mesh: None, one device; or sizes of axes, such as {"fsdp": 8}; or a mesh.
+    adapter: a PEFT directory to put on it. dtype: float32 | bfloat16 | auto (bfloat16, or float32
+    on a CPU); adapters stay float32. mesh: None, one device; or sizes of axes, such as {"fsdp": 8}; or a mesh.
 
     Raises:
         UserError: of the kind that fits; the message names what is wrong.

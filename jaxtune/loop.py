@@ -27,7 +27,7 @@ from jaxtune.mesh import check_batch, check_time, make_mesh
 from jaxtune.metrics import Recorder, Silent, read_rows
 from jaxtune.models.execution import Execution, worth_unrolling
 from jaxtune.models.weights import Tree
-from jaxtune.number_types import compute_dtype, wider
+from jaxtune.number_types import compute_dtype, narrower, wider
 from jaxtune.optim import make_schedule
 from jaxtune.parallel.checks import check_fit, check_offload
 from jaxtune.parallel.layout import check_sharded
@@ -161,6 +161,8 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
         say(f"The pipeline's schedule leaves a stage waiting for {bubble(program.pipeline.schedule):.0%} of a step")
     for note in wider(config.precision, mesh.devices.flat[0]):
         warn(note)
+    if hint := narrower(config, mesh.devices.flat[0]):
+        say(hint)
     check_sharded(program.state["trainable"], program.homes["trainable"])
     program.state["trainable"] = owned(program.state["trainable"])
     first = program.put(data.train.batch(1, rows=()).arrays())  # any will do

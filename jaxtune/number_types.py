@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune.config import PrecisionSection
+from jaxtune import cpu_bfloat16
+from jaxtune.config import Config, PrecisionSection
 
 
 def compute_dtype(asked: str) -> Any:
-    """`auto`: bfloat16 where the device gains from it; a CPU does not."""
+    """`auto`: bfloat16, but on a CPU float32, whatever units it has: one configuration, one result on all of them."""
     if asked != "auto":
         return jnp.dtype(asked)
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -19,6 +20,8 @@ def compute_dtype(asked: str) -> Any:
 
 def has_bfloat16(device: Any) -> bool:
     """Whether a device multiplies bfloat16 itself: before Ampere (8.0) XLA has an NVIDIA GPU do it in float32."""
+    if device.platform == "cpu":
+        return cpu_bfloat16.has_units() is not False
     return device.platform != "gpu" or re.match(r"[1-7]\.", str(device.compute_capability)) is None
 
 
@@ -35,11 +38,24 @@ def has_float8(device: Any) -> bool:
 def wider(precision: PrecisionSection, device: Any) -> Iterator[str]:
     """What is asked to be multiplied in a type that the device computes in a wider one."""
     if compute_dtype(precision.compute) == jnp.bfloat16 and not has_bfloat16(device):
-        has_float16 = str(device.compute_capability).startswith("7.")  # since Volta
-        hint = "; precision.compute: float16 uses the units that it has, and scales the loss" if has_float16 else ""
+        is_volta = device.platform == "gpu" and str(device.compute_capability).startswith("7.")  # has float16's since
+        hint = "; precision.compute: float16 uses the units that it has, and scales the loss" if is_volta else ""
         yield (
-            f"{device.device_kind} has no bfloat16 units: its matmuls are computed in float32, which spares memory and "
+            f"{_called(device)} has no bfloat16 units: its matmuls are computed in float32, which spares memory and "
             f"no time{hint}"
         )
     if precision.matmul == "float8" and not has_float8(device):
-        yield f"{device.device_kind} has no float8 units: its matmuls are computed in wider types, slower"
+        yield f"{_called(device)} has no float8 units: its matmuls are computed in wider types, slower"
+
+
+def narrower(config: Config, device: Any) -> str | None:
+    """What to try where a CPU has units for a type that is not computed in, and nobody has said which one to take."""
+    if config.precision.compute != "auto" or device.platform != "cpu" or not cpu_bfloat16.has_units():
+        return None
+    is_frozen = config.tune.method not in ("full", "freeze") and config.precision.params == "float32"
+    frozen = ", and precision.params: bfloat16 halves the memory of the frozen weights" if is_frozen else ""
+    return f"This CPU multiplies bfloat16 itself: precision.compute: bfloat16 may take half the time{frozen}"
+
+
+def _called(device: Any) -> str:
+    return "this CPU" if device.platform == "cpu" else device.device_kind

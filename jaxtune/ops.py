@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtune import cpu_bfloat16
 from jaxtune.leaves import Leaf
 from jaxtune.parallel import local
 
@@ -57,7 +58,7 @@ def product(inputs: tuple[jax.Array, ...], weight: Any, split: str | None = None
         return weight.product(inputs, split)
     (x,) = inputs
     # As a matrix: where a weight's gradient is a sum over two dimensions, XLA turns the whole of dy round to make one.
-    y = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), weight.astype(x.dtype), (((1,), (1,)), ((), ())))
+    y = cpu_bfloat16.matmul(x.reshape(-1, x.shape[-1]), weight.astype(x.dtype))
     return y.reshape(*x.shape[:-1], -1)
 
 

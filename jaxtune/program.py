@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxtune import tune
 from jaxtune.config import Config
+from jaxtune.cpu_bfloat16 import compiler_options
 from jaxtune.float8 import NOTHING, Watch
 from jaxtune.leaves import combine, partition
 from jaxtune.mesh import BATCH
@@ -131,8 +132,9 @@ def build(config: Config, model: Model, mesh: Mesh, params: Tree, mask: Tree, to
         skip_spikes=config.train.skip_spikes,
     )
     # The state is the first result: behind others, CUDA has given donated arrays wrong numbers (jax issue 39625).
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(homes, None))
-    eval_step = jax.jit(make_eval_step(model, layout, dtype, pipeline))
+    options = compiler_options(dtype, mesh.devices.flat[0])
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(homes, None), compiler_options=options)
+    eval_step = jax.jit(make_eval_step(model, layout, dtype, pipeline), compiler_options=options)
     return Program(layout, state, frozen, homes, jitted, eval_step, pipeline)
 
 

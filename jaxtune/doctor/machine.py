@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from packaging.requirements import Requirement
 
+from jaxtune import cpu_bfloat16
 from jaxtune.checkpoint import Checkpointer, problems
 from jaxtune.doctor.check import Check, Problem
 from jaxtune.files import expanded
@@ -76,7 +77,8 @@ def devices() -> str:
     if found[0].platform == "cpu" and gpu and not os.environ.get("JAX_PLATFORMS"):
         raise Problem(f"there is a GPU ({gpu}), but JAX sees CPUs only")
     memory = f" with {limit / 1e9:.1f} GB each" if limit else ""
-    return f"{len(found)} x {kind} ({found[0].platform}){memory}"
+    units = ", with units for bfloat16" if found[0].platform == "cpu" and cpu_bfloat16.has_units() else ""
+    return f"{len(found)} x {kind} ({found[0].platform}){memory}{units}"
 
 
 def compiler() -> str:

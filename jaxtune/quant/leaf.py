@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtune import cpu_bfloat16
 from jaxtune.errors import MeshError
 from jaxtune.leaves import Axes, Axis, Leaf, fields_of, map_parts
 from jaxtune.mesh import shards_of
@@ -53,7 +54,7 @@ def row_axis(out_axis: Axis, in_axis: Axis) -> Axis:
 @jax.custom_vjp
 def multiplied(x: jax.Array, leaf: Quantized) -> jax.Array:
     """x W^T, [..., in] -> [..., out] in x's type. It has a gradient in x alone, and keeps the leaf for it."""
-    return jax.lax.dot_general(x, leaf.weight(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+    return cpu_bfloat16.contract(x, leaf.weight(x.dtype), (x.ndim - 1, 1))
 
 
 def _multiplied_fwd(x, leaf):
@@ -64,7 +65,7 @@ def _multiplied_bwd(leaf, d):
     # The barrier ties this dequantisation to the gradient's arrival: without it XLA would share the forward pass's,
     # and hold every weight of a layer from its recomputation on.
     leaf, d = jax.lax.optimization_barrier((leaf, d))
-    return jax.lax.dot_general(d, leaf.weight(d.dtype), (((d.ndim - 1,), (0,)), ((), ()))), None
+    return cpu_bfloat16.contract(d, leaf.weight(d.dtype), (d.ndim - 1, 0)), None
 
 
 multiplied.defvjp(_multiplied_fwd, _multiplied_bwd)
