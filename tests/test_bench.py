@@ -105,13 +105,15 @@ def test_a_jax_peer_is_a_script_here_and_an_interpreter(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_every_case_is_a_specification_and_a_valid_configuration(name, on_gpu, tmp_path):
+@pytest.mark.parametrize(("on_gpu", "dtype"), [(False, "float32"), (False, "bfloat16"), (True, "bfloat16")])
+def test_every_case_is_a_specification_and_a_valid_configuration(name, on_gpu, dtype, tmp_path):
     case, options = cases.CASES[name], tool.parse(["--data", "rows.jsonl", "--steps", "5"])
-    spec = tool.specification(case, tmp_path, options, on_gpu)
+    spec = tool.specification(case, tmp_path, options, on_gpu, dtype)
     assert set(spec) >= {"model", "rows", "method", "length", "batch", "steps", "warm", "dtype", "lora"}
-    assert (spec["steps"], spec["dtype"]) == (5, "bfloat16" if on_gpu else "float32")
+    assert (spec["steps"], spec["dtype"]) == (5, dtype)
     config = load_config(spec["jaxtune"])
+    weights = "float32" if case.method == "full" else dtype  # the peers' full tuning keeps float32 ones, too
+    assert (config.precision.compute, config.precision.params) == (dtype, weights)
     assert (config.train.batch_size, config.data.max_length) == (spec["batch"], spec["length"])
     assert config.train.micro_batches == (2 if name in ("lora", "qlora") and not on_gpu else 1)
     assert config.data.format == ("megatron" if case.blocks else "messages")
@@ -151,7 +153,8 @@ def test_a_side_that_fails_is_told_with_its_last_words(script, tmp_path):
 def test_sides_run_in_turns_and_a_failure_is_the_exit_code(tmp_path, monkeypatch, capsys):
     """The order is reversed every other round, and a side that failed gets no other turn."""
     log = tmp_path / "turns"
-    line = json.dumps(answer() | {"platform": "cpu", "name": "cpu", "matmul_flops": 1e11, "flops_per_token": 1e9})
+    device = {"platform": "cpu", "name": "cpu", "matmul_flops": 1e11, "dtype": "bfloat16"}
+    line = json.dumps(answer() | device | {"flops_per_token": 1e9})
     good = f"import sys; open({str(log)!r}, 'a').write(sys.argv[0][-4] + ' '); print({line!r})"
     for name in ("matmul", "prepare", "a", "b", "c"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('it broke')" if name == "c" else good)
@@ -164,6 +167,7 @@ def test_sides_run_in_turns_and_a_failure_is_the_exit_code(tmp_path, monkeypatch
     assert tool.main() == 1
     assert [turn for turn in log.read_text().split() if turn in "ab"] == ["a", "b", "b", "a", "a", "b"]
     printed = capsys.readouterr().out
+    assert "0.1 TFLOP/s in a matmul alone, bfloat16" in printed
     assert "| c | failed: it broke |" in printed and "| d | not installed: no_such_package |" in printed
     monkeypatch.setattr(sys, "argv", ["bench.py", "--rounds", "1", "--tokenizer", "words", "--sides", "a,b,d"])
     assert tool.main() == 0

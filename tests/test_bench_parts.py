@@ -21,7 +21,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(tool, "HEADS", (8,))
     monkeypatch.setattr(tool, "ROWS", ((1, 256, None),))
     monkeypatch.setattr(tool, "LAYERS", ((2, 8),))
-    monkeypatch.setattr(tool, "square", lambda: jnp.ones((8, 8)))
+    monkeypatch.setattr(tool, "square", lambda dtype: jnp.ones((8, 8), dtype))
 
 
 def test_tiles_count_whole_where_anything_in_them_is_seen():
@@ -37,10 +37,11 @@ def test_documents_have_about_the_length_asked_for():
     assert 50 < segments[:, -1].mean() < 80 and (np.diff(segments) >= 0).all()
 
 
-def test_each_part_runs_and_its_matmuls_are_those_of_its_shape():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_each_part_runs_and_its_matmuls_are_those_of_its_shape(dtype):
     counted = {}
     for part in tool.PARTS.values():
-        for name, flops, functions in part():
+        for name, flops, functions in part(dtype):
             counted[name] = flops
             for found in jax.tree.leaves([function() for function in functions]):
                 assert np.isfinite(np.asarray(found, np.float32)).all()
@@ -51,7 +52,7 @@ def test_each_part_runs_and_its_matmuls_are_those_of_its_shape():
 
 def test_layers_without_attention_train_what_lora_trains(monkeypatch):
     monkeypatch.setattr(decoder, "attend", None)  # nobody calls it
-    for _, _, (run,) in tool.layers():
+    for _, _, (run,) in tool.layers(jnp.float32):
         gradients = {path[-1].name: grad for path, grad in jax.tree_util.tree_leaves_with_path(run())}
         assert set(gradients) == {"a", "b"} and jnp.abs(gradients["b"]).max() > 0
 
@@ -59,6 +60,6 @@ def test_layers_without_attention_train_what_lora_trains(monkeypatch):
 def test_numbers_are_medians_and_ratios_are_of_one_round(monkeypatch):
     seconds = [[9, 9, 9], [1, 2, 1], [2, 4, 4], [4, 6, 3]]  # of the matmul, the part and its matmuls; compiling first
     monkeypatch.setattr(tool, "in_turns", lambda functions, rounds: seconds[1:])
-    found = tool.measured("head", 2 * tool.PRODUCTS * 2 * 8.0**3, [None, None], 3)
+    found = tool.measured("head", 2 * tool.PRODUCTS * 2 * 8.0**3, [None, None], 3, jnp.float32)
     assert (found["seconds"], found["times"]) == (4, 2.0) and found["share"] == pytest.approx(1.0)
     assert "| 4,000 |" in tool.row(found) and "| 100% |" in tool.row(found)

@@ -3,11 +3,12 @@
 
 usage: bench.py [--cases PATTERNS] [--sides PATTERNS] [--rounds N] [--steps N] [--data FILE --format F --system TEXT]
                 [--tokenizer DIR] [--ours section.key=value] [--jax-peer NAME=PYTHON] [--timeout SECONDS]
-                [--json FILE] [--png FILE] [--list]
+                [--dtype TYPE] [--json FILE] [--png FILE] [--list]
 
 A case is a model, a method and rows (tools/bench_peers/cases.py; `--list` prints them). Every side of it runs in a
 process of its own, once a round, in turns whose order is reversed every other round, so that the machine's noise falls
-on all alike. On a CPU everything is computed in float32, on a GPU in bfloat16.
+on all alike. On a CPU everything is computed in float32, on a GPU in bfloat16, unless --dtype says otherwise; in
+bfloat16 the frozen weights below an adapter are held in it, too.
 
 A real token is one of a conversation's own, not padding; a supervised one is one that the loss is on. The side
 jaxtune-shared has data.share_prefix: what all conversations begin with is computed once a pack, and counted for each,
@@ -66,11 +67,11 @@ def main() -> int:
         print("\n".join(f"{name:14} {told(case)}" for name, case in CASES.items()))
         return 0
     HOME.mkdir(parents=True, exist_ok=True)
-    device = run(SCRIPTS / "matmul.py")
+    device = run(SCRIPTS / "matmul.py", *filter(None, [options.dtype]))
     on_gpu = device["platform"] != "cpu"
     report = {
         "device": device,
-        "dtype": "bfloat16" if on_gpu else "float32",
+        "dtype": device.pop("dtype"),
         "versions": {name: found for name in PACKAGES if (found := installed(name))},
         "ours": options.ours,
         "cases": {},
@@ -99,6 +100,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--format", choices=["alpaca", "messages"], default="messages", help="of --data")
     parser.add_argument("--system", help="first message of every conversation of --data")
     parser.add_argument("--tokenizer", help="directory or .gguf; Qwen2.5's beside the checkout, else the demo model's")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="what every side computes in")
     parser.add_argument("--ours", action="append", default=[], metavar="KEY=VALUE", help="a setting of jaxtune's")
     parser.add_argument("--jax-peer", action="append", default=[], type=jax_peer, metavar="NAME=PYTHON")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds that a side may take in a round")
@@ -139,7 +141,7 @@ def measure(name: str, options: argparse.Namespace, report: dict) -> None:
     home = HOME / name
     home.mkdir(exist_ok=True)
     spec = home / "spec.json"
-    spec.write_text(json.dumps(specification(case, home, options, on_gpu), indent=1))
+    spec.write_text(json.dumps(specification(case, home, options, on_gpu, report["dtype"]), indent=1))
     sides = {
         side: SIDES[side]
         for side in matching(SIDES, options.sides)
@@ -158,12 +160,12 @@ def measure(name: str, options: argparse.Namespace, report: dict) -> None:
             if found[side]["why"] is None:
                 take_turn(sides[side], found[side], spec, home / f"{side}.log", options.timeout)
                 print(f"{name}, round {number + 1}, {side}: {said(found[side])}", flush=True)
-        again = run(SCRIPTS / "matmul.py")
+        again = run(SCRIPTS / "matmul.py", report["dtype"])
         report["device"]["matmul_flops"] = max(report["device"]["matmul_flops"], again["matmul_flops"])
     reporting.summarise(report, OURS)
 
 
-def specification(case: Case, home: Path, options: argparse.Namespace, on_gpu: bool) -> dict:
+def specification(case: Case, home: Path, options: argparse.Namespace, on_gpu: bool, dtype: str) -> dict:
     """What every side reads (bench_peers/common.py); jaxtune's own configuration is written beside it."""
     model = str(HOME / "models" / case.shape)
     common = {"method": case.method, "length": case.length, "batch": case.batch[on_gpu], "warm": WARM}
@@ -172,8 +174,8 @@ def specification(case: Case, home: Path, options: argparse.Namespace, on_gpu: b
     shared = {"max_length": case.length, "cache": str(HOME / "tokens")}
     tune = {"method": "full"} if case.method == "full" else {"method": "lora", **LORA}
     batches = {"batch_size": case.batch[on_gpu], "micro_batches": 1 if on_gpu else case.micro_batches}
-    narrow = {"precision": {"params": "bfloat16"}} if on_gpu and case.method != "full" else {}
-    config = narrow | {
+    config = {
+        "precision": {"compute": dtype, "params": "float32" if case.method == "full" else dtype},
         "model": {"path": model} | ({"quantize": "nf4"} if case.method == "qlora" else {}),
         "tune": tune,
         "train": {"output_dir": str(home / "run"), **batches},
@@ -187,7 +189,7 @@ def specification(case: Case, home: Path, options: argparse.Namespace, on_gpu: b
         "model": model,
         "rows": str(home / "rows.json"),
         "steps": options.steps or case.steps[on_gpu],
-        "dtype": "bfloat16" if on_gpu else "float32",
+        "dtype": dtype,
         "lora": LORA,
         "device": "gpu" if on_gpu else "cpu",
         "blocks": case.blocks,

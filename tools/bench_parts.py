@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """The parts of a training step, forward and backward, each beside the matmuls that it cannot do without.
 
-usage: bench_parts.py [--parts head,attention,layers] [--rounds N] [--json FILE]
+usage: bench_parts.py [--parts head,attention,layers] [--dtype TYPE] [--rounds N] [--json FILE]
 
-Qwen2.5-0.5B's shape; float32 on a CPU, bfloat16 elsewhere. A part and a large matmul take turns, and every number is
-the median of the rounds, the ratios too: a shared machine's rate changes from one minute to the next. Each is called
-once, untimed, right before it is timed.
+Qwen2.5-0.5B's shape; float32 on a CPU, bfloat16 elsewhere, or --dtype. A part and a large matmul take turns, and
+every number is the median of the rounds, the ratios too: a shared machine's rate changes from one minute to the next.
+Each is called once, untimed, right before it is timed.
 
 head: logits, loss and gradient of so many supervised tokens; its matmuls are two, and are timed alone as well.
 attention: of four layers in turn, as in a step, 2 products forward and 5 backward, of the tiles (128 x 128) of which
@@ -33,6 +33,7 @@ import numpy as np  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
 from jaxtune import tune  # noqa: E402
+from jaxtune.cpu_bfloat16 import compiler_options  # noqa: E402
 from jaxtune.huge_pages import start_anew  # noqa: E402
 from jaxtune.leaves import combine, partition  # noqa: E402
 from jaxtune.loss import cross_entropy  # noqa: E402
@@ -47,10 +48,9 @@ from jaxtune.number_types import compute_dtype  # noqa: E402
 from jaxtune.ops import Noise  # noqa: E402
 from jaxtune.tune.lora import LoraSection  # noqa: E402
 from tools.bench import LORA, SHAPE  # noqa: E402
-from tools.bench_peers.matmul import square  # noqa: E402
+from tools.bench_peers.matmul import product, square  # noqa: E402
 
 CONFIG = parse_config(SHAPE | {"num_hidden_layers": 4})
-DTYPE = compute_dtype("auto")
 KERNEL = PLATFORMS.get(jax.default_backend(), "xla")
 PRODUCTS = 5 if jax.default_backend() == "cpu" else 50  # large matmuls of a turn
 HEADS = (192, 256, 768)  # supervised tokens
@@ -62,27 +62,28 @@ LAYERS = ((2, 384), (1, 512), (1, 2048))  # rows, tokens of a row
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="head,attention,layers")
+    parser.add_argument("--dtype", type=compute_dtype, default="auto")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    print(f"{jax.devices()[0].device_kind}, {DTYPE}, jax {jax.__version__}\n")
+    print(f"{jax.devices()[0].device_kind}, {options.dtype}, jax {jax.__version__}\n")
     print(
         "| part | ms | its matmuls, TFLOP | a large matmul, TFLOP/s | share of that rate | matmuls alone, ms | times |"
     )
     print("|---|---|---|---|---|---|---|")
     found = []
     for part in options.parts.split(","):
-        for name, flops, functions in PARTS[part]():
-            found.append(measured(name, flops, functions, options.rounds))
+        for name, flops, functions in PARTS[part](options.dtype):
+            found.append(measured(name, flops, functions, options.rounds, options.dtype))
             print(row(found[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 
 
-def measured(name: str, flops: float, functions: list[Callable[[], Any]], rounds: int) -> dict[str, Any]:
+def measured(name: str, flops: float, functions: list[Callable[[], Any]], rounds: int, dtype: Any) -> dict[str, Any]:
     """functions: the part, and its matmuls alone where they are timed as well."""
-    large = square()
-    products = jax.jit(lambda x: jax.lax.fori_loop(0, PRODUCTS, lambda _, y: x @ y / len(x) ** 0.5, x))
+    large = square(dtype)
+    products = jax.jit(lambda x: jax.lax.fori_loop(0, PRODUCTS, lambda _, y: product(x, y), x))
     seconds = in_turns([partial(products, large), *functions], rounds)
     rates = [PRODUCTS * 2 * len(large) ** 3 / one[0] for one in seconds]
     return {
@@ -121,12 +122,12 @@ def row(found: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def draw(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
-    return (jax.random.normal(jax.random.key(seed), shape) * scale).astype(DTYPE)
+def draw(seed: int, dtype: Any, *shape: int, scale: float = 1.0) -> jax.Array:
+    return (jax.random.normal(jax.random.key(seed), shape) * scale).astype(dtype)
 
 
-def heads():
-    weight = draw(0, CONFIG.vocab_size, CONFIG.hidden_size, scale=0.02)
+def heads(dtype):
+    weight = draw(0, dtype, CONFIG.vocab_size, CONFIG.hidden_size, scale=0.02)
 
     def loss(hidden, weight):
         targets = jnp.arange(hidden.shape[1])[None]
@@ -134,16 +135,18 @@ def heads():
 
     @jax.jit
     def alone(hidden, d, weight):
-        return jax.lax.dot_general(hidden, weight, (((1,), (1,)), ((), ()))), d @ weight
+        kept = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        logits, back = kept(hidden, weight, (((1,), (1,)), ((), ()))), kept(d, weight, (((1,), (0,)), ((), ())))
+        return logits.astype(dtype), back.astype(dtype)
 
     part = jax.jit(jax.value_and_grad(loss))
     for tokens in HEADS:
-        hidden, d = draw(1, 1, tokens, CONFIG.hidden_size), draw(2, tokens, CONFIG.vocab_size)
+        hidden, d = draw(1, dtype, 1, tokens, CONFIG.hidden_size), draw(2, dtype, tokens, CONFIG.vocab_size)
         functions = [partial(part, hidden, weight), partial(alone, hidden[0], d, weight)]
         yield f"head, {tokens} tokens", 4.0 * tokens * weight.size, functions
 
 
-def attentions():
+def attentions(dtype):
     def layer(given, _, segments):
         *qkv, d = given
         out, backward = jax.vjp(lambda *qkv: attend(KERNEL, *qkv, segments), *qkv)
@@ -156,7 +159,7 @@ def attentions():
     count = (CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.num_kv_heads, CONFIG.num_heads)
     for rows, time_, mean in ROWS:
         segments = documents(rows, time_, mean)
-        given = tuple(draw(n, rows, time_, heads, CONFIG.head_dim) for n, heads in enumerate(count))
+        given = tuple(draw(n, dtype, rows, time_, heads, CONFIG.head_dim) for n, heads in enumerate(count))
         flops = CONFIG.num_layers * 7 * 2.0 * CONFIG.head_dim * CONFIG.num_heads * seen(segments)
         name = f"attention, {rows} x {time_}, " + ("one document" if mean is None else f"documents of {mean}")
         yield name, flops, [partial(part, given, segments)]
@@ -182,16 +185,17 @@ def seen(segments: jax.Array) -> int:
     return pairs
 
 
-def layers():
-    model, trainable, frozen = adapted_model()
+def layers(dtype):
+    model, trainable, frozen = adapted_model(dtype)
     linear = sum(leaf.size for leaf in jax.tree.leaves(frozen["stacks"]) if leaf.ndim == 3)
 
     def loss(trainable, frozen, tokens, noise, weights):
         places, segments = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), jnp.ones_like(tokens)
-        hidden, _ = model.hidden(combine(trainable, frozen), tokens, places, segments, DTYPE, noise)
+        hidden, _ = model.hidden(combine(trainable, frozen), tokens, places, segments, dtype, noise)
         return (hidden @ weights).sum()
 
-    part, weights = jax.jit(jax.grad(loss)), draw(4, CONFIG.hidden_size)
+    options = compiler_options(dtype, jax.devices()[0])
+    part, weights = jax.jit(jax.grad(loss), compiler_options=options), draw(4, dtype, CONFIG.hidden_size)
     for rows, time_ in LAYERS:
         tokens = jnp.arange(rows * time_, dtype=jnp.int32).reshape(rows, time_)
         noise = Noise(jax.random.key(3), tokens)
@@ -200,13 +204,13 @@ def layers():
             yield f"layers, {rows} x {time_}", 4.0 * linear * tokens.size, [run]
 
 
-def adapted_model():
+def adapted_model(dtype):
     """The benchmark's LoRA on random weights: a model, what trains and what does not."""
     section = tune.resolve(LoraSection(**LORA))
     execution = Execution(remat=keeps(KERNEL, Execution().remat), attention=KERNEL)
     model = Model.create(CONFIG, None, execution, tune.hooks(section, CONFIG))
     here = SingleDeviceSharding(jax.devices()[0])
-    params = init_params(model.weights, map_tree(lambda _: here, model.weights), 0, CONFIG.init_std, DTYPE)
+    params = init_params(model.weights, map_tree(lambda _: here, model.weights), 0, CONFIG.init_std, dtype)
     params, mask = tune.apply(section, params, model.weights, 0)
     return model, *partition(params, mask)
 

@@ -130,7 +130,7 @@ def measure(path: str, steps: str) -> dict:
     from jaxtune.data.loader import build_data
     from jaxtune.mesh import make_mesh
     from jaxtune.plan.flops import model_flops
-    from tools.bench_peers.matmul import matmul_rate
+    from tools.bench_peers.matmul import matmul_rate, square
 
     config = load_config(path, [])
     config = config.model_copy(update={"tune": tune.resolve(config.tune)})
@@ -160,7 +160,7 @@ def measure(path: str, steps: str) -> dict:
         "device": device.device_kind,
         "tokens_per_second": round(tokens / seconds),
         "tflops": round(asked * int(steps) / seconds / 1e12, 1),
-        "share": round(asked * int(steps) / seconds / matmul_rate(), 3),
+        "share": round(asked * int(steps) / seconds / matmul_rate(square()), 3),
         "peak_gb": round(peak / 1e9, 2),
         "arguments_gb": round(memory.argument_size_in_bytes / 1e9, 2),
         "temporaries_gb": round(memory.temp_size_in_bytes / 1e9, 2),
