@@ -117,15 +117,15 @@ def test_a_quantised_model_has_as_many_parameters_as_before():
 def test_qlora_saves_the_bytes_of_its_codes_and_takes_no_more_beside_them():
     """Qwen2.5-0.5B's shape, bfloat16, 4 sequences of 384 tokens.
 
-    Of the arguments the share is 0.466: 272 MB are the embedding, which stays bfloat16. With jax 0.10 XLA holds
-    bfloat16 weights in float32 beside them on a CPU, where the codes stay codes.
+    Of the arguments the share is 0.466: 272 MB are the embedding, which stays bfloat16. Beside them nothing is held of
+    the weights' size: by itself, jax 0.10's XLA holds 840 MB over codes, and 2.3 GB over the weights themselves.
     """
     step, plain = (qwen_step(*quantize) for quantize in (("nf4", True), (None, False)))
     ours, theirs = (Compiled.of(one.trace().lower().compile()) for one in (step, plain))
     assert ours.arguments <= 0.47 * theirs.arguments
     assert ours.temporaries <= 1.01 * theirs.temporaries
-    if jax.__version__.startswith("0.10."):
-        assert ours.arguments + ours.temporaries <= 0.45 * (theirs.arguments + theirs.temporaries)
+    assert ours.temporaries <= 0.35e9
+    assert ours.arguments + ours.temporaries <= 0.6 * (theirs.arguments + theirs.temporaries) <= 0.8e9
 
 
 def qwen_step(quantize, double):
