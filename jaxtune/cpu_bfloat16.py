@@ -7,26 +7,44 @@ before the loop. jax 0.11 does neither, and is left alone.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 ABILITIES = Path("/proc/cpuinfo")
-UNITS = re.compile(r"^(?:flags|Features)\b.*\b(avx512_bf16|amx_bf16|bf16)\b", re.MULTILINE)  # x86's two, and Arm's
+FLAGS = re.compile(r"^flags\b.*", re.MULTILINE)  # x86's; what XLA does with Arm's units was never tried
+UNITS = re.compile(r"\b(avx512_bf16|amx_bf16)\b")
 XLA_KNOWS = jax.__version_info__ >= (0, 11)
+ROUNDED = "rounded"  # the checkpoint name of what was asked for in float32
 HOISTING = "while-loop-invariant-code-motion"
+_PLATFORM: ContextVar[str | None] = ContextVar("platform", default=None)
 
 
 @cache
 def has_units() -> bool | None:
-    """Whether this CPU multiplies bfloat16 itself; None where the system does not tell."""
+    """Whether this CPU multiplies bfloat16 itself; None where the system does not tell, and on another than x86."""
     try:
-        return UNITS.search(ABILITIES.read_text()) is not None
+        flags = FLAGS.search(ABILITIES.read_text())
     except OSError:
         return None
+    return None if flags is None else UNITS.search(flags[0]) is not None
+
+
+@contextmanager
+def traced_for(device: Any) -> Iterator[None]:
+    """What is traced inside is for such a device, whatever JAX's own are here."""
+    token = _PLATFORM.set(device.platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
 
 
 def compiler_options(dtype: Any, device: Any) -> dict[str, str] | None:
@@ -40,7 +58,16 @@ def contract(a: jax.Array, b: jax.Array, dims: tuple[int, int]) -> jax.Array:
     contracting = (((dims[0],), (dims[1],)), ((), ()))
     if not _is_ours(a.dtype):
         return jax.lax.dot_general(a, b, contracting)
-    return jax.lax.dot_general(a, b, contracting, preferred_element_type=jnp.float32).astype(a.dtype)
+    wide = jax.lax.dot_general(a, b, contracting, preferred_element_type=jnp.float32)
+    return checkpoint_name(wide.astype(a.dtype), ROUNDED)
+
+
+def dots(primitive: Any, *operands: Any, **settings: Any) -> bool:
+    """jax.checkpoint's policy that keeps products, and of ours not the wide one."""
+    is_wide = settings.get("preferred_element_type") == jnp.float32 and operands[0].dtype == jnp.bfloat16
+    policies = jax.checkpoint_policies
+    named = policies.save_only_these_names(ROUNDED)(primitive, *operands, **settings)
+    return named or (not is_wide and policies.dots_with_no_batch_dims_saveable(primitive, *operands, **settings))
 
 
 def matmul(x_TI: jax.Array, w_OI: jax.Array) -> jax.Array:
@@ -50,7 +77,8 @@ def matmul(x_TI: jax.Array, w_OI: jax.Array) -> jax.Array:
 
 def _is_ours(dtype: Any) -> bool:
     """Whether XLA has to be asked for a product in float32."""
-    return dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and not XLA_KNOWS and bool(has_units())
+    on_cpu = (_PLATFORM.get() or jax.default_backend()) == "cpu"
+    return dtype == jnp.bfloat16 and on_cpu and not XLA_KNOWS and bool(has_units())
 
 
 @jax.custom_vjp
@@ -60,7 +88,7 @@ def _matmul(x_TI, w_OI):
 
 
 def _matmul_fwd(x, w):
-    """As residuals, of x and w what a gradient is asked for of the other."""
+    """Residuals: x where w has a gradient, w where x has one."""
     return contract(x.value, w.value, (1, 1)), (x.value if w.perturbed else None, w.value if x.perturbed else None)
 
 

@@ -102,6 +102,8 @@ def train(config: Config) -> list[dict]:
         with Checkpointer(run.checkpoints, config.checkpoint.every, config.checkpoint.keep) as checkpoints:
             _look(stop)
             done = resume(job, run, checkpoints)
+            if not done and (hint := narrower(config, mesh.devices.flat[0], source.scheme is not None)):
+                say(hint)
             run.begin(done)
             tell_of_a_gap(run, config, data.train, done)
             stop.steps = True
@@ -161,8 +163,6 @@ def prepare(config: Config, source: Source, data: Data, mesh: Mesh) -> Job:
         say(f"The pipeline's schedule leaves a stage waiting for {bubble(program.pipeline.schedule):.0%} of a step")
     for note in wider(config.precision, mesh.devices.flat[0]):
         warn(note)
-    if hint := narrower(config, mesh.devices.flat[0]):
-        say(hint)
     check_sharded(program.state["trainable"], program.homes["trainable"])
     program.state["trainable"] = owned(program.state["trainable"])
     first = program.put(data.train.batch(1, rows=()).arrays())  # any will do

@@ -48,13 +48,18 @@ def wider(precision: PrecisionSection, device: Any) -> Iterator[str]:
         yield f"{_called(device)} has no float8 units: its matmuls are computed in wider types, slower"
 
 
-def narrower(config: Config, device: Any) -> str | None:
-    """What to try where a CPU has units for a type that is not computed in, and nobody has said which one to take."""
-    if config.precision.compute != "auto" or device.platform != "cpu" or not cpu_bfloat16.has_units():
+def narrower(config: Config, device: Any, is_quantized: bool) -> str | None:
+    """What to try where a CPU has units for a type that is not computed in, and nobody has said which one to take.
+
+    is_quantized: whether the linear maps of the model are.
+    """
+    is_asked = config.precision.compute != "auto" or config.precision.matmul == "float8"
+    if is_asked or device.platform != "cpu" or not cpu_bfloat16.has_units():
         return None
-    is_frozen = config.tune.method not in ("full", "freeze") and config.precision.params == "float32"
-    frozen = ", and precision.params: bfloat16 halves the memory of the frozen weights" if is_frozen else ""
-    return f"This CPU multiplies bfloat16 itself: precision.compute: bfloat16 may take half the time{frozen}"
+    is_frozen = config.tune.method not in ("full", "freeze") and not is_quantized
+    has_room = is_frozen and config.precision.params == "float32"
+    frozen = ", and precision.params: bfloat16 holds the frozen weights in half the memory" if has_room else ""
+    return f"This CPU multiplies bfloat16 itself: precision.compute: bfloat16 takes less time{frozen}"
 
 
 def _called(device: Any) -> str:

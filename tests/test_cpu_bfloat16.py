@@ -21,9 +21,8 @@ FLAGS = {
     "flags : fpu amx_bf16 amx_tile\n": True,
     "flags : fpu sse avx2 avx512f\n": False,
     "model name : a bf16 wonder\nflags : fpu avx2\n": False,
-    "Features\t: fp asimd sve bf16 i8mm\n": True,
-    "Features\t: fp asimd svebf16x\n": False,
-    "": False,
+    "Features\t: fp asimd sve bf16 i8mm\n": None,
+    "": None,
 }
 
 
@@ -59,7 +58,7 @@ def test_where_the_system_does_not_tell_nothing_is_said(abilities, tmp_path, mon
     abilities("")
     monkeypatch.setattr(cpu_bfloat16, "ABILITIES", tmp_path / "absent")
     assert cpu_bfloat16.has_units() is None
-    assert narrower(config_of(), CPU) is None
+    assert narrower(config_of(), CPU, False) is None
     assert not list(wider(config_of(precision={"compute": "bfloat16"}).precision, CPU))
 
 
@@ -67,17 +66,18 @@ def test_a_cpu_without_units_is_told_that_bfloat16_takes_no_less_time(abilities)
     abilities("flags : avx2\n")
     (note,) = wider(config_of(precision={"compute": "bfloat16"}).precision, CPU)
     assert note.startswith("this CPU has no bfloat16 units: its matmuls are computed in float32")
-    assert narrower(config_of(), CPU) is None
+    assert narrower(config_of(), CPU, False) is None
 
 
 def test_a_cpu_with_units_is_told_of_them_unless_a_type_was_chosen(with_units):
     assert not list(wider(config_of(precision={"compute": "bfloat16"}).precision, CPU))
-    told = narrower(config_of(tune={"method": "lora"}), CPU)
-    assert "precision.compute: bfloat16 may" in told and "precision.params: bfloat16 halves" in told
-    told = narrower(config_of(tune={"method": "full"}), CPU)
-    assert "precision.compute: bfloat16 may" in told and "precision.params" not in told
-    assert narrower(config_of(precision={"compute": "float32"}), CPU) is None
-    assert narrower(config_of(), SimpleNamespace(platform="tpu", device_kind="TPU v5e")) is None
+    told = narrower(config_of(tune={"method": "lora"}), CPU, False)
+    assert "precision.compute: bfloat16 takes less" in told and "precision.params: bfloat16 holds" in told
+    full = narrower(config_of(tune={"method": "full"}), CPU, False)
+    assert full == narrower(config_of(tune={"method": "lora"}), CPU, True) == told.partition(", and")[0]
+    assert narrower(config_of(precision={"compute": "float32"}), CPU, False) is None
+    assert narrower(config_of(precision={"matmul": "float8"}), CPU, False) is None
+    assert narrower(config_of(), SimpleNamespace(platform="tpu", device_kind="TPU v5e"), False) is None
 
 
 def draw(seed, *shape):
@@ -144,12 +144,20 @@ def test_other_types_and_cpus_without_units_multiply_as_ever(as_jax_0_10, abilit
     assert products(ops.linear, x, w) == [("bf16", "bf16", "bf16")]
 
 
+def test_what_is_traced_for_another_device_is_left_to_its_compiler(as_jax_0_10):
+    with cpu_bfloat16.traced_for(SimpleNamespace(platform="tpu")):
+        assert products(ops.linear, draw(0, 24, 32), draw(1, 40, 32)) == [("bf16", "bf16", "bf16")]
+
+
+@pytest.mark.parametrize("remat", [None, "dots"])
 @pytest.mark.parametrize("tune", [LORA, {"method": "full"}], ids=["lora", "full"])
-def test_a_step_takes_less_memory_than_in_float32(tune):
+def test_a_step_takes_less_memory_than_in_float32(tune, remat):
     """Whatever the version of jax: stacks of weights and activations are not held in float32 as well."""
+    memory = {"remat": remat} if remat else {}
 
     def step(dtype):
-        return Stepper(tune=tune, precision={"compute": dtype, "params": dtype}, attention="tiles", rows=4).memory
+        precision = {"compute": dtype, "params": dtype}
+        return Stepper(tune=tune, precision=precision, memory=memory, attention="tiles", rows=4).memory
 
     narrow, wide = step("bfloat16"), step("float32")
     assert narrow.temp_size_in_bytes < 0.85 * wide.temp_size_in_bytes  # 0.98 to 1.08 where they are

@@ -49,7 +49,8 @@ Everything is computed and kept in float32 unless the configuration says otherwi
 |---|---|---|
 | `compute: bfloat16` | matmuls and activations; weights, gradients' sums, norms' insides and the loss stay float32 | \
 any GPU or TPU: `auto` takes it. NVIDIA's before Ampere (T4, V100) multiply it in float32, which spares memory and no \
-time; the run says so. [CPUs that have units for it](accelerators.md#bfloat16-on-a-cpu): `auto` leaves them at float32 |
+time; the run says so. A CPU gains where it [has units for it](\
+accelerators.md#bfloat16-on-a-cpu); `auto` leaves every CPU at float32 |
 | `compute: float16` | the same in float16. The loss is multiplied by a scale, which is halved where a gradient \
 overflows (that step is skipped) and doubled after `loss_scale.window` good steps | \
 a GPU without bfloat16 units |

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxtune import cpu_bfloat16
 from jaxtune.config import Config, MemorySection
 from jaxtune.float8 import E4M3
 from jaxtune.models import kernels
@@ -84,7 +85,7 @@ class Execution:
         if self.remat == "none":
             return _keeps_all
         if self.remat == "dots":
-            return policies.dots_with_no_batch_dims_saveable
+            return cpu_bfloat16.dots
         if isinstance(self.remat, str):
             return policies.nothing_saveable
         if self.offload_activations:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxtune import program, tune
+from jaxtune import cpu_bfloat16, program, tune
 from jaxtune.assemble import Assembled, Source, assemble
 from jaxtune.attention_kernel import choose, ring_of
 from jaxtune.config import Config
@@ -94,7 +94,8 @@ class Step:
 
     def trace(self) -> Any:
         """The step, traced for these arguments."""
-        return self.program.train_step.trace(*self.arguments)
+        with cpu_bfloat16.traced_for(self.mesh.devices.flat[0]):
+            return self.program.train_step.trace(*self.arguments)
 
     def _batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         train = self.config.train

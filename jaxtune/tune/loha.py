@@ -75,10 +75,10 @@ def _update(x_TI, w1_OR, w1_RI, w2_OR, w2_RI):
     narrow matrices, whose columns and rows are products of one of each, and is not formed itself."""
     (outputs, rank), inputs = w1_OR.shape, w1_RI.shape[1]
     if rank**2 * (inputs + outputs) >= inputs * outputs:
-        return x_TI @ ((w1_OR @ w1_RI) * (w2_OR @ w2_RI)).T
+        return ops.linear(x_TI, (w1_OR @ w1_RI) * (w2_OR @ w2_RI))
     b_QI = (w1_RI[:, None] * w2_RI[None]).reshape(-1, inputs)
     a_OQ = (w1_OR[:, :, None] * w2_OR[:, None]).reshape(outputs, -1)
-    return (x_TI @ b_QI.T) @ a_OQ.T
+    return ops.linear(ops.linear(x_TI, b_QI), a_OQ)
 
 
 def _update_fwd(*inputs):

@@ -141,7 +141,7 @@ def update(x: jax.Array, w1_ac: jax.Array, w2_bd: jax.Array, split: str | None, 
     is_cut = outputs < a * b
     if is_cut and outputs % b == 0:
         w1_ac = local.part(w1_ac, "tensor", 0)
-    groups = x.reshape(*x.shape[:-1], -1, d) @ w2_bd.T
+    groups = ops.linear(x.reshape(*x.shape[:-1], -1, d), w2_bd)
     y = jnp.einsum("...cb,ac->...ab", groups, w1_ac).reshape(*x.shape[:-1], -1)
     return local.part(y, "tensor", y.ndim - 1) if is_cut and outputs % b else y
 

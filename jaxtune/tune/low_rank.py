@@ -1,12 +1,13 @@
 """The leaf of the LoRA family: a weight and a product of two narrow matrices beside it. How it starts is lora.py's."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxtune import ops
+from jaxtune import cpu_bfloat16, ops
 from jaxtune.leaves import Axes, Leaf
 
 
@@ -65,19 +66,20 @@ def low_rank(x: jax.Array, leaf: Any) -> jax.Array:
 def two_products(x_TI: jax.Array, a_IR: jax.Array, b_RO: jax.Array) -> jax.Array:
     """x a b. Its own backward pass turns the narrow factor of each product round, where XLA for CPU would copy the
     wide one into another order: on a small model those copies took as long as a matmul of the whole layer."""
-    return (x_TI @ a_IR) @ b_RO
+    return _times(_times(x_TI, a_IR), b_RO)
 
 
 def _two_products_fwd(x_TI, a_IR, b_RO):
-    low_TR = x_TI @ a_IR
-    return low_TR @ b_RO, (x_TI, low_TR, a_IR, b_RO)
+    low_TR = _times(x_TI, a_IR)
+    return _times(low_TR, b_RO), (x_TI, low_TR, a_IR, b_RO)
 
 
 def _two_products_bwd(residuals, d_TO):
     x_TI, low_TR, a_IR, b_RO = residuals
-    d_TR = d_TO @ b_RO.T
+    d_TR = _times(d_TO, b_RO.T)
     low_RT, d_RT = jax.lax.optimization_barrier((low_TR.T, d_TR.T))
-    return d_TR @ a_IR.T, (d_RT @ x_TI).T, low_RT @ d_TO
+    return _times(d_TR, a_IR.T), _times(d_RT, x_TI).T, _times(low_RT, d_TO)
 
 
 two_products.defvjp(_two_products_fwd, _two_products_bwd)
+_times = partial(cpu_bfloat16.contract, dims=(1, 0))

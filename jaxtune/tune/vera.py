@@ -93,8 +93,8 @@ class BetweenShared(Leaf):
             a = local.part(a[:, : x.shape[-1] * local.size(split)], split, 1)
         if y.shape[-1] < len(lambda_b):  # this device has some of the outputs
             b, lambda_b = local.part(b, "tensor", 0), local.part(lambda_b, "tensor", 0)
-        low = (x @ a[:, : x.shape[-1]].T.astype(x.dtype)) * self.lambda_d.astype(x.dtype)
-        return y + (low @ b.T.astype(x.dtype)) * lambda_b.astype(x.dtype)
+        low = ops.linear(x, a[:, : x.shape[-1]]) * self.lambda_d.astype(x.dtype)
+        return y + ops.linear(low, b) * lambda_b.astype(x.dtype)
 
     def dense(self, is_table: bool) -> Any:
         weight = ops.dense(self.base)
