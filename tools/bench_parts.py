@@ -33,7 +33,7 @@ import numpy as np  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
 from jaxtune import tune  # noqa: E402
-from jaxtune.cpu_bfloat16 import compiler_options  # noqa: E402
+from jaxtune.cpu_bfloat16 import compiler_options, contract  # noqa: E402
 from jaxtune.huge_pages import start_anew  # noqa: E402
 from jaxtune.leaves import combine, partition  # noqa: E402
 from jaxtune.loss import cross_entropy  # noqa: E402
@@ -135,9 +135,7 @@ def heads(dtype):
 
     @jax.jit
     def alone(hidden, d, weight):
-        kept = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-        logits, back = kept(hidden, weight, (((1,), (1,)), ((), ()))), kept(d, weight, (((1,), (0,)), ((), ())))
-        return logits.astype(dtype), back.astype(dtype)
+        return contract(hidden, weight, (1, 1)), contract(d, weight, (1, 0))
 
     part = jax.jit(jax.value_and_grad(loss))
     for tokens in HEADS:
