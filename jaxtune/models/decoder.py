@@ -256,7 +256,8 @@ class Model:
         stacks = stacks or (range(config.num_layers),)
         graph, state = nnx.split(Decoder(config, stacks))
         weights = nnx.to_pure_dict(state)
-        for name, layers in zip(list(weights["stacks"]), stacks, strict=True):
+        for number, layers in enumerate(stacks):
+            name = str(number)  # a tree's keys are in the order of text, "10" in front of "2"
             declared = {**weights["stacks"][name], **_under_hooks(hooks.layer(config))}
             weights["stacks"][name] = map_tree(partial(Weight.stacked, layers=layers), declared)
         weights |= _under_hooks(hooks.shared(config))

@@ -46,7 +46,7 @@ def peer_state(family: str, tied: bool, **settings):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **SIZES, tie_word_embeddings=tied, **settings)
+    config = AutoConfig.for_model(family, tie_word_embeddings=tied, **{**SIZES, **settings})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

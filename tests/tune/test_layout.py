@@ -113,6 +113,13 @@ def test_a_fresh_adapter_on_several_stacks_computes_what_the_base_does(settings)
     np.testing.assert_allclose(logits(made.model, made.params), logits(whole.model, whole.params), atol=1e-5)
 
 
+def test_more_than_ten_stacks_are_in_the_order_of_their_layers():
+    section, deep = tune_section(method="freeze", train_patterns=[r"layers\.\d*[02468]\."]), {"num_hidden_layers": 13}
+    made, whole = tuned(section, **deep), tuned(tune_section(method="full"), **deep)
+    assert len(made.model.stacks) == 13
+    np.testing.assert_allclose(logits(made.model, made.params), logits(whole.model, whole.params), atol=1e-5)
+
+
 def test_a_stack_without_adapters_has_plain_leaves():
     made = tuned(tune_section(layers=[1, 2]))
     below, above = (made.params["stacks"][name]["attention"]["q_proj"]["weight"] for name in "01")
