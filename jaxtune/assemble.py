@@ -122,6 +122,7 @@ def assemble(
     quantized_from: str | None = None,
     seed: int = 0,
     execution: Execution = USUAL,
+    layers_apart: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Assembled:
     """Declare, load (or initialise) and wrap: every array is made in its own shards.
@@ -129,14 +130,16 @@ def assemble(
     quantized_from: the type of the weights that are quantised as they are loaded, before they are; None: dtype. A run's
     has to be the one that it trained with, or its weights get other codes.
     init: pretrained, random, or shapes: then the parameters are jax.ShapeDtypeStructs and nothing is read or made.
-    execution: also says where the arrays lie. progress: called with (what, bytes done, bytes in all) while weights
-    are read.
+    execution: also says where the arrays lie. layers_apart: every layer has arrays of its own, and stands in programs
+    by itself. progress: called with (what, bytes done, bytes in all) while weights are read.
 
     Raises:
         MeshError, ModelError, AdapterError: what does not fit, by name, before any weight is read.
     """
     check_model(mesh, source.config)
     config, stacks = tune.layout(section, source.config, one_stack=mesh.shape["pipe"] > 1)
+    if layers_apart:
+        stacks = tuple(range(layer, layer + 1) for layer in range(config.num_layers))
     _check_grown(mesh, source.config, config)
     model = Model.create(config, stacks, execution, tune.hooks(section, config))
     stored = Model.create(source.config, stacks).weights

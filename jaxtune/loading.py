@@ -19,6 +19,7 @@ from jaxtune import checkpoint, restack, tune
 from jaxtune.assemble import FULL, Assembled, Source, assemble
 from jaxtune.config import Config, MeshSection, ModelSection, load_config
 from jaxtune.console import warn
+from jaxtune.cpu_bfloat16 import has_units
 from jaxtune.drift import is_print_of
 from jaxtune.errors import AdapterError, CheckpointError, ConfigError, MeshError, ModelError
 from jaxtune.files import expanded
@@ -84,7 +85,7 @@ def open_model(
     if adapter is not None:
         warn_of_another_base(adapter, path)
     source = Source.open(ModelSection(path=str(path)), tuning=section)
-    return Opened(assemble(source, source.tuning, places, dtype=kind.name), source.tuning, kind)
+    return Opened(_placed(source, places, dtype=kind.name), source.tuning, kind)
 
 
 def as_mesh(mesh: Mesh | dict | None) -> Mesh:
@@ -142,7 +143,7 @@ def open_run(path: str | Path, dtype: str, mesh: Mesh, base: ModelSection | None
         if tune.has_adapter(config.tune):
             return open_adapter(config, directory / ADAPTER, dtype, mesh, record)
         told = (record.get("fingerprints") or {}).get("tokenizer")
-        made = assemble(Source.open(ModelSection(path=str(directory / MODEL)), noted=told), FULL, mesh, dtype=dtype)
+        made = _placed(Source.open(ModelSection(path=str(directory / MODEL)), noted=told), mesh, dtype=dtype)
         if base is not None:
             made = _with_trained(made, _assemble(config, FULL, dtype, mesh, record), config.tune)
         return Opened(made, FULL, jnp.dtype(dtype), config)
@@ -196,15 +197,31 @@ def _assemble(config: Config, section: TuneSection, dtype: str, mesh: Mesh, reco
         raise CheckpointError(
             f"{config.model.path}: this base model is not the one that the run began with; bring the old files back"
         )
-    return assemble(
+    return _placed(
         source,
-        source.tuning,
         mesh,
         init=config.model.init,
         dtype=dtype,
         quantized_from=config.precision.params,
         seed=config.train.seed,
     )
+
+
+def _placed(source: Source, mesh: Mesh, dtype: str, **settings: Any) -> Assembled:
+    """`assemble` for drawing tokens."""
+    apart = _pays_apart(source, mesh, dtype)
+    return assemble(source, source.tuning, mesh, dtype=dtype, layers_apart=apart, **settings)
+
+
+def _pays_apart(source: Source, mesh: Mesh, dtype: str) -> bool:
+    """Whether layers are not to lie in stacks, out of which XLA copies every weight before it multiplies.
+
+    On a CPU that takes longer than the products for a single token; elsewhere it was not measured. Weights that have to
+    be made float32 first, of codes or of bfloat16 where the CPU has no units for it, XLA would make of all layers at
+    once.
+    """
+    is_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    return is_cpu and source.scheme is None and (dtype == "float32" or bool(has_units()))
 
 
 def _with_trained(made: Assembled, base: Assembled, section: TuneSection) -> Assembled:

@@ -2,7 +2,8 @@
 
 Over a pipeline there is one stack of layers; without one there is one for each run of layers that train the same
 weights (tune.layout). Layers of which nothing trains are in no checkpoint then: over a pipeline they keep what they
-start with. Which of the two a checkpoint is shows in the names and shapes of its arrays.
+start with. Which of the two a checkpoint is shows in the names and shapes of its arrays. A model that is loaded to
+draw tokens may have every layer apart; no checkpoint is of that kind.
 """
 
 import re
@@ -83,25 +84,31 @@ def move(wanted: Tree, saved: Mapping[str, list], section: TuneSection, config: 
     Raises:
         CheckpointError: the weights could be moved, but not the optimiser's 8-bit moments.
     """
-    other: Stacks = (range(config.num_layers),) if len(own) > 1 else tune.layout(section, config)[1]
     stacked = {path: shape for path, shape in by_path(wanted).items() if NUMBER.search(path)}
-    if own == other or all(saved.get(path) == [shape.dtype.name, *shape.shape] for path, shape in stacked.items()):
+    if all(saved.get(path) == [shape.dtype.name, *shape.shape] for path, shape in stacked.items()):
         return Move(wanted)
-    cuts = {path: _cuts(path, own, other, saved) for path in stacked}
-    unlike = {path for path, shape in stacked.items() if not _movable(shape, cuts[path], saved)}
-    if unlike and all(path.startswith("optimizer/") for path in unlike):
-        raise CheckpointError(
-            f"{min(unlike)}: the moments of optim.name adamw_8bit do not go from a run with mesh.pipe to one without "
-            "it or back where layers have different ranks: their blocks are cut otherwise; leave mesh.pipe as it was"
-        )
-    if unlike:
-        return Move(wanted)
-    pieces = {
+    kinds: tuple[Stacks, ...] = tune.layout(section, config)[1], (range(config.num_layers),)
+    for other in (kind for kind in kinds if kind != own):
+        cuts = {path: _cuts(path, own, other, saved) for path in stacked}
+        unlike = {path for path, shape in stacked.items() if not _movable(shape, cuts[path], saved)}
+        if not unlike:
+            return Move(wanted, cuts, _pieces(stacked, cuts, other, saved))
+        if all(path.startswith("optimizer/") for path in unlike):
+            raise CheckpointError(
+                f"{min(unlike)}: the moments of optim.name adamw_8bit do not go from a run with mesh.pipe to one "
+                "without it or back where layers have different ranks: their blocks are cut otherwise; leave mesh.pipe "
+                "as it was"
+            )
+    return Move(wanted)
+
+
+def _pieces(stacked: Arrays, cuts: dict[str, tuple[Cut, ...]], other: Stacks, saved: Mapping[str, list]) -> Arrays:
+    """What to read of the stacks there."""
+    return {
         name: jax.ShapeDtypeStruct((len(other[_number(name)]), *saved[name][2:]), shape.dtype, sharding=shape.sharding)
         for path, shape in stacked.items()
         for name in _names(cuts[path])
     }
-    return Move(wanted, cuts, pieces)
 
 
 def _movable(shape: jax.ShapeDtypeStruct, cuts: tuple[Cut, ...], saved: Mapping[str, list]) -> bool:

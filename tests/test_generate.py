@@ -1,21 +1,25 @@
 """Greedy text is transformers' text, token for token; streams, stops, limits and meshes change nothing in it."""
 
-import functools
+from functools import cache, partial
 
 import numpy as np
 import pytest
 
+from jaxtune import generate, loading
 from jaxtune.assemble import FULL, Source, assemble
 from jaxtune.config import MeshSection, ModelSection
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.generate import CHUNK, Generator, bucket, left_padded
+from jaxtune.loading import open_model
 from jaxtune.mesh import make_mesh, single_device_mesh
+from jaxtune.quant.make import quantize_model
+from jaxtune.quant.makers import Int8Maker
 from jaxtune.sampling import Sampling
 
 PROMPTS = [[5, 6, 7, 8, 9], [40], list(range(100, 170)), [200, 3, 9]]  # of 5, 1, 70 and 3 tokens
 
 
-@functools.cache
+@cache
 def opened(directory):
     source = Source.open(ModelSection(path=str(directory)))
     return assemble(source, FULL, single_device_mesh())
@@ -196,6 +200,58 @@ def test_left_padding_is_segment_zero_and_positions_start_at_the_first_token():
     assert arrays["tokens"].tolist() == [[0, 5, 6, 7], [0, 0, 0, 8], [0, 0, 0, 0]]
     assert arrays["positions"].tolist() == [[0, 0, 1, 2], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert arrays["segments"].tolist() == [[0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
+
+
+def decode_temporaries(asked, params) -> int:
+    """Bytes beside the arguments and the results."""
+    knobs = {**Sampling().knobs, "stop": np.array([-1], np.int32)}
+    prefill = asked._prefill.lower(params, left_padded([[5]], 1, 64), np.array([9]), knobs, columns=96, kind="greedy")
+    state, _ = prefill.out_info
+    decode = asked._decode.lower(params, state=state, steps=np.int32(1), knobs=knobs, kind="greedy")
+    return decode.compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("settings", [{}, {"sliding_window": 16}], ids=["qwen2", "mistral"])
+def test_a_model_that_is_loaded_on_one_cpu_has_its_layers_apart_and_draws_the_same_tokens(tiny_model, settings):
+    directory = tiny_model("mistral" if settings else "qwen2", num_hidden_layers=3, **settings)
+    loaded = open_model(directory).assembled
+    assert loaded.model.stacks == (range(1), range(1, 2), range(2, 3))
+    asked = Generator(loaded.model, loaded.mesh, "float32", ())
+    expected = generator(directory).tokens(opened(directory).params, PROMPTS, 40)
+    assert asked.tokens(loaded.params, PROMPTS, 40) == expected
+
+
+def test_no_weight_is_copied_for_a_token_where_layers_are_apart(tiny_model):
+    directory = tiny_model("qwen2", hidden_size=256, intermediate_size=1024)
+    largest, loaded = 256 * 1024 * 4, open_model(directory).assembled
+    apart = Generator(loaded.model, loaded.mesh, "float32", ())
+    assert decode_temporaries(generator(directory), opened(directory).params) > largest
+    assert decode_temporaries(apart, loaded.params) < largest
+
+
+def test_layers_stay_in_stacks_where_the_compiler_would_make_all_their_weights_wide_at_once(
+    tiny_model, tmp_path, monkeypatch
+):
+    directory = tiny_model("qwen2")
+    assert len(open_model(directory, mesh={"fsdp": 8}).assembled.model.stacks) == 1
+    quantize_model(str(directory), tmp_path / "int8", Int8Maker())
+    assert len(open_model(tmp_path / "int8").assembled.model.stacks) == 1
+    for has_units in (True, False):
+        monkeypatch.setattr(loading, "has_units", partial(bool, has_units))
+        stacks = open_model(directory, dtype="bfloat16").assembled.model.stacks
+        assert len(stacks) == (2 if has_units else 1)
+
+
+def test_units_for_bfloat16_get_two_rows_for_one_prompt_and_the_answer_is_the_same(tiny_model, monkeypatch):
+    model, found = open_model(tiny_model("qwen2"), dtype="bfloat16").assembled, {}
+    rows = []
+    monkeypatch.setattr(generate, "left_padded", lambda *a: rows.append(a[1]) or left_padded(*a))
+    for has_units in (True, False):
+        monkeypatch.setattr(generate, "has_units", partial(bool, has_units))
+        asked = Generator(model.model, model.mesh, "bfloat16", ())
+        found[has_units] = asked.tokens(model.params, PROMPTS[:1], 8)
+    assert rows == [2, 1]
+    assert found[True][0][:3] == found[False][0][:3] and len(found[True][0]) == 8
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4}], ids=str)

@@ -111,8 +111,16 @@ def test_histories_of_float8_go_along_where_there_are_any(before, after, tiny_mo
     np.testing.assert_allclose(losses(rows), losses(whole), atol=0.05)
 
 
-def test_a_run_over_a_pipeline_that_has_not_finished_is_loaded_and_exported(tiny_model, tmp_path):
-    config = run(tiny_model(num_hidden_layers=4), tmp_path, WAYS["lora, layers 2 and 3"], PIPELINE)
+@pytest.mark.parametrize(
+    ("way", "mesh"),
+    [
+        ("lora, layers 2 and 3", PIPELINE),
+        pytest.param("freeze", PLAIN, marks=pytest.mark.thorough),
+        pytest.param("lora, ranks of their own", PLAIN, marks=pytest.mark.thorough),
+    ],
+)
+def test_a_run_that_has_not_finished_is_loaded_with_its_layers_apart_and_exported(way, mesh, tiny_model, tmp_path):
+    config = run(tiny_model(num_hidden_layers=4), tmp_path, WAYS[way], mesh)
     jaxtune.train(config)
     tokens = np.arange(16).reshape(2, 8)
     expected = jaxtune.load_model(tmp_path / "run").logits(tokens)
