@@ -40,7 +40,8 @@ def test_its_own_parts_alone_move_and_come_back(tiny_model, tmp_path, method, ba
     assert losses[-1] < losses[0] - 0.05, losses
 
     run, mesh, dtype = tmp_path / "run", single_device_mesh(), "bfloat16" if base == "bfloat16" else "float32"
-    finished, logits = arrays(open_run(run, dtype, mesh).assembled.params), jaxtune.load_model(run).logits(IDS)
+    opened, logits = open_run(run, dtype, mesh).assembled, jaxtune.load_model(run).logits(IDS)
+    finished = arrays(opened.params)
     unfinish(run)  # from here on the run is its last checkpoint
     checkpoint = arrays(open_run(run, dtype, mesh).assembled.params)
     assert finished.keys() == checkpoint.keys()
@@ -50,7 +51,8 @@ def test_its_own_parts_alone_move_and_come_back(tiny_model, tmp_path, method, ba
 
     config = load_config(run / "config.yaml")
     source = Source.open(config.model, config.data.template, config.tune)
-    first = arrays(assemble(source, source.tuning, mesh, dtype=dtype, seed=config.train.seed).params)
+    settings = {"dtype": dtype, "seed": config.train.seed, "layers_apart": len(opened.model.stacks) > 1}
+    first = arrays(assemble(source, source.tuning, mesh, **settings).params)
     own = {name for name in first if re.search(OWN[method], name)}
     assert {name for name in first if not np.array_equal(first[name], checkpoint[name])} == own != set()
     assert {checkpoint[name].dtype.name for name in own} == {"float32"}
