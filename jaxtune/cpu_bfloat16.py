@@ -72,13 +72,19 @@ def dots(primitive: Any, *operands: Any, **settings: Any) -> bool:
 
 def matmul(x_TI: jax.Array, w_OI: jax.Array) -> jax.Array:
     """x W^T: [T, I], [O, I] -> [T, O], of one type, with gradients."""
+    if len(x_TI) == 1 and _uses_units(x_TI.dtype):
+        return matmul(jnp.pad(x_TI, ((0, 1), (0, 0))), w_OI)[:1]  # a single row would be no matrix to XLA
     return _matmul(x_TI, w_OI) if _is_ours(x_TI.dtype) else contract(x_TI, w_OI, (1, 1))
 
 
 def _is_ours(dtype: Any) -> bool:
     """Whether XLA has to be asked for a product in float32."""
+    return _uses_units(dtype) and not XLA_KNOWS
+
+
+def _uses_units(dtype: Any) -> bool:
     on_cpu = (_PLATFORM.get() or jax.default_backend()) == "cpu"
-    return dtype == jnp.bfloat16 and on_cpu and not XLA_KNOWS and bool(has_units())
+    return dtype == jnp.bfloat16 and on_cpu and bool(has_units())
 
 
 @jax.custom_vjp

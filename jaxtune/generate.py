@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxtune.console import warn
-from jaxtune.cpu_bfloat16 import compiler_options, has_units
+from jaxtune.cpu_bfloat16 import compiler_options
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.kept import compiled_anew
 from jaxtune.mesh import batch_shards
@@ -115,7 +115,7 @@ class Generator:
 
     def _stream(self, params, prompts, rooms, sampling, chunk, asked) -> Iterator[list[list[int]]]:
         shards = batch_shards(self.mesh)
-        rows = -(-self._fewest(len(prompts)) // shards) * shards
+        rows = -(-len(prompts) // shards) * shards
         preceded = [[*self.model.virtual_ids, *prompt] for prompt in prompts]
         time = bucket(max(map(len, preceded)))
         inputs = left_padded(preceded, rows, time)
@@ -137,11 +137,6 @@ class Generator:
         cut = [len(p) for p, room, count in zip(prompts, rooms, counts) if count == room < asked]
         if cut:
             warn(f"the answer to a prompt of {max(cut)} tokens was cut where the model's positions end")
-
-    def _fewest(self, prompts: int) -> int:
-        """Rows for so many prompts: a CPU's bfloat16 units multiply matrices, and XLA makes a single row a vector."""
-        uses_units = self.dtype == jnp.bfloat16 and self.mesh.devices.flat[0].platform == "cpu" and has_units()
-        return max(prompts, 2) if uses_units else prompts
 
     def _new_tokens(self, drawn: np.ndarray, rooms: list[int], counts: list[int], ended: list[bool]) -> list[list[int]]:
         """The tokens in `drawn` [steps, rows] that belong to each row's answer; updates `counts` and `ended`."""

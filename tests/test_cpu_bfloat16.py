@@ -84,6 +84,17 @@ def draw(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape).astype(jnp.bfloat16)
 
 
+@pytest.mark.parametrize("has_units", [True, False])
+def test_units_get_a_single_row_as_a_matrix(abilities, has_units):
+    """As where a token at a time is drawn: XLA takes a row for a vector, and makes the weight float32 for it."""
+    abilities("flags : avx512_bf16\n" if has_units else "flags : avx2\n")
+    x, w = draw(0, 1, 64), draw(1, 32, 64)
+    multiply = jax.jit(lambda x, w: ops.linear(x, w))  # traced anew
+    compiled = multiply.lower(x, w).compile().as_text()
+    assert (re.search(r"\[2,32\]\S* dot\(", compiled) is not None) == has_units
+    np.testing.assert_allclose(*(np.float32(y) for y in (multiply(x, w), x @ w.T)), rtol=0.02, atol=0.02)
+
+
 @pytest.fixture
 def as_jax_0_10(with_units, monkeypatch):
     """Our own products, whatever version this is; what is traced under it is traced anew."""
