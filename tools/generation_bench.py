@@ -43,13 +43,7 @@ def main() -> None:
     for dtype in options.dtypes.split(","):
         for rows in map(int, options.rows.split(",")):
             found: dict[str, list[dict]] = {side: [] for side in SIDES}
-            sizes = {
-                "model": options.model,
-                "dtypes": dtype,
-                "rows": rows,
-                "prompt": options.prompt,
-                "new": options.new,
-            }
+            sizes = {name: getattr(options, name) for name in ("model", "prompt", "new")}
             for number in range(options.rounds):
                 for side in SIDES[:: 1 if number % 2 == 0 else -1]:
                     found[side].append(run(side, dtypes=dtype, rows=rows, **sizes))
