@@ -90,7 +90,7 @@ def move(wanted: Tree, saved: Mapping[str, list], section: TuneSection, config: 
     kinds: tuple[Stacks, ...] = tune.layout(section, config)[1], (range(config.num_layers),)
     for other in (kind for kind in kinds if kind != own):
         cuts = {path: _cuts(path, own, other, saved) for path in stacked}
-        unlike = {path for path, shape in stacked.items() if not _movable(shape, cuts[path], saved)}
+        unlike = {path for path, shape in stacked.items() if not _movable(shape, cuts[path], other, saved)}
         if not unlike:
             return Move(wanted, cuts, _pieces(stacked, cuts, other, saved))
         if all(path.startswith("optimizer/") for path in unlike):
@@ -111,19 +111,22 @@ def _pieces(stacked: Arrays, cuts: dict[str, tuple[Cut, ...]], other: Stacks, sa
     }
 
 
-def _movable(shape: jax.ShapeDtypeStruct, cuts: tuple[Cut, ...], saved: Mapping[str, list]) -> bool:
+def _movable(shape: jax.ShapeDtypeStruct, cuts: tuple[Cut, ...], other: Stacks, saved: Mapping[str, list]) -> bool:
     """Whether a stacked array can be made of its cuts."""
     names = _names(cuts)
-    return bool(names) and all(name in saved and _fits(shape, saved[name]) for name in names)
+    return bool(names) and all(name in saved and _fits(shape, len(other[_number(name)]), saved[name]) for name in names)
 
 
 def _names(cuts: tuple[Cut, ...]) -> list[str]:
     return [name for name, _, _ in cuts if name is not None]
 
 
-def _fits(shape: jax.ShapeDtypeStruct, saved: list) -> bool:
-    """Whether layers are as large there, or another rank is the largest in their stack: lower ones end in zeros."""
+def _fits(shape: jax.ShapeDtypeStruct, layers: int, saved: list) -> bool:
+    """Whether so many layers lie there, as large as here, or another rank is the largest in their stack: lower ones end
+    in zeros."""
     sizes = list(shape.shape[1:])
+    if saved[1] != layers:  # of the other kind of stacks, some of which have the same names
+        return False
     if sizes == saved[2:] or len(sizes) != len(saved[2:]):
         return sizes == saved[2:]
     return jnp.issubdtype(shape.dtype, jnp.floating) and sum(map(ne, sizes, saved[2:])) == 1

@@ -23,6 +23,7 @@ MESHES = {"from a pipeline": (PIPELINE, PLAIN), "to one": (PLAIN, PIPELINE)}
 OFTEN = "freeze", "to one"
 WAYS = {
     "freeze": {"tune": {"method": "freeze", "freeze_first": 1}},
+    "freeze, the last layer": {"tune": {"method": "freeze", "freeze_last": 1}},
     "ia3, layer 1": {"tune": {"method": "ia3", "layers": [1]}},
     "lora, layers 2 and 3": {"tune": {**LORA, "layers": [2, 3]}},
     "lora, biases of one layer": {"tune": {**LORA, "layers": [1], "bias": "lora_only"}, "optim": {"name": "adafactor"}},
@@ -115,6 +116,7 @@ def test_histories_of_float8_go_along_where_there_are_any(before, after, tiny_mo
     ("way", "mesh"),
     [
         ("lora, layers 2 and 3", PIPELINE),
+        pytest.param("freeze, the last layer", PIPELINE, marks=pytest.mark.thorough),
         pytest.param("freeze", PLAIN, marks=pytest.mark.thorough),
         pytest.param("lora, ranks of their own", PLAIN, marks=pytest.mark.thorough),
     ],
@@ -138,6 +140,15 @@ def test_what_is_in_neither_kind_of_stacks_is_read_as_it_is_wanted_and_so_refuse
     assert moved.cuts == {"stacks/1/weight": (("stacks/0/weight", 2, 4),)} and not moved.gaps
     assert way({"stacks/1/weight": ["float32", 2, 8]}).needed is wanted
     assert way({"stacks/0/other": ["float32", 4, 8]}).needed is wanted
+
+
+def test_a_name_that_both_kinds_of_stacks_have_is_of_the_kind_with_as_many_layers():
+    wanted = {"stacks": {"1": {"weight": jax.ShapeDtypeStruct((1, 8), jnp.float32)}}}
+    apart = tuple(range(layer, layer + 1) for layer in range(4))
+    for layers in (2, 4):
+        moved = move(wanted, {"stacks/0/weight": ["float32", layers, 8]}, FreezeSection(freeze_last=2), CONFIG, apart)
+        assert moved.cuts == {"stacks/1/weight": (("stacks/0/weight", 1, 2),)}
+        assert moved.pieces["stacks/0/weight"].shape == (layers, 8)
 
 
 @pytest.mark.parametrize(
