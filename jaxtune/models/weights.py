@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtune.once import run_once
 
@@ -102,6 +103,11 @@ def number_of(name: str) -> int:
 
 def initial_value(weight: Weight, seed: int, std: float, dtype: Any) -> jax.Array:
     """The initial array of a weight trained from scratch. Each layer has the key of its own name."""
+    return _drawn(_numbers(weight), _nameless(weight), seed, std, dtype)
+
+
+def _drawn(numbers: Any, weight: Weight, seed: int, std: float, dtype: Any) -> jax.Array:
+    """numbers: of the names, in the order of axis 0."""
     if weight.init != "normal":
         fill = {"zeros": jnp.zeros, "ones": jnp.ones}[weight.init]
         return fill(weight.full_shape, dtype)
@@ -111,8 +117,18 @@ def initial_value(weight: Weight, seed: int, std: float, dtype: Any) -> jax.Arra
         return (std * jax.random.normal(key, weight.shape, jnp.float32)).astype(dtype)
 
     # One program for all layers: a draw for each takes as long to compile as the step.
-    draws = jax.vmap(draw)(jnp.array([number_of(key) for key in weight.keys], jnp.uint32))
+    draws = jax.vmap(draw)(numbers)
     return draws[0] if weight.layers is None else draws
+
+
+def _numbers(weight: Weight) -> np.ndarray:
+    return np.array([number_of(key) for key in weight.keys], np.uint32)
+
+
+def _nameless(weight: Weight) -> Weight:
+    """Equal for weights that are alike but for their names, so that one program draws them all."""
+    layers = None if weight.layers is None else range(len(weight.layers))
+    return replace(weight, axes=(None,) * len(weight.axes), key="", layers=layers)
 
 
 def init_params(
@@ -128,7 +144,7 @@ def init_params(
     was drawn in the type that type_of says."""
 
     def make(weight: Weight, sharding) -> Any:
-        settings = {"weight": weight, "seed": seed, "std": std, "dtype": jnp.dtype(type_of(weight, dtype))}
-        return finish(weight, run_once(initial_value, shardings=sharding, **settings))
+        settings = {"weight": _nameless(weight), "seed": seed, "std": std, "dtype": jnp.dtype(type_of(weight, dtype))}
+        return finish(weight, run_once(_drawn, _numbers(weight), shardings=sharding, **settings))
 
     return map_tree(make, weights, shardings)

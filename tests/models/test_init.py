@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.config import make_config
+from jaxtune.config import MeshSection, make_config
 from jaxtune.mesh import make_mesh, shardings
 from jaxtune.models.decoder import Model
 from jaxtune.models.weights import init_params, leaves_with_path, path_key
@@ -27,3 +27,16 @@ def test_every_layer_has_the_numbers_of_its_own_name_on_any_mesh():
             for key, row in zip(weight.keys, rows, strict=True):
                 expected = 0.02 * jax.random.normal(path_key(7, key), weight.shape, jnp.float32)
                 np.testing.assert_allclose(row, expected, rtol=1e-6)
+
+
+def test_layers_that_lie_apart_are_drawn_by_one_program(monkeypatch):
+    traced, normal = [], jax.random.normal
+    monkeypatch.setattr(
+        jax.random, "normal", lambda key, shape, dtype: traced.append(shape) or normal(key, shape, dtype)
+    )
+    apart = Model.create(CONFIG, tuple(range(layer, layer + 1) for layer in range(LAYERS))).weights
+    here = make_mesh(MeshSection(), jax.devices()[:1])
+    params = init_params(apart, shardings(here, CONFIG, apart), 7, 0.03, "float32")
+    assert len(traced) == len(set(traced))
+    first, other = (params["stacks"][name]["mlp"]["up_proj"]["weight"] for name in ("0", "3"))
+    assert not np.array_equal(first, other)
