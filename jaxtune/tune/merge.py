@@ -1,10 +1,11 @@
 """Merging: what a tuning method put beside the weights added into them, for files that need no adapter."""
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from jaxtune import ops
 from jaxtune.leaves import Leaf
@@ -35,8 +36,14 @@ def merged(params: Tree, dtype: Any = None) -> Tree:
 def _merge(leaf: Any, is_table: bool, dtype: Any) -> jax.Array:
     base = getattr(leaf, "base", leaf)
     if isinstance(base, Leaf):
-        return jax.jit(partial(_dense, is_table=is_table, dtype=dtype or jnp.float32))(leaf)
-    return jax.jit(partial(_dense, is_table=is_table, dtype=base.dtype), out_shardings=base.sharding)(leaf)
+        return _merger(is_table, jnp.dtype(dtype or jnp.float32), None)(leaf)
+    return _merger(is_table, base.dtype, base.sharding)(leaf)
+
+
+@lru_cache(64)
+def _merger(is_table: bool, dtype: Any, home: Sharding | None) -> Any:
+    """Leaves that are alike, such as those of layers that lie apart, are compiled for once."""
+    return jax.jit(partial(_dense, is_table=is_table, dtype=dtype), out_shardings=home)
 
 
 def _dense(leaf: Any, is_table: bool, dtype: Any) -> jax.Array:

@@ -1,5 +1,7 @@
 """Merged weights: the adapter's function without the adapter, in the base's type and place."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,14 @@ def test_a_fresh_adapter_merges_into_the_base_bit_for_bit():
 def test_what_has_no_adapter_is_the_same_array():
     params = randomised(tuned(tune_section())).params
     assert merged(params)["norm"]["weight"] is params["norm"]["weight"]
+
+
+def test_layers_that_are_alike_are_merged_by_one_program(monkeypatch):
+    made, traced, dense = tuned(tune_section()), [], LowRank.dense
+    leaf = made.params["stacks"]["0"]["attention"]["q_proj"]["weight"]
+    monkeypatch.setattr(LowRank, "dense", lambda *of: traced.append(of) or dense(*of))
+    merged({"stacks": {name: {"weight": replace(leaf, dropout=0.125)} for name in "012"}})
+    assert len(traced) == 1
 
 
 def test_a_merge_is_computed_in_float32_and_rounded_once():
