@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding
 
 from jaxtune import tune
@@ -65,9 +66,9 @@ class Move:
             cuts = self.cuts.get(path, ())
             names = _names(cuts)
             parts = [first[path] if name is None else found[name] for name, _, _ in cuts]
-            rows = tuple((start, stop) for _, start, stop in cuts)
-            join = _joiner(rows, shape.shape[1:], shape.sharding)
-            result.append(jax.block_until_ready(join(*parts)) if cuts else found[path])
+            starts = np.array([start for _, start, _ in cuts], np.int32)
+            join = _joiner(tuple(stop - start for _, start, stop in cuts), shape.shape[1:], shape.sharding)
+            result.append(jax.block_until_ready(join(starts, *parts)) if cuts else found[path])
             left.subtract(names)
             for name in names:
                 if not left[name]:
@@ -156,17 +157,19 @@ def _number(path: str) -> int:
 
 
 @lru_cache(256)
-def _joiner(rows: tuple[tuple[int, int], ...], sizes: tuple[int, ...], home: Sharding) -> Any:
-    """What puts rows of arrays one after another; arrays that are cut alike are compiled for once.
+def _joiner(rows: tuple[int, ...], sizes: tuple[int, ...], home: Sharding) -> Any:
+    """What puts rows of arrays one after another; arrays that are cut alike, wherever, are compiled for once.
 
-    sizes: of a row. Of a longer one the rest is dropped, a shorter one ends in zeros.
+    rows: of each array, from a start of its own on. sizes: of a row. Of a longer one the rest is dropped, a shorter one
+    ends in zeros.
     """
 
-    def part(x: jax.Array, start: int, stop: int) -> jax.Array:
-        cut = local.near(x)[(slice(start, stop), *map(slice, sizes))]
+    def part(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
+        own = jax.lax.dynamic_slice_in_dim(local.near(x), start, count)
+        cut = own[(slice(None), *map(slice, sizes))]
         return jnp.pad(cut, [(0, 0), *((0, size - own) for size, own in zip(sizes, cut.shape[1:], strict=True))])
 
-    def join(*arrays: jax.Array) -> jax.Array:
-        return jnp.concatenate([part(x, *cut) for x, cut in zip(arrays, rows, strict=True)])
+    def join(starts: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return jnp.concatenate([part(*cut) for cut in zip(arrays, starts, rows, strict=True)])
 
     return jax.jit(join, out_shardings=home)

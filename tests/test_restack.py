@@ -12,8 +12,8 @@ import jaxtune
 from jaxtune.config import make_config
 from jaxtune.errors import CheckpointError
 from jaxtune.export import export_run
-from jaxtune.restack import move
-from jaxtune.tune.full import FreezeSection
+from jaxtune.restack import _joiner, move
+from jaxtune.tune.full import FreezeSection, FullSection
 from tests.programs import CONFIG
 from tests.runs import sections, stopped_after, unfinish
 
@@ -149,6 +149,19 @@ def test_a_name_that_both_kinds_of_stacks_have_is_of_the_kind_with_as_many_layer
         moved = move(wanted, {"stacks/0/weight": ["float32", layers, 8]}, FreezeSection(freeze_last=2), CONFIG, apart)
         assert moved.cuts == {"stacks/1/weight": (("stacks/0/weight", 1, 2),)}
         assert moved.pieces["stacks/0/weight"].shape == (layers, 8)
+
+
+def test_layers_are_put_apart_by_one_program():
+    apart, saved = tuple(range(layer, layer + 1) for layer in range(4)), jnp.arange(32.0).reshape(4, 8)
+    home = saved.sharding
+    array = jax.ShapeDtypeStruct((1, 8), jnp.float32, sharding=home)
+    wanted = {"stacks": {str(layer): {"weight": array} for layer in range(4)}}
+    way = move(wanted, {"stacks/0/weight": ["float32", 4, 8]}, FullSection(), CONFIG, apart)
+    _joiner.cache_clear()
+    found = way.joined({"stacks/0/weight": saved + 0}, {})
+    for layer in range(4):
+        np.testing.assert_array_equal(found["stacks"][str(layer)]["weight"], saved[layer : layer + 1])
+    assert _joiner.cache_info().currsize == 1 and _joiner((1,), (8,), home)._cache_size() == 1
 
 
 @pytest.mark.parametrize(
