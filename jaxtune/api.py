@@ -43,7 +43,7 @@ class _Programs:
 class LoadedModel:
     """A model with its parameters, ready to be asked. `load_model` makes one.
 
-    params: the parameter tree; on one CPU device every layer lies apart, else layers that are alike lie in one stack.
+    params: the parameter tree; on one CPU device large layers lie apart, else those that are alike lie in one stack.
     config: the model's settings. tokenizer: of transformers' kind. All three are of the adapter in use, since one with
     tokens of its own brings them along. system: put before messages that have no system message; of a run, the one
     that all its sources of conversations had, else None.

@@ -34,6 +34,7 @@ from jaxtune.tune.peft_config import read_config, warn_of_another_base
 
 INFERENCE_AXES = ("data", "fsdp", "tensor")
 DTYPES = ("float32", "bfloat16", "auto")
+LARGE = 16 << 20  # bytes of a layer, from which on an answer of 150 tokens wins back what layers apart take to compile
 ATTEMPTS = 5  # to read a checkpoint of a run that goes on
 
 
@@ -216,12 +217,13 @@ def _placed(source: Source, mesh: Mesh, dtype: str, **settings: Any) -> Assemble
 def _pays_apart(source: Source, mesh: Mesh, dtype: str) -> bool:
     """Whether layers are not to lie in stacks, out of which XLA copies every weight before it multiplies.
 
-    On a CPU that takes longer than the products for a single token; elsewhere it was not measured. Weights that have to
-    be made float32 first, of codes or of bfloat16 where the CPU has no units for it, XLA would make of all layers at
-    once.
+    On a CPU that takes longer than the products for a single token, and compiling layers by themselves some seconds;
+    elsewhere it was not measured. Weights that have to be made float32 first, of codes or of bfloat16 where the CPU has
+    no units for it, XLA would make of all layers at once.
     """
     is_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    return is_cpu and source.scheme is None and (dtype == "float32" or bool(has_units()))
+    is_large = source.config.layer_weights * jnp.dtype(dtype).itemsize >= LARGE
+    return is_cpu and is_large and source.scheme is None and (dtype == "float32" or bool(has_units()))
 
 
 def _with_trained(made: Assembled, base: Assembled, section: TuneSection) -> Assembled:

@@ -149,6 +149,14 @@ def tiny_model(tmp_path_factory):
     return make
 
 
+@pytest.fixture
+def layers_apart(monkeypatch):
+    """From then on even tiny models that are loaded have their layers apart."""
+    from jaxtune import loading
+
+    monkeypatch.setattr(loading, "LARGE", 0)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """The tokenizer of every tiny model: byte-level BPE, ChatML."""

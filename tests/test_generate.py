@@ -212,8 +212,13 @@ def decode_temporaries(asked, params) -> int:
 
 
 @pytest.mark.parametrize("settings", [{}, {"sliding_window": 16}], ids=["qwen2", "mistral"])
-def test_a_model_that_is_loaded_on_one_cpu_has_its_layers_apart_and_draws_the_same_tokens(tiny_model, settings):
+def test_a_large_model_that_is_loaded_on_one_cpu_has_its_layers_apart_and_draws_the_same_tokens(
+    tiny_model, settings, monkeypatch
+):
     directory = tiny_model("mistral" if settings else "qwen2", num_hidden_layers=3, **settings)
+    monkeypatch.setattr(loading, "LARGE", 4 * opened(directory).model.config.layer_weights + 1)
+    assert open_model(directory).assembled.model.stacks == (range(3),)
+    monkeypatch.setattr(loading, "LARGE", loading.LARGE - 1)
     loaded = open_model(directory).assembled
     assert loaded.model.stacks == (range(1), range(1, 2), range(2, 3))
     asked = Generator(loaded.model, loaded.mesh, "float32", ())
@@ -221,7 +226,7 @@ def test_a_model_that_is_loaded_on_one_cpu_has_its_layers_apart_and_draws_the_sa
     assert asked.tokens(loaded.params, PROMPTS, 40) == expected
 
 
-def test_no_weight_is_copied_for_a_token_where_layers_are_apart(tiny_model):
+def test_no_weight_is_copied_for_a_token_where_layers_are_apart(tiny_model, layers_apart):
     directory = tiny_model("qwen2", hidden_size=256, intermediate_size=1024)
     largest, loaded = 256 * 1024 * 4, open_model(directory).assembled
     apart = Generator(loaded.model, loaded.mesh, "float32", ())
@@ -230,7 +235,7 @@ def test_no_weight_is_copied_for_a_token_where_layers_are_apart(tiny_model):
 
 
 def test_layers_stay_in_stacks_where_the_compiler_would_make_all_their_weights_wide_at_once(
-    tiny_model, tmp_path, monkeypatch
+    tiny_model, tmp_path, monkeypatch, layers_apart
 ):
     directory = tiny_model("qwen2")
     assert len(open_model(directory, mesh={"fsdp": 8}).assembled.model.stacks) == 1

@@ -121,7 +121,9 @@ def test_histories_of_float8_go_along_where_there_are_any(before, after, tiny_mo
         pytest.param("lora, ranks of their own", PLAIN, marks=pytest.mark.thorough),
     ],
 )
-def test_a_run_that_has_not_finished_is_loaded_with_its_layers_apart_and_exported(way, mesh, tiny_model, tmp_path):
+def test_a_run_that_has_not_finished_is_loaded_with_its_layers_apart_and_exported(
+    way, mesh, tiny_model, tmp_path, layers_apart
+):
     config = run(tiny_model(num_hidden_layers=4), tmp_path, WAYS[way], mesh)
     jaxtune.train(config)
     tokens = np.arange(16).reshape(2, 8)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jaxtune
+from jaxtune import loading
 from jaxtune.assemble import Source, assemble
 from jaxtune.config import load_config
 from jaxtune.loading import open_run
@@ -34,14 +35,13 @@ def arrays(params):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("base", BASES)
-def test_its_own_parts_alone_move_and_come_back(tiny_model, tmp_path, method, base):
+def test_its_own_parts_alone_move_and_come_back(tiny_model, tmp_path, method, base, monkeypatch):
     tree = sections(tiny_model("qwen2"), tmp_path, tune=METHODS[method], optim={"lr": 0.03}, **BASES[base])
     losses = [row["loss"] for row in jaxtune.train(tree)]
     assert losses[-1] < losses[0] - 0.05, losses
 
     run, mesh, dtype = tmp_path / "run", single_device_mesh(), "bfloat16" if base == "bfloat16" else "float32"
-    opened, logits = open_run(run, dtype, mesh).assembled, jaxtune.load_model(run).logits(IDS)
-    finished = arrays(opened.params)
+    finished, logits = arrays(open_run(run, dtype, mesh).assembled.params), jaxtune.load_model(run).logits(IDS)
     unfinish(run)  # from here on the run is its last checkpoint
     checkpoint = arrays(open_run(run, dtype, mesh).assembled.params)
     assert finished.keys() == checkpoint.keys()
@@ -51,10 +51,12 @@ def test_its_own_parts_alone_move_and_come_back(tiny_model, tmp_path, method, ba
 
     config = load_config(run / "config.yaml")
     source = Source.open(config.model, config.data.template, config.tune)
-    settings = {"dtype": dtype, "seed": config.train.seed, "layers_apart": len(opened.model.stacks) > 1}
-    first = arrays(assemble(source, source.tuning, mesh, **settings).params)
+    first = arrays(assemble(source, source.tuning, mesh, dtype=dtype, seed=config.train.seed).params)
     own = {name for name in first if re.search(OWN[method], name)}
     assert {name for name in first if not np.array_equal(first[name], checkpoint[name])} == own != set()
     assert {checkpoint[name].dtype.name for name in own} == {"float32"}
     rest = {array.dtype.name for name, array in checkpoint.items() if name not in own}
     assert ("uint8" if base == "nf4" else "bfloat16") in rest
+
+    monkeypatch.setattr(loading, "LARGE", 0)  # the same with layers apart
+    np.testing.assert_allclose(jaxtune.load_model(run).logits(IDS), logits, atol=1e-5)
