@@ -21,11 +21,12 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from tools.bench import demo_model, last_words  # noqa: E402
 from tools.bench_peers.common import Compiled, host_peak_gb  # noqa: E402
 
 HOME = REPOSITORY / ".cache" / "generation_bench"
-WORDS = REPOSITORY / ".cache" / "smollm2" / "hf" / "llama"  # of tools/get_demo_model.py; no word is ever looked at
 SIDES = ("jaxtune", "transformers")
+DTYPES = {"float32", "bfloat16"}
 MAKER = "model"  # not a side: makes the model
 TIMES = 3
 Answer = Callable[[int], None]  # of so many tokens
@@ -60,15 +61,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--side", choices=(*SIDES, MAKER), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    unknown = set(options.dtypes.split(",")) - DTYPES
+    if unknown:
+        parser.error(f"--dtypes: no {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(DTYPES))}")
+    return options
 
 
 def make_model() -> str:
     """Where it is."""
     if not (HOME / "model" / "config.json").exists():
+        from jaxtune.hf_io import resolve_model
         from tools.bench_peers.prepare import make_model
 
-        make_model("0.5B", WORDS, HOME / "model")
+        make_model("0.5B", resolve_model(demo_model(), weights=False), HOME / "model")
     return str(HOME / "model")
 
 
@@ -76,7 +82,7 @@ def run(side: str, **sizes: Any) -> Any:
     command = [sys.executable, __file__, "--side", side, *(f"--{name}={value}" for name, value in sizes.items())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{side} failed:\n{done.stderr[-2000:]}")
+        sys.exit(f"{side} failed: {last_words(done.returncode, done.stderr.strip())}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -22,7 +22,7 @@ from jaxtune.hf_io import resolve_model, write_model  # noqa: E402
 from jaxtune.mesh import single_device_mesh  # noqa: E402
 from jaxtune.models.families import parse_config, read_config  # noqa: E402
 from jaxtune.plan.flops import model_flops  # noqa: E402
-from jaxtune.tokenizer import load_tokenizer  # noqa: E402
+from jaxtune.tokenizer import load_tokenizer, save_tokenizer  # noqa: E402
 from tools.device_bench import SHAPES  # noqa: E402
 
 
@@ -49,6 +49,12 @@ def make_model(shape: str, words: Path, directory: Path) -> None:
     init = "pretrained" if pretrained else "random"
     made = assemble(source, FULL, single_device_mesh(), init=init, dtype=dtype)
     directory.parent.mkdir(parents=True, exist_ok=True)
+    if not pretrained and words.suffix == ".gguf":
+        # As files that go along as they are: of a model of another type, transformers would cut text otherwise, and
+        # write_model refuses to make such. Here every side gets tokens.
+        words = directory.parent / "words"
+        words.mkdir(exist_ok=True)
+        save_tokenizer(source.tokenizer, words)
     model = made.model
     write_model(directory, made.params, model.weights, model.config, words, dtype, tokenizer=source.tokenizer)
 
