@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxtune.config import load_config
+from jaxtune.tokenizer import load_tokenizer
 from tests.conftest import child_environment
 from tests.runs import ROWS, write_config
 from tools import bench as tool
@@ -202,6 +203,16 @@ def test_the_rows_are_jaxtunes_own_and_flops_are_counted(spec):
     assert all(0 < sum(row["supervised"]) < len(row["input_ids"]) for row in rows)
     assert found["tokens_per_row"] == sum(len(row["input_ids"]) for row in rows) / len(rows)
     assert found["flops_per_token"] > 0
+
+
+@pytest.mark.real
+def test_a_random_model_is_made_with_the_tokenizer_of_a_gguf(smollm2, tiny_model, tmp_path, monkeypatch):
+    """As where no other lies beside the checkout; transformers has a class of its own for the type of the model."""
+    shape = json.loads((tiny_model("qwen2", vocab_size=49152) / "config.json").read_text())
+    monkeypatch.setitem(prepare.SHAPES, "0.5B", shape)
+    prepare.make_model("0.5B", smollm2.gguf, tmp_path / "model")
+    ids, expected = (load_tokenizer(path)("I am 1234 old.")["input_ids"] for path in (tmp_path / "model", smollm2.gguf))
+    assert ids == expected
 
 
 def test_blocks_are_all_conversations_joined_and_cut(spec):
