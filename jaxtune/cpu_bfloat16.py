@@ -3,7 +3,8 @@
 XLA of jax 0.10 multiplies in those units where a product of bfloat16 matrices is asked for in float32; where it is
 asked for in bfloat16, it makes float32 matrices of them first. And of a stack of bfloat16 arrays that a loop goes
 through it holds a second one in float32: it cuts out a layer in float32, and moves the rest of that conversion to
-before the loop. jax 0.11 does neither, and is left alone.
+before the loop. jax 0.11 does neither, and is left alone. A single row is a vector to both, for which the whole matrix
+is made float32; here it is given to them as two.
 """
 
 import re
@@ -73,7 +74,7 @@ def dots(primitive: Any, *operands: Any, **settings: Any) -> bool:
 def matmul(x_TI: jax.Array, w_OI: jax.Array) -> jax.Array:
     """x W^T: [T, I], [O, I] -> [T, O], of one type, with gradients."""
     if len(x_TI) == 1 and _uses_units(x_TI.dtype):
-        return matmul(jnp.pad(x_TI, ((0, 1), (0, 0))), w_OI)[:1]  # a single row would be no matrix to XLA
+        return matmul(jnp.pad(x_TI, ((0, 1), (0, 0))), w_OI)[:1]
     return _matmul(x_TI, w_OI) if _is_ours(x_TI.dtype) else contract(x_TI, w_OI, (1, 1))
 
 

@@ -13,7 +13,7 @@ from jaxtune.mesh import axes_sharding, check_model, make_mesh, shardings
 from jaxtune.models.config import ModelConfig, Rope
 from jaxtune.models.decoder import Model
 from jaxtune.models.execution import Execution
-from jaxtune.models.weights import Weight, initial_value, leaves_with_path, map_tree
+from jaxtune.models.weights import Weight, init_params, leaves_with_path, map_tree
 from jaxtune.number_types import compute_dtype
 from jaxtune.program import build
 from jaxtune.tune.method import get_path
@@ -28,7 +28,8 @@ STEPS = 10
 @cache
 def drawn(weight: Weight) -> np.ndarray:
     """What init_params makes of a weight. On one device: to compile it for each mesh takes longer than their steps."""
-    return np.asarray(jax.jit(initial_value, static_argnums=(0, 1, 2, 3))(weight, 0, 0.1, jnp.dtype(jnp.float32)))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return np.asarray(init_params({"w": weight}, {"w": here}, 0, 0.1, jnp.dtype(jnp.float32))["w"])
 
 
 def placed(weight: Weight, home) -> jax.Array:

@@ -27,7 +27,7 @@ def test_the_table_has_the_medians_of_both_sides_and_the_ratio(tiny_model, monke
 
 @pytest.mark.parametrize("side", tool.SIDES)
 def test_a_side_answers_in_a_process_of_its_own(tiny_model, side):
-    sizes = {"model": tiny_model("qwen2", vocab_size=41000), "prompt": 5, "new": 4, "dtypes": "bfloat16", "rows": 2}
+    sizes = {"model": tiny_model("qwen2", vocab_size=41000), "prompt": 5, "new": 64, "dtypes": "bfloat16", "rows": 2}
     found = tool.run(side, **sizes)
     assert found["rate"] > 0 and found["first"] > 0 and found["peak_gb"] > 0.1
     assert (found["compile"] > 0) == (side == "jaxtune")

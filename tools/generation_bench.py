@@ -10,7 +10,6 @@ of three counts. Without --model: random weights of Qwen2.5-0.5B's shape, made i
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,13 +20,14 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from tools.bench import demo_model, last_words  # noqa: E402
+from tools import bench  # noqa: E402
 from tools.bench_peers.common import Compiled, host_peak_gb  # noqa: E402
 
 HOME = REPOSITORY / ".cache" / "generation_bench"
 SIDES = ("jaxtune", "transformers")
 DTYPES = {"float32", "bfloat16"}
 MAKER = "model"  # not a side: makes the model
+KEYS = ("rate", "first", "peak_gb", "compile")
 TIMES = 3
 Answer = Callable[[int], None]  # of so many tokens
 
@@ -74,25 +74,24 @@ def make_model() -> str:
         from jaxtune.hf_io import resolve_model
         from tools.bench_peers.prepare import make_model
 
-        make_model("0.5B", resolve_model(demo_model(), weights=False), HOME / "model")
+        make_model("0.5B", resolve_model(bench.demo_model(), weights=False), HOME / "model")
     return str(HOME / "model")
 
 
 def run(side: str, **sizes: Any) -> Any:
-    command = [sys.executable, __file__, "--side", side, *(f"--{name}={value}" for name, value in sizes.items())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{side} failed: {last_words(done.returncode, done.stderr.strip())}")
-    return json.loads(done.stdout.splitlines()[-1])
+    try:
+        return bench.run(Path(__file__), "--side", side, *(f"--{name}={value}" for name, value in sizes.items()))
+    except bench.Failed as error:
+        sys.exit(f"{side} failed: {error}")
 
 
 def row(side: str, dtype: str, rows: int, found: dict[str, list[dict]]) -> str:
     """Medians of the rounds."""
-    own, rates = ({name: median(one[key] for one in found[name]) for name in SIDES} for key in ("first", "rate"))
-    peak, compiling = (median(one[key] for one in found[side]) for key in ("peak_gb", "compile"))
-    times = f"{rates['jaxtune'] / rates['transformers']:.2f}" if side == "jaxtune" else ""
-    compiled = f"{compiling:.1f}" if side == "jaxtune" else ""
-    return f"| {side}, {dtype} | {rows} | {rates[side]:.1f} | {own[side]:.2f} | {peak:.1f} | {compiled} | {times} |"
+    rate, first, peak, compiling = (median(one[key] for one in found[side]) for key in KEYS)
+    compiled = times = ""
+    if side == "jaxtune":
+        compiled, times = f"{compiling:.1f}", f"{rate / median(one['rate'] for one in found['transformers']):.2f}"
+    return f"| {side}, {dtype} | {rows} | {rate:.1f} | {first:.2f} | {peak:.1f} | {compiled} | {times} |"
 
 
 def measured(side: str, options: argparse.Namespace) -> dict:
@@ -104,7 +103,7 @@ def measured(side: str, options: argparse.Namespace) -> dict:
     first = min(seconds(answer, 1) for _ in range(TIMES))
     whole = min(seconds(answer, options.new) for _ in range(TIMES))
     rate = rows * (options.new - 1) / (whole - first)
-    return {"first": first, "rate": rate, "peak_gb": host_peak_gb(), "compile": compiled()}
+    return dict(zip(KEYS, (rate, first, host_peak_gb(), compiled()), strict=True))
 
 
 def seconds(answer: Answer, count: int) -> float:

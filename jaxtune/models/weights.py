@@ -101,13 +101,11 @@ def number_of(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def initial_value(weight: Weight, seed: int, std: float, dtype: Any) -> jax.Array:
-    """The initial array of a weight trained from scratch. Each layer has the key of its own name."""
-    return _drawn(_numbers(weight), _nameless(weight), seed, std, dtype)
-
-
 def _drawn(numbers: Any, weight: Weight, seed: int, std: float, dtype: Any) -> jax.Array:
-    """numbers: of the names, in the order of axis 0."""
+    """The initial array of a weight trained from scratch. Each layer has the key of its own name.
+
+    numbers: of the names, in the order of axis 0.
+    """
     if weight.init != "normal":
         fill = {"zeros": jnp.zeros, "ones": jnp.ones}[weight.init]
         return fill(weight.full_shape, dtype)
